@@ -1,4 +1,61 @@
-PROTO_DIR := proto/cluster
-.PHONY: proto
-proto: ## Generate the wire package from proto/
-	.venv/bin/python -m grpc_tools.protoc -Inodeservice/wire=$(PROTO_DIR) --python_out=. --pyi_out=. --grpc_python_out=. nodeservice/wire/master_worker.proto
+# All that one does with this project. `make` alone lists it.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+WIRE := nodeservice/wire
+SOURCES := nodeservice tests tools benchmarks
+# Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
+WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
+
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test demo lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make .venv with the command .venv/bin/nodeservice (again only when the lock file changed)
+	@tools/setup.sh
+
+engine: setup ## Find a container engine, or install and start one (Debian and Ubuntu, as root)
+	@tools/engine.sh --start >/dev/null
+
+image: engine ## Build nodeservice/demo and nodeservice/wordcount from a static busybox
+	@tools/image.sh
+
+minio: ## Find a MinIO server for the S3 tests, or build one where Go is installed
+	@tools/minio.sh >/dev/null
+
+test-deps: ## Install what only the tests need (Debian and Ubuntu, as root)
+	@tools/test_deps.sh
+
+proto: setup ## Generate the wire package from proto/
+	@$(BIN)/python -m grpc_tools.protoc -I$(WIRE)=proto/cluster \
+		--python_out=. --pyi_out=. --grpc_python_out=. $(WIRE)/master_worker.proto
+
+fmt: setup ## Format, and repair what ruff can repair
+	@$(BIN)/ruff check --quiet --fix-only $(SOURCES)
+	@$(BIN)/ruff format --quiet $(SOURCES)
+
+lint: setup ## Style, types and import layers
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/ruff format --quiet --check $(SOURCES)
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo || { echo "lint-imports: see .importlinter for the layers"; exit 1; }
+
+test-fast: setup ## Tests without engine or servers, offline, in seconds
+	@$(BIN)/pytest -q -m "not engine and not minio and not crash" tests/core tests/unit tests/contract
+
+test: setup engine image minio test-deps lint ## Everything: installs what is missing, lints, runs all tests
+	@$(WITH_ENGINE) $(BIN)/pytest -q
+
+demo: setup engine image ## The main job, live: master, node and a batch of tasks
+	@DOCKER_HOST=$$(tools/engine.sh) $(BIN)/python tools/demo.py
+
+lock: setup ## Write requirements/*.txt anew from pyproject.toml
+	@tools/lock.sh
+
+clean: ## Remove everything that make put into this folder
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -205,6 +205,8 @@ class TaskCgroups(Protocol):
         """Remove. One already gone is success."""
         ...
 
+    async def close(self) -> None: ...
+
 
 # ---- results ----------------------------------------------------------------------------------------------------------
 
@@ -248,6 +250,30 @@ class ResultStore(Protocol):
     async def close(self) -> None: ...
 
 
+class Bundles(Protocol):
+    """How output on this host becomes a bundle. All methods block; call them from a thread."""
+
+    def collect(self, spec: TaskSpec, work_dir: Path, log_path: Path) -> ResultBundle:
+        """Freeze a work directory; one that is frozen already is taken as it is. Raises NodeFaultError (COLLECT_FAILED)."""
+        ...
+
+    def reopen(self, spec: TaskSpec, work_dir: Path) -> ResultBundle:
+        """The bundle of a frozen work directory."""
+        ...
+
+    def kept(self, spec: TaskSpec) -> ResultBundle:
+        """The bundle of results that were kept on this host since the store did not take them."""
+        ...
+
+    def discard_kept(self, spec: TaskSpec, location: str) -> None:
+        """Drop the kept copy, leaving a pointer to where it is now. Repeating is harmless."""
+        ...
+
+    def digest(self, bundle: ResultBundle) -> str:
+        """sha256 of the bundle's manifest, in hex."""
+        ...
+
+
 # ---- memory of tasks --------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +313,10 @@ class TraceSink(Protocol):
     def phase_ended(self, record: TaskRecord, timing: PhaseTiming) -> None: ...
 
     def task_ended(self, record: TaskRecord) -> None: ...
+
+    async def close(self) -> None:
+        """Send what is left, within a bound of seconds."""
+        ...
 
 
 # ---- the host ---------------------------------------------------------------------------------------------------------

@@ -72,8 +72,6 @@ class ResultsCollected(Event):
 
     collected: Collected
     usage: Usage
-    limits: Mapping[str, object] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +93,8 @@ class ResultsRetained(Event):
 
     location: str
     message: str
+    will_retry: bool = True
+    """False where the store can never take them, so that the copy on this host is final."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,6 +73,8 @@ class TaskSpec:
 
     `command` runs as `/bin/sh -c command`; `argv` replaces the image's command and leaves its entrypoint; both unset means
     the image's own. `timeout_seconds` counts from the container's start; None means no limit. `env` keeps its order.
+    `fingerprint` is a digest of the request as it came: two requests are the same if it is, even where a default of this
+    node changed between them.
     """
 
     id: AttemptId
@@ -90,6 +92,7 @@ class TaskSpec:
     task_type: str = ""
     sla_multiplier: float = 0.0
     submitted_at_unix: int = 0
+    fingerprint: str
 
 
 class Phase(IntEnum):

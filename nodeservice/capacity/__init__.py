@@ -1,0 +1,1 @@
+"""What this host has, what of it can be used from here, and how busy it is."""

@@ -1,0 +1,63 @@
+"""What the exit code of `run` and `wait` tells.
+
+0 is success and a task that failed by its own code ends with that code. The others follow what is usual: `timeout` (124),
+the shell (126, 127, 128 + signal) and sysexits.h (64–78).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from nodeservice.core.model import Outcome, Reason
+
+
+class ExitCode(IntEnum):
+    USAGE = 2
+    IMAGE = 65
+    """The image is not there or may not be pulled (EX_DATAERR)."""
+    UNAVAILABLE = 69
+    """No engine or master answers (EX_UNAVAILABLE)."""
+    NODE_FAULT = 70
+    """The node failed, not the task (EX_SOFTWARE)."""
+    RESULTS = 74
+    """The task ended, its results are not where they belong (EX_IOERR)."""
+    REJECTED = 75
+    """Refused: invalid, or it does not fit (EX_TEMPFAIL)."""
+    CONFIG = 78
+    DEADLINE = 124
+    START_FAILED = 126
+    COMMAND_NOT_FOUND = 127
+    CANCELLED = 130
+    MEMORY_LIMIT = 137
+
+
+_BY_REASON = {
+    Reason.DEADLINE: ExitCode.DEADLINE,
+    Reason.MEMORY_LIMIT: ExitCode.MEMORY_LIMIT,
+    Reason.COMMAND_NOT_FOUND: ExitCode.COMMAND_NOT_FOUND,
+    Reason.CREATE_FAILED: ExitCode.START_FAILED,
+    Reason.START_FAILED: ExitCode.START_FAILED,
+    Reason.RESULTS_NOT_STORED: ExitCode.RESULTS,
+    Reason.COLLECT_FAILED: ExitCode.RESULTS,
+    Reason.IMAGE_NOT_FOUND: ExitCode.IMAGE,
+    Reason.IMAGE_ACCESS_DENIED: ExitCode.IMAGE,
+    Reason.IMAGE_PULL_FAILED: ExitCode.IMAGE,
+    Reason.IMAGE_PULL_TIMEOUT: ExitCode.IMAGE,
+}
+
+
+def exit_code_of(*, outcome: str, reason: str, exit_code: int | None) -> int:
+    """The process exit code for how an attempt ended, as words from JSON or the wire."""
+    match outcome:
+        case Outcome.SUCCEEDED:
+            return 0
+        case Outcome.CANCELLED:
+            return ExitCode.CANCELLED
+        case Outcome.REJECTED:
+            return ExitCode.REJECTED
+    if reason == Reason.EXIT_NONZERO and exit_code is not None:
+        return exit_code & 0xFF or 1
+    try:
+        return _BY_REASON.get(Reason(reason), ExitCode.NODE_FAULT)
+    except ValueError:
+        return ExitCode.NODE_FAULT

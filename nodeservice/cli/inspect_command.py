@@ -1,0 +1,36 @@
+"""`nodeservice inspect`: what this machine really has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    config: Path = typer.Option(None, "--config", help="TOML file of the node."),
+    state_dir: Path = typer.Option(None, help="State directory, whose disk is looked at."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object on stdout."),
+) -> None:
+    """Show CPU, memory, disk, GPUs and engine: what exists, what is reserved, what tasks may have, what is free."""
+    import asyncio
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from nodeservice.cli.inspect_view import capacity_as_dict, render_capacity
+    from nodeservice.config import load_config
+    from nodeservice.daemon import look
+
+    flags = {"state_dir": state_dir} if state_dir is not None else {}
+    capacity, free = asyncio.run(look(load_config(config, flags, os.environ)))
+    if as_json:
+        sys.stdout.write(json.dumps(capacity_as_dict(capacity, free), indent=2) + "\n")
+    else:
+        render_capacity(capacity, free, Console())

@@ -1,0 +1,82 @@
+"""An attempt's outcome as one JSON object: what `run --json` prints."""
+
+from __future__ import annotations
+
+from nodeservice.core.model import Manifest, Outcome, TaskRecord
+from nodeservice.errors import NodeServiceError
+
+
+def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, object]:
+    """Durations in seconds, sizes in bytes, instants ISO 8601."""
+    verdict, collected, usage = record.verdict, record.collected, record.usage
+    return {
+        "task_id": record.id.task_id,
+        "attempt": record.id.attempt,
+        "outcome": verdict.outcome.value if verdict else None,
+        "reason": verdict.reason.value if verdict else None,
+        "message": verdict.message if verdict else None,
+        "exit_code": verdict.exit_code if verdict else None,
+        "image": record.spec.image,
+        "image_digest": record.image_digest,
+        "limits": {
+            **record.limits,
+            "timeout_seconds": record.spec.timeout_seconds,
+            "grace_seconds": record.spec.grace_seconds,
+            "gpu_uuids": list(record.lease.gpu_uuids),
+        },
+        "usage": {
+            "memory_peak_bytes": usage.memory_peak_bytes,
+            "cpu_seconds": usage.cpu_seconds,
+            "cpu_throttled_seconds": usage.cpu_throttled_seconds,
+            "pids_peak_count": usage.pids_peak_count,
+            "oom_kill_count": usage.oom_kill_count,
+            "log_bytes": collected.log_bytes if collected else None,
+            "result_bytes": collected.total_bytes if collected else None,
+            "result_file_count": collected.file_count if collected else None,
+        },
+        "phases": [
+            {
+                "name": timing.name,
+                "start": timing.started_at.isoformat(),
+                "duration": (timing.ended_at - timing.started_at).total_seconds(),
+            }
+            for timing in record.timings
+            if timing.ended_at is not None
+        ],
+        "result_location": record.result_location,
+        "manifest": _manifest_as_dict(manifest, collected.manifest_sha256) if manifest and collected else None,
+        "remarks": list(record.remarks),
+        "trace_id": record.trace.trace_id,
+    }
+
+
+def rejection_as_dict(*, task_id: str, image: str, error: NodeServiceError) -> dict[str, object]:
+    """The same keys for a task that was not accepted."""
+    return {
+        "task_id": task_id,
+        "attempt": 1,
+        "outcome": Outcome.REJECTED.value,
+        "reason": error.reason,
+        "message": str(error),
+        "field": error.field,
+        "exit_code": None,
+        "image": image,
+        "image_digest": None,
+        "limits": {},
+        "usage": {},
+        "phases": [],
+        "result_location": None,
+        "manifest": None,
+        "remarks": [],
+        "trace_id": None,
+    }
+
+
+def _manifest_as_dict(manifest: Manifest, sha256: str) -> dict[str, object]:
+    return {
+        "sha256": sha256,
+        "files": [
+            {"path": entry.path, "size_bytes": entry.size_bytes, "sha256": entry.sha256} for entry in manifest.files
+        ],
+        "skipped": list(manifest.skipped),
+    }

@@ -1,0 +1,204 @@
+"""`nodeservice run`: one task on this machine, no master."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from nodeservice.config import NodeConfig
+    from nodeservice.core.model import TaskRecord, TaskSpec
+    from nodeservice.single import Finished
+
+_UPLOAD_GIVE_UP_SECONDS = 60.0
+"""A person waits."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(run)
+
+
+def run(
+    image: str = typer.Argument(help="Image to run."),
+    command: list[str] = typer.Argument(None, help="Command and arguments, after --. Default: the image's own."),
+    cpus: str = typer.Option("1", help="Cores, such as 0.5."),
+    memory: str = typer.Option("512m", help="Memory, such as 64m or 2g; hard, with swap off."),
+    disk: str = typer.Option("1g", help="Disk that the task may need."),
+    gpus: int = typer.Option(0, help="Number of whole GPUs."),
+    timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default: none."),
+    grace: str = typer.Option("10s", help="From SIGTERM to SIGKILL."),
+    pids: int = typer.Option(4096, help="Most processes and threads."),
+    env: list[str] = typer.Option([], "--env", "-e", help="NAME=VALUE; a bare NAME takes this shell's value."),
+    name: str = typer.Option("", help="A name for people."),
+    task_id: str = typer.Option(None, help="Id. Default: made up."),
+    pull: str = typer.Option("if-not-present", help="always, if-not-present or never."),
+    results: str = typer.Option(None, help="DIR or s3://BUCKET/PREFIX. Default: below the user's state directory."),
+    minio: str = typer.Option(None, help="HOST:PORT for s3:// results; credentials come from the environment."),
+    otlp_endpoint: str = typer.Option(None, help="HOST:PORT of an OTLP/gRPC collector."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object on stdout; log and phases on stderr."),
+) -> None:
+    """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly.
+
+    The exit code is the task's own; 124 deadline, 137 memory limit, 130 cancelled, 127 command not found, 126 not started,
+    65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration.
+    """
+    import asyncio
+    import json
+    import secrets
+
+    from nodeservice.cli.exit_codes import ExitCode, exit_code_of
+    from nodeservice.cli.result_view import record_as_dict, rejection_as_dict
+    from nodeservice.errors import CapacityError, ConfigError, RequestError
+    from nodeservice.telemetry.logs import configure_logging
+
+    configure_logging("error", "console")
+    id_ = task_id or f"run-{secrets.token_hex(5)}"
+    view = _View(log_to_stderr=as_json)
+    try:
+        spec = _spec(
+            id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk, gpus=gpus,
+            timeout=timeout, grace=grace, pids=pids, env=env, name=name, pull=pull,
+        )  # fmt: skip
+        config = _config(id_, results, minio, otlp_endpoint)
+        finished = asyncio.run(_run(config, spec, view))
+    except (RequestError, CapacityError) as error:
+        view.say(f"rejected: {error}")
+        if as_json:
+            sys.stdout.write(json.dumps(rejection_as_dict(task_id=id_, image=image, error=error)) + "\n")
+        raise typer.Exit(ExitCode.REJECTED) from error
+    except ConfigError as error:
+        view.say(str(error))
+        raise typer.Exit(ExitCode.CONFIG) from error
+    document = record_as_dict(finished.record, finished.manifest)
+    view.verdict(finished.record)
+    if as_json:
+        sys.stdout.write(json.dumps(document) + "\n")
+    verdict = finished.record.verdict
+    if verdict is None:
+        raise typer.Exit(ExitCode.NODE_FAULT)
+    raise typer.Exit(exit_code_of(outcome=verdict.outcome, reason=verdict.reason, exit_code=verdict.exit_code))
+
+
+def _spec(
+    *, id_: str, image: str, command: list[str], cpus: str, memory: str, disk: str, gpus: int, timeout: str | None,
+    grace: str, pids: int, env: list[str], name: str, pull: str,
+) -> TaskSpec:  # fmt: skip
+    from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
+    from nodeservice.core.model import AttemptId, PullPolicy, Resources, TaskSpec
+    from nodeservice.errors import RequestError
+
+    try:
+        policy = PullPolicy(pull)
+    except ValueError as error:
+        raise RequestError(
+            f"--pull is {pull!r}", reason="INVALID_REQUEST", field="pull", hint="always, if-not-present or never"
+        ) from error
+    return TaskSpec(
+        id=AttemptId(id_),
+        image=image,
+        argv=tuple(command),
+        env=tuple(_variable(text) for text in env),
+        request=Resources(
+            cpu_milli=parse_cpus(cpus), memory_bytes=parse_bytes(memory), disk_bytes=parse_bytes(disk), gpu_count=gpus
+        ),
+        pids_limit=pids,
+        timeout_seconds=parse_seconds(timeout) if timeout else None,
+        grace_seconds=parse_seconds(grace),
+        pull_policy=policy,
+        task_name=name,
+        fingerprint=id_,
+    )
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, mark, value = text.partition("=")
+    return (name, value) if mark else (name, os.environ.get(name, ""))
+
+
+def _state_home() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nodeservice"
+
+
+def _config(id_: str, results: str | None, minio: str | None, otlp_endpoint: str | None) -> NodeConfig:
+    from nodeservice.config import load_config
+    from nodeservice.core.admission import check_task_id
+
+    check_task_id(id_)
+    flags: dict[str, object] = {"worker_id": id_, "state_dir": _state_home() / "run" / id_}
+    flags["results_dir"] = _state_home() / "results"
+    flags["upload_give_up_seconds"] = _UPLOAD_GIVE_UP_SECONDS
+    if minio is not None:
+        flags["minio"] = minio
+    if otlp_endpoint is not None:
+        flags["otlp_endpoint"] = otlp_endpoint
+    if results is not None and results.startswith("s3://"):
+        flags["bucket"], flags["result_store"] = results.removeprefix("s3://").rstrip("/"), "s3"
+    else:
+        flags["result_store"] = "file"
+        if results is not None:
+            flags["results_dir"] = Path(results.removeprefix("file://"))
+    return load_config(None, flags, os.environ)
+
+
+async def _run(config: NodeConfig, spec: TaskSpec, view: _View) -> Finished:
+    import shutil
+
+    from nodeservice.single import run_once, sweep_dead_runs
+
+    await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
+    try:
+        finished = await run_once(
+            config,
+            spec,
+            traceparent=os.environ.get("TRACEPARENT"),
+            on_change=view.changed,
+            on_log=view.log,
+            on_pull=view.pulling,
+        )
+    finally:
+        shutil.rmtree(config.state_dir, ignore_errors=True)
+    return finished
+
+
+class _View:
+    """Phases and words go to stderr; the log to stdout, or to stderr where stdout is for JSON."""
+
+    def __init__(self, *, log_to_stderr: bool) -> None:
+        self._log = sys.stderr.buffer if log_to_stderr else sys.stdout.buffer
+        self._shown = 0
+        self._percent = -1
+
+    def say(self, text: str) -> None:
+        sys.stderr.write(f"nodeservice: {text}\n")
+        sys.stderr.flush()
+
+    def changed(self, record: TaskRecord) -> None:
+        """One line for each phase as it ends."""
+        ended = [timing for timing in record.timings if timing.ended_at is not None]
+        for timing in ended[self._shown :]:
+            seconds = (timing.ended_at - timing.started_at).total_seconds() if timing.ended_at else 0.0
+            self.say(f"{timing.name:<9} {seconds:8.3f} s")
+        self._shown = len(ended)
+
+    def pulling(self, done: int, total: int) -> None:
+        percent = 100 * done // total if total else 0
+        if percent // 10 != self._percent // 10:
+            self._percent = percent
+            self.say(f"pull      {percent:3d} % of {total / 1e6:.1f} MB")
+
+    def log(self, block: bytes) -> None:
+        self._log.write(block)
+        self._log.flush()
+
+    def verdict(self, record: TaskRecord) -> None:
+        verdict = record.verdict
+        if verdict is not None:
+            self.say(f"{verdict.outcome} ({verdict.reason}): {verdict.message}")
+        for remark in record.remarks:
+            self.say(f"remark: {remark}")
+        if record.result_location:
+            self.say(f"results: {record.result_location}")

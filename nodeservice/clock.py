@@ -1,0 +1,17 @@
+"""The time of this host."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+
+class SystemClock:
+    """A Clock over the host's clock. `sleep` counts on the monotonic clock, so a set clock does not change its length."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    async def sleep(self, seconds: float) -> None:
+        """A length of zero or less yields once and returns."""
+        await asyncio.sleep(max(0.0, seconds))

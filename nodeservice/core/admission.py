@@ -1,0 +1,181 @@
+"""Decides whether this node takes a task: validity, identity, room. Hostile input ends here.
+
+Ids become names of containers, directories and objects, so they are held to a narrow alphabet instead of being escaped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nodeservice.core.ledger import Ledger, Shortfall
+from nodeservice.core.model import GIB, TaskRecord, TaskSpec
+from nodeservice.errors import CapacityError, RequestError
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MAX_ATTEMPT = 1_000_000
+_MAX_TEXT = 256
+_MAX_COMMAND_BYTES = 128 * 1024
+"""Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
+_MAX_ENV_COUNT = 1_000
+_MIN_MEMORY_BYTES = 6 * 1024**2
+"""Docker Engine refuses less than 6 MiB."""
+_MIN_CPU_MILLI = 10
+"""The kernel's least quota is 1 ms in a period of 100 ms."""
+_DAY_SECONDS = 86_400.0
+_MAX_SECONDS = 366 * _DAY_SECONDS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """`existing` set: this very attempt is known already, and the answer is the same as then."""
+
+    existing: TaskRecord | None = None
+
+
+def check_task_id(task_id: str, *, field: str = "task_id") -> None:
+    """Raise RequestError (INVALID_REQUEST) unless the id is safe as a name and in a path."""
+    if not task_id:
+        raise _invalid(field, "is empty", "give every task an id")
+    if not _ID.match(task_id) or ".." in task_id:
+        raise _invalid(
+            field,
+            f"is {_shown(task_id)}, which is not safe as a name",
+            "use 1–128 of A–Z a–z 0–9 . _ - beginning with a letter or digit, and no '..'",
+        )
+
+
+def check(spec: TaskSpec) -> None:
+    """Raise RequestError (INVALID_REQUEST) naming the field, the value and the remedy."""
+    check_task_id(spec.id.task_id)
+    if not 1 <= spec.id.attempt <= _MAX_ATTEMPT:
+        raise _invalid("attempt", f"is {spec.id.attempt}", f"count attempts from 1 to {_MAX_ATTEMPT}")
+    if not spec.image:
+        raise _invalid("docker_image", "is empty", "name an image, such as debian:12")
+    for field, text in (
+        ("docker_image", spec.image),
+        ("user_id", spec.user_id),
+        ("task_name", spec.task_name),
+        ("task_type", spec.task_type),
+    ):
+        if len(text) > _MAX_TEXT or _CONTROL.search(text):
+            raise _invalid(field, f"is {_shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters")
+    _check_command(spec)
+    _check_amounts(spec)
+
+
+def _check_command(spec: TaskSpec) -> None:
+    if spec.command is not None and spec.argv:
+        raise _invalid("argv", "is given beside command", "give one of the two")
+    for field, text in (("command", spec.command or ""), *(("argv", arg) for arg in spec.argv)):
+        if "\0" in text or len(text.encode()) >= _MAX_COMMAND_BYTES:
+            raise _invalid(
+                field, f"is {_shown(text)}", "use less than 128 KiB and no NUL; put long scripts in the image"
+            )
+    if len(spec.env) > _MAX_ENV_COUNT:
+        raise _invalid("env", f"has {len(spec.env)} variables", f"use at most {_MAX_ENV_COUNT}")
+    for name, value in spec.env:
+        if not _ENV_NAME.match(name):
+            raise _invalid("env", f"has a variable named {_shown(name)}", "use letters, digits and _ in names")
+        if "\0" in value or len(value.encode()) >= _MAX_COMMAND_BYTES:
+            raise _invalid("env", f"has a bad value for {name}", "use less than 128 KiB and no NUL")
+
+
+def _check_amounts(spec: TaskSpec) -> None:
+    request = spec.request
+    for field, value in (
+        ("req_cpu", request.cpu_milli),
+        ("req_memory", request.memory_bytes),
+        ("req_storage", request.disk_bytes),
+        ("req_gpu", request.gpu_count),
+    ):
+        if value < 0:
+            raise _invalid(field, f"is {value}", "ask for zero or more")
+    if request.cpu_milli < _MIN_CPU_MILLI:
+        raise _invalid("req_cpu", f"is {request.cpu_milli / 1000:g} cores", "ask for at least 0.01 cores")
+    if request.memory_bytes < _MIN_MEMORY_BYTES:
+        raise _invalid("req_memory", f"is {request.memory_bytes} bytes", "ask for at least 6 MiB")
+    if spec.pids_limit < 1:
+        raise _invalid("pids_limit", f"is {spec.pids_limit}", "allow at least 1 process")
+    if spec.timeout_seconds is not None and not 0 < spec.timeout_seconds <= _MAX_SECONDS:
+        raise _invalid("timeout_seconds", f"is {spec.timeout_seconds:g}", "use more than 0 and at most a year")
+    if not 0 <= spec.grace_seconds <= _DAY_SECONDS:
+        raise _invalid("grace_seconds", f"is {spec.grace_seconds:g}", "use 0 to a day")
+
+
+def admit(
+    spec: TaskSpec,
+    *,
+    known: Callable[[TaskSpec], TaskRecord | None],
+    ledger: Ledger,
+    draining: bool,
+    live_count: int,
+    max_live_count: int,
+) -> Admitted:
+    """Decide. Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError (INSUFFICIENT_…, NODE_DRAINING)."""
+    check(spec)
+    existing = known(spec)
+    if existing is not None:
+        if existing.spec.fingerprint == spec.fingerprint:
+            return Admitted(existing=existing)
+        raise RequestError(
+            f"task {spec.id.task_id} attempt {spec.id.attempt} was accepted before with another specification",
+            reason="TASK_CONFLICT",
+            field="task_id",
+            hint="use a new task_id, or a new attempt",
+        )
+    if draining:
+        raise CapacityError("this node takes no new tasks", reason="NODE_DRAINING", hint="assign it elsewhere")
+    if live_count >= max_live_count:
+        raise CapacityError(
+            f"this node already holds {live_count} unfinished tasks",
+            reason="INSUFFICIENT_SLOTS",
+            hint="assign it elsewhere",
+        )
+    missing = ledger.shortfall(spec.request)
+    if missing is not None:
+        raise _no_room(missing)
+    return Admitted()
+
+
+_RESOURCES = {
+    "cpu_milli": ("INSUFFICIENT_CPU", "req_cpu", "CPU"),
+    "memory_bytes": ("INSUFFICIENT_MEMORY", "req_memory", "memory"),
+    "disk_bytes": ("INSUFFICIENT_STORAGE", "req_storage", "storage"),
+    "gpu_count": ("INSUFFICIENT_GPU", "req_gpu", "GPU"),
+}
+
+
+def _no_room(missing: Shortfall) -> CapacityError:
+    reason, field, name = _RESOURCES[missing.resource]
+    asked, available = _amount(missing.resource, missing.asked), _amount(missing.resource, missing.available)
+    if missing.ever:
+        message, hint = f"not enough {name}: {asked} asked, {available} free", "try again later or elsewhere"
+    else:
+        message, hint = (
+            f"not enough {name}: {asked} asked, this node allocates {available} in all",
+            "ask for less, or elsewhere",
+        )
+    return CapacityError(message, reason=reason, field=field, hint=hint)
+
+
+def _amount(resource: str, value: int) -> str:
+    match resource:
+        case "cpu_milli":
+            return f"{value / 1000:g} cores"
+        case "memory_bytes" | "disk_bytes":
+            return f"{value / GIB:.3f} GiB"
+        case _:
+            return str(value)
+
+
+def _invalid(field: str, what: str, remedy: str) -> RequestError:
+    return RequestError(f"{field} {what}", reason="INVALID_REQUEST", field=field, hint=remedy)
+
+
+def _shown(text: str) -> str:
+    """A hostile text, fit to be shown: short and without control characters."""
+    return repr(text[:40]) + (f"… ({len(text)} characters)" if len(text) > 40 else "")

@@ -1,0 +1,123 @@
+"""Who holds what. Grants all or nothing, never overcommits, and gives back only to the owner.
+
+The ledger is a view of the journal: `Ledger.restore` rebuilds it from the records, so a crash cannot lose or double a lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nodeservice.core.model import AttemptId, Lease, Phase, Resources, TaskRecord
+from nodeservice.errors import InvariantError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortfall:
+    """The first resource that does not fit. `ever` False: more than the node allocates at all, so waiting is no use."""
+
+    resource: str
+    asked: int
+    available: int
+    ever: bool
+
+
+@dataclass(slots=True)
+class _Holding:
+    lease: Lease
+    compute: bool = True
+    disk: bool = True
+
+    @property
+    def amount(self) -> Resources:
+        granted = self.lease.granted
+        return Resources(
+            cpu_milli=granted.cpu_milli if self.compute else 0,
+            memory_bytes=granted.memory_bytes if self.compute else 0,
+            gpu_count=granted.gpu_count if self.compute else 0,
+            disk_bytes=granted.disk_bytes if self.disk else 0,
+        )
+
+
+class Ledger:
+    """Mutable, owned by the one driver; plain arithmetic, no I/O."""
+
+    def __init__(self, allocatable: Resources, gpu_uuids: Sequence[str] = ()) -> None:
+        self._allocatable = allocatable
+        self._gpu_uuids = tuple(gpu_uuids)
+        self._holdings: dict[AttemptId, _Holding] = {}
+
+    @property
+    def allocatable(self) -> Resources:
+        return self._allocatable
+
+    def resize(self, allocatable: Resources, gpu_uuids: Sequence[str]) -> None:
+        """The node changed. What is leased stays leased, so `free` may be zero for a while."""
+        self._allocatable = allocatable
+        self._gpu_uuids = tuple(gpu_uuids)
+
+    @property
+    def leased(self) -> Resources:
+        total = Resources()
+        for holding in self._holdings.values():
+            total = total.plus(holding.amount)
+        return total
+
+    @property
+    def free(self) -> Resources:
+        return self._allocatable.minus(self.leased).clamped()
+
+    def shortfall(self, request: Resources) -> Shortfall | None:
+        """None when the request fits now."""
+        free = self.free
+        for resource in ("cpu_milli", "memory_bytes", "disk_bytes", "gpu_count"):
+            asked: int = getattr(request, resource)
+            limit: int = getattr(self._allocatable, resource)
+            available: int = getattr(free, resource)
+            if asked > limit:
+                return Shortfall(resource=resource, asked=asked, available=limit, ever=False)
+            if asked > available:
+                return Shortfall(resource=resource, asked=asked, available=available, ever=True)
+        return None
+
+    def grant(self, owner: AttemptId, request: Resources) -> Lease:
+        """Lease all of it. Call `shortfall` first: granting what does not fit is an InvariantError."""
+        if owner in self._holdings:
+            raise InvariantError(f"{owner} already holds a lease")
+        missing = self.shortfall(request)
+        if missing is not None:
+            raise InvariantError(f"{owner} was granted more {missing.resource} than is free")
+        taken = {uuid for h in self._holdings.values() if h.compute for uuid in h.lease.gpu_uuids}
+        gpus = [uuid for uuid in self._gpu_uuids if uuid not in taken][: request.gpu_count]
+        if len(gpus) < request.gpu_count:
+            raise InvariantError(f"{owner} was granted {request.gpu_count} GPUs, but only {len(gpus)} are free")
+        lease = Lease(granted=request, gpu_uuids=tuple(gpus))
+        self._holdings[owner] = _Holding(lease)
+        return lease
+
+    def release_compute(self, owner: AttemptId) -> None:
+        """Give back CPU, memory and GPUs. Repeating is harmless."""
+        holding = self._holdings.get(owner)
+        if holding is not None:
+            holding.compute = False
+            self._drop_if_empty(owner, holding)
+
+    def release_disk(self, owner: AttemptId) -> None:
+        """Give back the disk. Repeating is harmless."""
+        holding = self._holdings.get(owner)
+        if holding is not None:
+            holding.disk = False
+            self._drop_if_empty(owner, holding)
+
+    def restore(self, records: Iterable[TaskRecord]) -> None:
+        """Take up the leases of journalled attempts, even where the node has shrunk meanwhile."""
+        for record in records:
+            if record.phase is Phase.FINISHED:
+                continue
+            holding = _Holding(record.lease, compute=not record.compute_released, disk=not record.disk_released)
+            if holding.compute or holding.disk:
+                self._holdings[record.id] = holding
+
+    def _drop_if_empty(self, owner: AttemptId, holding: _Holding) -> None:
+        if not holding.compute and not holding.disk:
+            del self._holdings[owner]

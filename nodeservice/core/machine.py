@@ -1,0 +1,283 @@
+"""The life of one attempt as a table: (phase, event) → next record and what to do.
+
+`accept` makes the first record, `advance` applies an event, `resume` says what to do with a record found in the journal.
+The driver journals the returned record before it runs the returned effects, so entering a phase and recovering in it are
+the same look-up (`ENTRY`). A phase only rises; a failure is a jump forward that still collects, uploads, reports and cleans
+up what exists. An event that comes late (a duplicate, or the result of work that a stop overtook) changes nothing; one that
+comes early is our own bug and carries the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from nodeservice.core import effects as fx
+from nodeservice.core import events as ev
+from nodeservice.core import verdict as verdicts
+from nodeservice.core.model import (
+    Lease,
+    Phase,
+    PhaseTiming,
+    Reason,
+    TaskRecord,
+    TaskSpec,
+    TraceIds,
+    Verdict,
+)
+from nodeservice.errors import InvariantError
+
+ADMIT = "admit"
+PHASE_NAMES: Mapping[Phase, str] = {
+    Phase.PULLING: "pull",
+    Phase.CREATING: "create",
+    Phase.STARTING: "start",
+    Phase.RUNNING: "run",
+    Phase.COLLECTING: "collect",
+    Phase.UPLOADING: "upload",
+    Phase.REPORTING: "report",
+    Phase.CLEANING: "clean_up",
+    Phase.RETAINING: "retain",
+}
+ENTRY: Mapping[Phase, tuple[fx.Effect, ...]] = {
+    Phase.PULLING: (fx.PullImage(),),
+    Phase.CREATING: (fx.CreateContainer(),),
+    Phase.STARTING: (fx.StartContainer(),),
+    Phase.RUNNING: (fx.WatchContainer(),),
+    Phase.COLLECTING: (fx.CollectResults(),),
+    Phase.UPLOADING: (fx.UploadResults(),),
+    Phase.REPORTING: (fx.ReportOutcome(),),
+    Phase.CLEANING: (fx.CleanUp(),),
+    Phase.RETAINING: (fx.StoreRetained(),),
+    Phase.FINISHED: (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next record and what to do once it is journalled. `changed` False: nothing to journal."""
+
+    record: TaskRecord
+    effects: tuple[fx.Effect, ...] = ()
+    changed: bool = True
+
+
+def accept(*, spec: TaskSpec, lease: Lease, trace: TraceIds, received_at: datetime, accepted_at: datetime) -> Step:
+    """The first record of an admitted attempt."""
+    record = TaskRecord(
+        spec=spec,
+        lease=lease,
+        trace=trace,
+        accepted_at=accepted_at,
+        phase=Phase.PULLING,
+        timings=(
+            PhaseTiming(name=ADMIT, started_at=received_at, ended_at=accepted_at),
+            PhaseTiming(name=PHASE_NAMES[Phase.PULLING], started_at=accepted_at),
+        ),
+    )
+    return Step(record, ENTRY[Phase.PULLING])
+
+
+def advance(record: TaskRecord, event: ev.Event) -> Step:
+    """Apply one event. Raises InvariantError for one that cannot have happened yet."""
+    row = TRANSITIONS[type(event)]
+    handler = row.get(record.phase)
+    if handler is not None:
+        return handler(record, event)
+    if record.phase > min(row):
+        return Step(record, changed=False)
+    story = " → ".join(timing.name for timing in record.timings)
+    raise InvariantError(
+        f"{type(event).__name__} reached {record.id} in {record.phase.name}, too early; its story: {story}"
+    )
+
+
+def resume(record: TaskRecord, *, at: datetime) -> Step:
+    """What to do with a record found after a restart.
+
+    A stop that was journalled before the container ran is honoured without making or starting it; one that was journalled
+    while it ran is sent again.
+    """
+    if record.stop is not None and record.phase < Phase.RUNNING:
+        return _give_up(record, at, verdicts.of_stop(record.stop))
+    effects = ENTRY[record.phase]
+    if record.stop is not None and record.phase is Phase.RUNNING:
+        effects = (*effects, fx.StopContainer())
+    return Step(record, effects, changed=False)
+
+
+# ---- moves ------------------------------------------------------------------------------------------------------------
+
+
+def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect) -> Step:
+    """Rise to `phase`: close the running timing, open the next, and look up what to do."""
+    *earlier, running = record.timings
+    timings = (*earlier, replace(running, ended_at=max(at, running.started_at)))
+    if phase is not Phase.FINISHED:
+        timings = (*timings, PhaseTiming(name=PHASE_NAMES[phase], started_at=max(at, running.started_at)))
+    return Step(replace(record, phase=phase, timings=timings), (*before, *ENTRY[phase]))
+
+
+def _give_up(record: TaskRecord, at: datetime, verdict: Verdict, *before: fx.Effect) -> Step:
+    """The run is over before or without an exit: collect what exists."""
+    settled = replace(record, verdict=verdicts.first_failure(record.verdict, verdict))
+    return _enter(settled, Phase.COLLECTING, at, *before)
+
+
+# ---- handlers: one per kind of event ----------------------------------------------------------------------------------
+
+
+def _stop_while_pulling(record: TaskRecord, event: ev.StopRequested) -> Step:
+    stopped = replace(record, stop=event.stop)
+    return _give_up(stopped, event.at, verdicts.of_stop(event.stop), fx.CancelStep())
+
+
+def _stop_noted(record: TaskRecord, event: ev.StopRequested) -> Step:
+    """A create or start is under way in the engine: its answer decides what there is to stop."""
+    if record.stop is not None:
+        return Step(record, changed=False)
+    return Step(replace(record, stop=event.stop))
+
+
+def _stop_while_running(record: TaskRecord, event: ev.StopRequested) -> Step:
+    if record.stop is not None:
+        return Step(record, changed=False)
+    return Step(replace(record, stop=event.stop), (fx.StopContainer(),))
+
+
+def _pulled(record: TaskRecord, event: ev.ImagePulled) -> Step:
+    return _enter(replace(record, image_digest=event.digest), Phase.CREATING, event.at)
+
+
+def _step_failed(record: TaskRecord, event: ev.StepFailed) -> Step:
+    failure = verdicts.of_failure(event.reason, event.message)
+    verdict = verdicts.of_stop(record.stop) if record.stop is not None else failure
+    return _give_up(record, event.at, verdict)
+
+
+def _created(record: TaskRecord, event: ev.ContainerCreated) -> Step:
+    created = replace(record, container_id=event.container_id)
+    if record.stop is not None:
+        return _give_up(created, event.at, verdicts.of_stop(record.stop))
+    return _enter(created, Phase.STARTING, event.at)
+
+
+def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
+    timeout = record.spec.timeout_seconds
+    deadline = None if timeout is None else event.started_at + timedelta(seconds=timeout)
+    started = replace(
+        record, started_at=event.started_at, deadline_at=deadline, limits={**record.limits, **event.limits}
+    )
+    step = _enter(started, Phase.RUNNING, event.at)
+    if record.stop is not None:
+        return replace(step, effects=(*step.effects, fx.StopContainer()))
+    return step
+
+
+def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
+    verdict = verdicts.of_exit(
+        exit_code=event.exit_code, oom_killed=event.oom_killed, error=event.error, stop=record.stop
+    )
+    remark = verdicts.exit_remark(exit_code=event.exit_code, oom_killed=event.oom_killed)
+    remarks = record.remarks if remark is None else (*record.remarks, remark)
+    return _enter(replace(record, verdict=verdict, remarks=remarks), Phase.COLLECTING, event.at)
+
+
+def _lost(record: TaskRecord, event: ev.ContainerLost) -> Step:
+    lost = verdicts.of_failure(Reason.CONTAINER_LOST, event.message)
+    verdict = verdicts.of_stop(record.stop) if record.stop is not None else lost
+    return _give_up(record, event.at, verdict)
+
+
+def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
+    collected = replace(
+        record,
+        collected=event.collected,
+        usage=event.usage,
+        compute_released=True,
+    )
+    return _enter(collected, Phase.UPLOADING, event.at, fx.ReleaseCompute())
+
+
+def _collect_failed(record: TaskRecord, event: ev.CollectFailed) -> Step:
+    failure = verdicts.of_failure(Reason.COLLECT_FAILED, event.message)
+    settled = replace(
+        record,
+        verdict=verdicts.first_failure(record.verdict, failure),
+        remarks=(*record.remarks, event.message),
+        usage=event.usage,
+        compute_released=True,
+    )
+    return _enter(settled, Phase.REPORTING, event.at, fx.ReleaseCompute())
+
+
+def _stored(record: TaskRecord, event: ev.ResultsStored) -> Step:
+    return _enter(replace(record, result_location=event.location), Phase.REPORTING, event.at)
+
+
+def _retained(record: TaskRecord, event: ev.ResultsRetained) -> Step:
+    """A success whose results are not where they belong is none; the exit code stays beside it."""
+    failure = verdicts.of_failure(Reason.RESULTS_NOT_STORED, event.message)
+    kept = replace(
+        record,
+        verdict=verdicts.first_failure(record.verdict, failure),
+        remarks=(*record.remarks, event.message),
+        result_location=event.location,
+        retained=event.will_retry,
+    )
+    return _enter(kept, Phase.REPORTING, event.at)
+
+
+def _acknowledged(record: TaskRecord, event: ev.ReportAcknowledged) -> Step:
+    return _enter(replace(record, reported=True), Phase.CLEANING, event.at)
+
+
+def _cleaned(record: TaskRecord, event: ev.CleanedUp) -> Step:
+    if record.retained:
+        return _enter(record, Phase.RETAINING, event.at)
+    return _enter(replace(record, disk_released=True), Phase.FINISHED, event.at, fx.ReleaseDisk())
+
+
+def _stored_late(record: TaskRecord, event: ev.ResultsStored) -> Step:
+    stored = replace(record, result_location=event.location, retained=False, disk_released=True)
+    return _enter(stored, Phase.FINISHED, event.at, fx.ReleaseDisk())
+
+
+def _abandoned(record: TaskRecord, event: ev.TaskAbandoned) -> Step:
+    return _give_up(record, event.at, event.verdict, fx.CancelStep())
+
+
+Handler = Callable[[TaskRecord, Any], Step]  # the key of its row says which event: no type can say that
+
+TRANSITIONS: Mapping[type[ev.Event], Mapping[Phase, Handler]] = {  # the diagram in docs/architecture.md is this table
+    ev.StopRequested: {
+        Phase.PULLING: _stop_while_pulling,
+        Phase.CREATING: _stop_noted,
+        Phase.STARTING: _stop_noted,
+        Phase.RUNNING: _stop_while_running,
+    },
+    ev.ImagePulled: {Phase.PULLING: _pulled},
+    ev.StepFailed: {
+        Phase.PULLING: _step_failed,
+        Phase.CREATING: _step_failed,
+        Phase.STARTING: _step_failed,
+    },
+    ev.ContainerCreated: {Phase.CREATING: _created},
+    ev.ContainerStarted: {Phase.STARTING: _started},
+    ev.ContainerExited: {Phase.RUNNING: _exited},
+    ev.ContainerLost: {Phase.STARTING: _lost, Phase.RUNNING: _lost},
+    ev.ResultsCollected: {Phase.COLLECTING: _collected},
+    ev.CollectFailed: {Phase.COLLECTING: _collect_failed},
+    ev.ResultsStored: {Phase.UPLOADING: _stored, Phase.RETAINING: _stored_late},
+    ev.ResultsRetained: {Phase.UPLOADING: _retained},
+    ev.ReportAcknowledged: {Phase.REPORTING: _acknowledged},
+    ev.CleanedUp: {Phase.CLEANING: _cleaned},
+    ev.TaskAbandoned: {
+        Phase.PULLING: _abandoned,
+        Phase.CREATING: _abandoned,
+        Phase.STARTING: _abandoned,
+        Phase.RUNNING: _abandoned,
+    },
+}

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs as the driver knows them."""

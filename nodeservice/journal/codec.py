@@ -1,0 +1,220 @@
+"""Turns a task record into versioned JSON text and back.
+
+The forms are derived once from the type hints of the frozen dataclasses in `core.model`, so a new field with a default
+needs no code here: a record written before it existed takes the default. A change that a default cannot carry (a renamed or
+removed field, another meaning) raises `VERSION` and adds a step to `_UPGRADES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from enum import IntEnum, StrEnum
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from nodeservice.core.model import TaskRecord
+from nodeservice.errors import ConfigError, InvariantError, NodeFaultError
+
+VERSION = 1
+
+CORRUPT_HINT = (
+    "stop the node, keep a copy of the journal, and move journal files out of the state directory: the node then starts "
+    "with an empty journal"
+)
+
+_UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From version n to n+1, on the parsed record."""
+
+
+def encode_record(record: TaskRecord) -> str:
+    """One line of ASCII JSON: `{"v": 1, "record": {…}}`. Raises InvariantError for what JSON cannot hold."""
+    try:
+        return json.dumps({"v": VERSION, "record": _form(TaskRecord).encode(record)}, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise InvariantError(f"record of {record.id} cannot be written as JSON: {error}") from error
+
+
+def decode_record(text: str) -> TaskRecord:
+    """Raises ConfigError for a newer version, NodeFaultError (JOURNAL_CORRUPT) for anything that is no record."""
+    try:
+        envelope = json.loads(text)
+    except ValueError as error:
+        raise _corrupt(f"is not JSON: {error}") from error
+    if not isinstance(envelope, dict) or not isinstance(envelope.get("record"), dict):
+        raise _corrupt("is not a JSON object with a member 'record'")
+    version = envelope.get("v")
+    if type(version) is not int or version < 1:
+        raise _corrupt(f"has no valid version: {version!r}")
+    if version > VERSION:
+        raise ConfigError(
+            f"journal record has format {version}, this nodeservice knows formats up to {VERSION}",
+            field="state_dir",
+            hint="the state directory was written by a newer nodeservice: install that version again",
+        )
+    value = envelope["record"]
+    for step in range(version, VERSION):
+        value = _UPGRADES[step](value)
+    try:
+        record = _form(TaskRecord).decode(value)
+    except _MalformedError as error:
+        raise _corrupt(f"is malformed at {'.'.join(reversed(error.path)) or 'its root'}: {error.problem}") from error
+    assert isinstance(record, TaskRecord)
+    return record
+
+
+def _corrupt(what: str) -> NodeFaultError:
+    return NodeFaultError(f"journal record {what}", reason="JOURNAL_CORRUPT", hint=CORRUPT_HINT)
+
+
+class _MalformedError(Exception):
+    """A value that does not fit its type; `path` grows from the inside out."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.path: list[str] = []
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Form:
+    """How one type is written and read. `Any` is unavoidable here: the types are known only through their hints."""
+
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+@cache
+def _form(hint: Any) -> _Form:
+    if hint in _PLAIN:
+        return _plain(hint)
+    if hint is datetime:
+        return _Form(_encode_instant, _decode_instant)
+    if isinstance(hint, type):
+        if dataclasses.is_dataclass(hint):
+            return _dataclass_form(hint)
+        if issubclass(hint, StrEnum | IntEnum):
+            return _enum_form(hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return _optional_form(args)
+    if origin is tuple:
+        return _tuple_form(args)
+    if origin is Mapping and args == (str, object):
+        return _Form(dict, _decode_mapping)
+    raise InvariantError(f"the journal has no form for the type {hint!r}")
+
+
+_PLAIN: frozenset[Any] = frozenset({str, int, float, bool})
+
+
+def _plain(kind: type) -> _Form:
+    accepted = (int, float) if kind is float else (kind,)
+
+    def decode(value: Any) -> Any:
+        if type(value) not in accepted:
+            raise _MalformedError(f"expected {kind.__name__}, found {_describe(value)}")
+        return kind(value)
+
+    return _Form(lambda value: value, decode)
+
+
+def _encode_instant(value: datetime) -> str:
+    if value.tzinfo is None:
+        raise ValueError(f"instant {value!r} has no time zone")
+    return value.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _decode_instant(value: Any) -> datetime:
+    try:
+        instant = datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise _MalformedError(f"expected an ISO 8601 instant, found {_describe(value)}") from error
+    if instant.tzinfo is None:
+        raise _MalformedError(f"instant {value} has no time zone")
+    return instant
+
+
+def _decode_mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _MalformedError(f"expected an object, found {_describe(value)}")
+    return value
+
+
+def _enum_form(kind: type[StrEnum] | type[IntEnum]) -> _Form:
+    def decode(value: Any) -> Any:
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise _MalformedError(f"{_describe(value)} is no {kind.__name__}") from error
+
+    return _Form(lambda value: value.value, decode)
+
+
+def _optional_form(args: tuple[Any, ...]) -> _Form:
+    others = [arg for arg in args if arg is not types.NoneType]
+    if len(others) != 1 or len(args) != 2:
+        raise InvariantError(f"the journal has no form for the union {args!r}")
+    inner = _form(others[0])
+    return _Form(
+        lambda value: None if value is None else inner.encode(value),
+        lambda value: None if value is None else inner.decode(value),
+    )
+
+
+def _tuple_form(args: tuple[Any, ...]) -> _Form:
+    endless = len(args) == 2 and args[1] is Ellipsis
+    forms = [_form(args[0])] if endless else [_form(arg) for arg in args]
+
+    def encode(value: tuple[Any, ...]) -> list[Any]:
+        if endless:
+            return [forms[0].encode(item) for item in value]
+        return [form.encode(item) for form, item in zip(forms, value, strict=True)]
+
+    def decode(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or not (endless or len(value) == len(forms)):
+            raise _MalformedError(f"expected an array, found {_describe(value)}")
+        return tuple(_at(str(index), forms[0 if endless else index].decode, item) for index, item in enumerate(value))
+
+    return _Form(encode, decode)
+
+
+def _dataclass_form(kind: type[Any]) -> _Form:
+    hints = get_type_hints(kind)
+    fields = {field.name: _form(hints[field.name]) for field in dataclasses.fields(kind)}
+    required = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+
+    def encode(value: Any) -> dict[str, Any]:
+        return {name: form.encode(getattr(value, name)) for name, form in fields.items()}
+
+    def decode(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _MalformedError(f"expected an object, found {_describe(value)}")
+        if unknown := value.keys() - fields.keys():
+            # Dropping it could forget a promise that a newer node made.
+            raise _MalformedError(f"unknown field {min(unknown)!r}")
+        if missing := required - value.keys():
+            raise _MalformedError(f"missing field {min(missing)!r}")
+        return kind(**{name: _at(name, fields[name].decode, item) for name, item in value.items()})
+
+    return _Form(encode, decode)
+
+
+def _at(step: str, decode: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return decode(value)
+    except _MalformedError as error:
+        error.path.append(step)
+        raise
+
+
+def _describe(value: Any) -> str:
+    """The type and, cut, the value: a record can hold environment values, so only scalars' types are shown."""
+    return {dict: "an object", list: "an array", type(None): "null"}.get(type(value), type(value).__name__)

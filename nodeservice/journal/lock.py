@@ -1,0 +1,79 @@
+"""Makes sure that one state directory serves one node process at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from nodeservice.errors import ConfigError
+
+
+class StateDirLock:
+    """An advisory lock (flock) on `<state_dir>/node.lock`, which holds the pid of its holder.
+
+    The kernel drops the lock with the process, so a killed node leaves nothing to clean up; the file itself stays, since
+    removing it would let two processes lock two files of one name.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "node.lock"
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, without waiting; making the directory if need be. A lock that is held already is success.
+
+        Raises ConfigError, naming the pid of the holder, when another process (or object) has it.
+        """
+        if self._descriptor is not None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"state_dir {self._path.parent} cannot be written: {error.strerror}",
+                field="state_dir",
+                hint="choose a directory that this user may write to",
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise self._refusal(error, holder) from error
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give it back. One that is not held is success."""
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> StateDirLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _refusal(self, error: OSError, holder: str) -> ConfigError:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return ConfigError(f"state_dir {self._path.parent} cannot be locked: {error.strerror}", field="state_dir")
+        return ConfigError(
+            f"state_dir {self._path.parent} is in use by the process with pid {holder}",
+            field="state_dir",
+            hint="stop that node first, or give this one a state directory of its own",
+        )
+
+
+def _holder(descriptor: int) -> str:
+    text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+    return text if text.isdigit() else "unknown"

@@ -1,0 +1,212 @@
+"""Keeps the journal in an SQLite file: durable, embedded, no server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from nodeservice.core.model import AttemptId, TaskRecord
+from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
+from nodeservice.journal.codec import CORRUPT_HINT, decode_record, encode_record
+from nodeservice.journal.schema import migrate
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+Row = tuple[str | int, ...]
+
+_SAVE = """
+INSERT INTO attempts (task_id, attempt, phase, updated_at, record) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (task_id, attempt) DO UPDATE SET phase = excluded.phase, updated_at = excluded.updated_at,
+    record = excluded.record
+"""
+_FORGET = "DELETE FROM attempts WHERE task_id = ? AND attempt = ?"
+_SET_NOTE = "INSERT INTO notes (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+
+_CORRUPT_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+
+_WAL_LIMIT_BYTES = 16 * 1024**2
+"""The write-ahead log is cut back to this after a checkpoint, so that a burst does not hold disk for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    statement: str
+    rows: list[Row]
+    done: Future[None] = field(default_factory=Future)
+
+
+class SqliteJournal:
+    """A Journal in one file, WAL mode with full sync, all I/O in one thread of its own.
+
+    The file is opened at first use, and opened again after an I/O error, so that a disk that was full or read-only is
+    taken up again without a restart. Writes that wait while the disk syncs share the next transaction, in order: a
+    burst of assignments costs a few syncs, not one each. If a shared transaction fails, each of its callers is told so.
+    A cancelled write may or may not have been made. The file holds the tasks' environment, so only its owner may read it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-journal")
+        self._connection: sqlite3.Connection | None = None
+        self._writes: deque[_Write] = deque()
+        self._writes_lock = threading.Lock()
+
+    async def load(self) -> Sequence[TaskRecord]:
+        return await self._call(self._load)
+
+    async def save(self, records: Sequence[TaskRecord]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        await self._write(_SAVE, [(r.id.task_id, r.id.attempt, r.phase.value, now, encode_record(r)) for r in records])
+
+    async def forget(self, ids: Sequence[AttemptId]) -> None:
+        await self._write(_FORGET, [(id_.task_id, id_.attempt) for id_ in ids])
+
+    async def get_note(self, key: str) -> str | None:
+        return await self._call(lambda connection: _note(connection, key))
+
+    async def set_note(self, key: str, value: str) -> None:
+        await self._write(_SET_NOTE, [(key, value)])
+
+    async def close(self) -> None:
+        """Finish what waits, then close. Closing twice is success; any other use after it raises RuntimeError."""
+        await asyncio.to_thread(self._close)
+
+    # ---- caller's side ----
+
+    async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
+
+    async def _write(self, statement: str, rows: list[Row]) -> None:
+        if not rows:
+            return
+        write = _Write(statement, rows)
+        with self._writes_lock:
+            self._writes.append(write)
+        self._thread.submit(self._flush)
+        await asyncio.wrap_future(write.done)
+
+    # ---- in the thread ----
+
+    def _flush(self) -> None:
+        """Write everything that waits in one transaction. Finding nothing is normal: an earlier flush took it along."""
+        with self._writes_lock:
+            group = [write for write in self._writes if write.done.set_running_or_notify_cancel()]
+            self._writes.clear()
+        if not group:
+            return
+
+        def work(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for write in group:
+                    connection.executemany(write.statement, write.rows)
+
+        try:
+            self._guarded(work)
+        except BaseException as error:
+            for write in group:
+                write.done.set_exception(error)
+            return
+        for write in group:
+            write.done.set_result(None)
+
+    def _guarded(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            if self._connection is None:
+                self._connection = self._open()
+            return work(self._connection)
+        except sqlite3.Error as error:
+            self._disconnect()
+            raise self._translated(error) from error
+        except OSError as error:
+            self._disconnect()
+            raise self._unwritable(error.strerror or str(error)) from error
+
+    def _open(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # SQLite gives its side files the mode of the main file.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        try:
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if mode != "wal":
+                # Some network file systems have no shared memory; a rollback journal with full sync is as durable.
+                log.warning("journal.without_wal", path=str(self._path), journal_mode=mode)
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise self._corrupt(found)
+            migrate(connection, self._path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _load(self, connection: sqlite3.Connection) -> list[TaskRecord]:
+        records = []
+        for task_id, attempt, text in connection.execute("SELECT task_id, attempt, record FROM attempts ORDER BY seq"):
+            try:
+                records.append(decode_record(text))
+            except NodeFaultError as error:
+                log.error("journal.record_corrupt", path=str(self._path), task_id=task_id, attempt=attempt)
+                raise NodeFaultError(
+                    f"{error.message} (task {task_id}, attempt {attempt}, in {self._path})",
+                    reason=error.reason,
+                    hint=error.hint,
+                ) from error
+        return records
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.close()
+            except sqlite3.Error as error:
+                log.debug("journal.close_failed", error=str(error))
+
+    def _close(self) -> None:
+        try:
+            self._thread.submit(self._disconnect)
+        except RuntimeError:
+            return  # closed before
+        self._thread.shutdown(wait=True)
+
+    # ---- errors ----
+
+    def _translated(self, error: sqlite3.Error) -> NodeServiceError:
+        code = getattr(error, "sqlite_errorcode", None)
+        # The low byte is the primary code, the rest refines it (SQLite, "Result and Error Codes").
+        if code is not None and code & 0xFF in _CORRUPT_CODES:
+            return self._corrupt(str(error))
+        return self._unwritable(str(error))
+
+    def _corrupt(self, why: str) -> NodeFaultError:
+        return NodeFaultError(
+            f"journal {self._path} is corrupted: {why}", reason="JOURNAL_CORRUPT", field="state_dir", hint=CORRUPT_HINT
+        )
+
+    def _unwritable(self, why: str) -> TransientError:
+        return TransientError(
+            f"journal {self._path} cannot be used: {why}",
+            reason="JOURNAL_UNWRITABLE",
+            field="state_dir",
+            hint="free disk space in the state directory, or make it writable",
+        )
+
+
+def _note(connection: sqlite3.Connection, key: str) -> str | None:
+    row: tuple[str] | None = connection.execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
+    return None if row is None else row[0]

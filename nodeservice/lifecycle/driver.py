@@ -1,0 +1,360 @@
+"""One queue feeds the core: decide, journal, and only then act.
+
+All that happens to attempts passes through `Driver`, in batches: everything waiting in the queue is decided on, written in
+one synced journal transaction, and then answered and acted on. So one sync serves many, and nothing is ever answered or
+done that a crash could forget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+import structlog
+
+from nodeservice.core import admission, machine
+from nodeservice.core import effects as fx
+from nodeservice.core import events as ev
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import AttemptId, Phase, PhaseTiming, StopRequest, TaskRecord, TaskSpec, TraceIds
+from nodeservice.core.retry import Backoff
+from nodeservice.errors import CapacityError, InvariantError, NodeServiceError, TransientError
+from nodeservice.ports import Clock, Journal, TraceSink
+
+log = structlog.get_logger(__name__)
+
+StartEffect = Callable[[TaskRecord, fx.Effect], None]
+Changed = Callable[[TaskRecord], None]
+_JOURNAL_BACKOFF = Backoff(first_seconds=0.2, max_seconds=15.0)
+_MAX_BATCH = 512
+
+
+@dataclass(slots=True)
+class _Assign:
+    spec: TaskSpec
+    trace: TraceIds
+    received_at: datetime
+    answer: asyncio.Future[TaskRecord]
+
+
+@dataclass(slots=True)
+class _Occurred:
+    id: AttemptId
+    event: ev.Event
+    answer: asyncio.Future[TaskRecord] | None = None
+
+
+@dataclass(slots=True)
+class _Resume:
+    record: TaskRecord
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What one round decided, before it is journalled."""
+
+    changed: dict[AttemptId, TaskRecord] = field(default_factory=dict)
+    effects: list[tuple[AttemptId, fx.Effect]] = field(default_factory=list)
+    answers: list[tuple[asyncio.Future[TaskRecord], AttemptId]] = field(default_factory=list)
+    admitted: set[AttemptId] = field(default_factory=set)
+
+
+class Driver:
+    """The single writer of records, ledger and journal."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        ledger: Ledger,
+        clock: Clock,
+        traces: TraceSink,
+        max_live_count: int = 10_000,
+        finished_retention_count: int = 2_000,
+        finished_retention_seconds: float = 7 * 86_400.0,
+    ) -> None:
+        self._journal = journal
+        self._clock = clock
+        self._traces = traces
+        self._max_live_count = max_live_count
+        self._finished_retention_count = finished_retention_count
+        self._finished_retention = timedelta(seconds=finished_retention_seconds)
+        self._records: dict[AttemptId, TaskRecord] = {}
+        self._newest: dict[str, int] = {}
+        self._finished: dict[AttemptId, None] = {}
+        self._queue: asyncio.Queue[_Assign | _Occurred | _Resume] = asyncio.Queue()
+        self._listeners: list[Changed] = []
+        self._forgotten: list[Callable[[AttemptId], None]] = []
+        self._start_effect: StartEffect = lambda _record, _effect: None
+        self.ledger = ledger
+        self.draining = False
+        self.journal_error: str | None = None
+
+    # ---- wiring ---------------------------------------------------------------------------------------------------
+
+    def connect(self, start_effect: StartEffect) -> None:
+        """Say who acts. Called once, before `run`."""
+        self._start_effect = start_effect
+
+    def on_change(self, listener: Changed) -> None:
+        """Call `listener` with each record after it was journalled. It must be quick and must not raise."""
+        self._listeners.append(listener)
+
+    def on_forget(self, listener: Callable[[AttemptId], None]) -> None:
+        """Call `listener` for each finished attempt that falls out of memory."""
+        self._forgotten.append(listener)
+
+    # ---- what others ask ------------------------------------------------------------------------------------------
+
+    def get(self, id_: AttemptId) -> TaskRecord | None:
+        return self._records.get(id_)
+
+    def newest(self, task_id: str) -> TaskRecord | None:
+        """The record of the highest attempt known of a task."""
+        attempt = self._newest.get(task_id)
+        return None if attempt is None else self._records.get(AttemptId(task_id, attempt))
+
+    def live(self) -> list[TaskRecord]:
+        """All unfinished attempts, oldest first."""
+        return [record for id_, record in self._records.items() if id_ not in self._finished]
+
+    async def assign(self, spec: TaskSpec, *, trace: TraceIds, received_at: datetime) -> TaskRecord:
+        """Admit the attempt; returns once it is durable. Raises RequestError or CapacityError with the reason."""
+        answer: asyncio.Future[TaskRecord] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Assign(spec, trace, received_at, answer))
+        return await answer
+
+    async def request_stop(self, id_: AttemptId, stop: StopRequest) -> TaskRecord:
+        """Ask for the end; returns once the request is durable, not once it is carried out."""
+        answer: asyncio.Future[TaskRecord] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Occurred(id_, ev.StopRequested(at=stop.requested_at, stop=stop), answer))
+        return await answer
+
+    def post(self, id_: AttemptId, event: ev.Event) -> None:
+        """Tell what happened. Never blocks."""
+        self._queue.put_nowait(_Occurred(id_, event))
+
+    # ---- start and run --------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Take up what the journal holds. Call before `run`; nothing is acted on yet."""
+        for record in await self._journal.load():
+            self._remember(record)
+            if record.phase is Phase.FINISHED:
+                self._finished[record.id] = None
+        self.ledger.restore(self._records.values())
+
+    def adopt(self, record: TaskRecord) -> None:
+        """Take up an attempt that the journal lost, as rebuilt from its container's labels."""
+        self.ledger.restore([record])
+        self._queue.put_nowait(_Resume(record))
+
+    def resume_all(self) -> None:
+        for record in self.live():
+            self._queue.put_nowait(_Resume(record))
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            batch = _Batch()
+            self._decide(await self._queue.get(), batch)
+            for _ in range(_MAX_BATCH):
+                try:
+                    self._decide(self._queue.get_nowait(), batch)
+                except asyncio.QueueEmpty:
+                    break
+            if batch.changed:
+                await self._write(batch)
+            self._publish(batch)
+            await self._forget_old()
+
+    # ---- decide ---------------------------------------------------------------------------------------------------
+
+    def _decide(self, item: _Assign | _Occurred | _Resume, batch: _Batch) -> None:
+        match item:
+            case _Assign():
+                self._decide_assign(item, batch)
+            case _Occurred():
+                self._decide_event(item, batch)
+            case _Resume():
+                step = machine.resume(item.record, at=self._clock.now())
+                if item.record.id not in self._records:
+                    step = replace(step, changed=True)
+                self._note(step, batch)
+
+    def _decide_assign(self, item: _Assign, batch: _Batch) -> None:
+        def known(spec: TaskSpec) -> TaskRecord | None:
+            return batch.changed.get(spec.id) or self._records.get(spec.id)
+
+        try:
+            admitted = admission.admit(
+                item.spec,
+                known=known,
+                ledger=self.ledger,
+                draining=self.draining,
+                live_count=len(self._records) - len(self._finished) + len(batch.admitted),
+                max_live_count=self._max_live_count,
+            )
+            if admitted.existing is None:
+                lease = self.ledger.grant(item.spec.id, item.spec.request)
+                self._note(
+                    machine.accept(
+                        spec=item.spec,
+                        lease=lease,
+                        trace=item.trace,
+                        received_at=item.received_at,
+                        accepted_at=self._clock.now(),
+                    ),
+                    batch,
+                )
+                batch.admitted.add(item.spec.id)
+            batch.answers.append((item.answer, item.spec.id))
+        except NodeServiceError as error:
+            _fail(item.answer, error)
+
+    def _decide_event(self, item: _Occurred, batch: _Batch) -> None:
+        record = batch.changed.get(item.id) or self._records.get(item.id)
+        if record is None:
+            if item.answer is not None:
+                _fail(item.answer, InvariantError(f"{item.id} is not known here"))
+            return
+        try:
+            self._note(machine.advance(record, item.event), batch)
+        except InvariantError as error:
+            log.error("task.invariant", task_id=item.id.task_id, attempt=item.id.attempt, error=str(error))
+            if item.answer is not None:
+                _fail(item.answer, error)
+            return
+        if item.answer is not None:
+            batch.answers.append((item.answer, item.id))
+
+    def _note(self, step: machine.Step, batch: _Batch) -> None:
+        if step.changed:
+            batch.changed[step.record.id] = step.record
+        batch.effects += [(step.record.id, effect) for effect in step.effects]
+
+    # ---- journal, then act ----------------------------------------------------------------------------------------
+
+    async def _write(self, batch: _Batch) -> None:
+        """Journal the batch. New work is refused while the journal cannot be written; what happened is kept until it can."""
+        failures = 0
+        while batch.changed:
+            try:
+                await self._journal.save(list(batch.changed.values()))
+            except TransientError as error:
+                if self.journal_error is None:
+                    log.error("journal.unwritable", error=str(error))
+                self.journal_error = str(error)
+                self._refuse_admitted(batch, error)
+                await self._clock.sleep(_JOURNAL_BACKOFF.delay(failures, random.random()))  # noqa: S311
+                failures += 1
+            else:
+                if self.journal_error is not None:
+                    log.info("journal.writable_again")
+                self.journal_error = None
+                return
+
+    def _refuse_admitted(self, batch: _Batch, error: TransientError) -> None:
+        for id_ in batch.admitted:
+            batch.changed.pop(id_, None)
+            self.ledger.release_compute(id_)
+            self.ledger.release_disk(id_)
+        refusal = CapacityError(
+            f"this node cannot write its journal: {error}", reason="JOURNAL_UNWRITABLE", hint="assign it elsewhere"
+        )
+        for answer, id_ in batch.answers:
+            if id_ in batch.admitted:
+                _fail(answer, refusal)
+        batch.answers = [(answer, id_) for answer, id_ in batch.answers if id_ not in batch.admitted]
+        batch.effects = [(id_, effect) for id_, effect in batch.effects if id_ not in batch.admitted]
+        batch.admitted.clear()
+
+    def _publish(self, batch: _Batch) -> None:
+        for id_, record in batch.changed.items():
+            before = self._records.get(id_)
+            self._remember(record)
+            self._trace(before, record)
+            if record.phase is Phase.FINISHED:
+                self._finished[id_] = None
+                log.info("task.finished", **summary(record))
+            for listener in self._listeners:
+                listener(record)
+        for answer, id_ in batch.answers:
+            if not answer.done():
+                answer.set_result(self._records[id_])
+        for id_, effect in batch.effects:
+            match effect:
+                case fx.ReleaseCompute():
+                    self.ledger.release_compute(id_)
+                case fx.ReleaseDisk():
+                    self.ledger.release_disk(id_)
+                case _:
+                    self._start_effect(self._records[id_], effect)
+
+    def _remember(self, record: TaskRecord) -> None:
+        self._records[record.id] = record
+        self._newest[record.id.task_id] = max(record.id.attempt, self._newest.get(record.id.task_id, 0))
+
+    def _trace(self, before: TaskRecord | None, record: TaskRecord) -> None:
+        ended_before = sum(1 for timing in before.timings if timing.ended_at is not None) if before else 0
+        for timing in record.timings[ended_before:]:
+            if timing.ended_at is not None:
+                self._traces.phase_ended(record, timing)
+        if record.phase is Phase.FINISHED:
+            self._traces.task_ended(record)
+
+    async def _forget_old(self) -> None:
+        """Finished attempts are remembered, so that a repeated request gets the same answer, up to a number and an age."""
+        excess = len(self._finished) - self._finished_retention_count
+        oldest_at = self._clock.now() - self._finished_retention
+        old: list[AttemptId] = []
+        for id_ in self._finished:
+            if len(old) >= excess and self._records[id_].timings[-1].started_at > oldest_at:
+                break
+            old.append(id_)
+        if not old:
+            return
+        with contextlib.suppress(TransientError):  # the journal is full or away: they are forgotten in a later round
+            await self._journal.forget(old)
+            for id_ in old:
+                del self._finished[id_]
+                del self._records[id_]
+                if self._newest.get(id_.task_id) == id_.attempt:
+                    del self._newest[id_.task_id]
+                for listener in self._forgotten:
+                    listener(id_)
+
+
+def summary(record: TaskRecord) -> dict[str, object]:
+    """The one canonical log line of a finished attempt."""
+    verdict, collected = record.verdict, record.collected
+    return {
+        "task_id": record.id.task_id,
+        "attempt": record.id.attempt,
+        "outcome": verdict.outcome.value if verdict else None,
+        "reason": verdict.reason.value if verdict else None,
+        "exit_code": verdict.exit_code if verdict else None,
+        "seconds": durations(record.timings),
+        "memory_peak_bytes": record.usage.memory_peak_bytes,
+        "gpu_uuids": list(record.lease.gpu_uuids),
+        "stored_bytes": collected.total_bytes if collected else 0,
+        "result_location": record.result_location,
+        "trace_id": record.trace.trace_id,
+    }
+
+
+def durations(timings: Iterable[PhaseTiming]) -> dict[str, float]:
+    return {
+        timing.name: round((timing.ended_at - timing.started_at).total_seconds(), 4)
+        for timing in timings
+        if timing.ended_at is not None
+    }
+
+
+def _fail(answer: asyncio.Future[TaskRecord], error: NodeServiceError) -> None:
+    if not answer.done():
+        answer.set_exception(error)

@@ -1,0 +1,105 @@
+"""Rebuilds the node's work after a restart, from journal ∪ labelled containers, and sweeps what nobody claims."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+
+import structlog
+
+from nodeservice.core.model import AttemptId, Phase, PhaseTiming, TaskRecord
+from nodeservice.errors import NodeServiceError, TransientError
+from nodeservice.lifecycle import labels
+from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.ports import ContainerState
+
+log = structlog.get_logger(__name__)
+
+Decode = Callable[[str], TaskRecord]
+
+
+async def recover(context: Context, driver: Driver, decode: Decode) -> None:
+    """Resume what the journal knows, then adopt or remove what only the engine knows.
+
+    Waits for an engine that is away. Run it beside the driver: journalled work goes on meanwhile.
+    """
+    leftover = await asyncio.to_thread(context.dirs.all)
+    driver.resume_all()
+    failures = 0
+    while True:
+        try:
+            containers = await context.runtime.list_owned(context.settings.worker_id)
+            break
+        except TransientError as error:
+            log.warning("recovery.engine_away", error=str(error))
+            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            failures += 1
+    for container in containers:
+        await _take_up(context, driver, decode, container)
+    await _sweep(context, driver, leftover)
+
+
+async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> None:
+    id_ = _identity(container)
+    known = driver.get(id_) if id_ is not None else None
+    if known is not None and known.phase is not Phase.FINISHED:
+        return
+    if known is None:
+        record = _from_labels(container, decode)
+        if record is not None:
+            log.warning(
+                "recovery.adopted", task_id=record.id.task_id, attempt=record.id.attempt, container=container.name
+            )
+            driver.adopt(record)
+            return
+    log.warning("recovery.orphan_removed", container=container.name, id=container.id)
+    try:
+        await context.runtime.remove(container.id)
+    except NodeServiceError as error:
+        log.error("recovery.orphan_not_removed", container=container.name, error=str(error))
+
+
+def _identity(container: ContainerState) -> AttemptId | None:
+    task_id, attempt = container.labels.get(labels.TASK_ID), container.labels.get(labels.ATTEMPT, "")
+    return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None
+
+
+def _from_labels(container: ContainerState, decode: Decode) -> TaskRecord | None:
+    """The record as it was when the container was made, brought up to what the engine shows now."""
+    story = container.labels.get(labels.RECORD)
+    if story is None:
+        return None
+    try:
+        record = decode(story)
+    except NodeServiceError as error:
+        log.error("recovery.unreadable_labels", container=container.name, error=str(error))
+        return None
+    if container.started_at is None:
+        return replace(record, container_id=container.id)
+    limit = record.spec.timeout_seconds
+    running = PhaseTiming(name="run", started_at=container.started_at)
+    ended = tuple(replace(timing, ended_at=timing.ended_at or container.started_at) for timing in record.timings)
+    return replace(
+        record,
+        container_id=container.id,
+        phase=Phase.RUNNING,
+        timings=(*ended, running),
+        started_at=container.started_at,
+        deadline_at=None if limit is None else container.started_at + timedelta(seconds=limit),
+    )
+
+
+async def _sweep(context: Context, driver: Driver, leftover: list[str]) -> None:
+    """Remove work directories that were there at the start and that no unfinished attempt owns."""
+    for name in leftover:
+        task_id, _, attempt = name.rpartition(".")
+        if not attempt.isdecimal():
+            continue
+        record = driver.get(AttemptId(task_id, int(attempt)))
+        if record is None or record.phase is Phase.FINISHED:
+            log.warning("recovery.swept", directory=name)
+            await asyncio.to_thread(context.dirs.remove, AttemptId(task_id, int(attempt)))

@@ -1,0 +1,108 @@
+"""Runs effects as asyncio tasks: one per attempt and kind, retried, interruptible, gone at shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+
+import structlog
+
+from nodeservice.core import effects as fx
+from nodeservice.core import events as ev
+from nodeservice.core import machine
+from nodeservice.core.model import AttemptId, Phase, Reason, TaskRecord
+from nodeservice.core.verdict import of_failure
+from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.steps import clean_up, collect, pull, report, run, upload
+
+log = structlog.get_logger(__name__)
+
+_PHASE_OF: dict[type[fx.Effect], Phase] = {
+    type(effect): phase for phase, row in machine.ENTRY.items() for effect in row
+}
+_TRIES_BEFORE_ABANDONING = 5
+Key = tuple[AttemptId, type[fx.Effect]]
+
+
+class Runner:
+    """Starts effects that the driver journalled, and posts how they ended."""
+
+    def __init__(self, context: Context, driver: Driver) -> None:
+        self._context = context
+        self._driver = driver
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+
+    def start(self, record: TaskRecord, effect: fx.Effect) -> None:
+        """Begin. An effect of a phase that is already over, and one already under way, are left alone."""
+        match effect:
+            case fx.CancelStep():
+                self._interrupt(record.id, fx.PullImage)
+            case fx.StopContainer():
+                if record.phase is Phase.RUNNING:
+                    self._spawn(record.id, effect, self._stop(record))
+            case _:
+                if record.phase is _PHASE_OF[type(effect)]:
+                    self._spawn(record.id, effect, self._carry_out(record.id, effect))
+
+    async def close(self) -> None:
+        """Interrupt everything. Containers run on; the next start takes them up again."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _spawn(self, id_: AttemptId, effect: fx.Effect, work: Coroutine[None, None, None]) -> None:
+        key = (id_, type(effect))
+        if key in self._tasks:
+            work.close()
+            return
+        task = asyncio.create_task(work, name=f"{type(effect).__name__} {id_}")
+        self._tasks[key] = task
+        task.add_done_callback(lambda _done: self._tasks.pop(key, None))
+
+    def _interrupt(self, id_: AttemptId, kind: type[fx.Effect]) -> None:
+        task = self._tasks.get((id_, kind))
+        if task is not None:
+            task.cancel()
+
+    async def _stop(self, record: TaskRecord) -> None:
+        await run.stop(self._context, record)
+
+    async def _carry_out(self, id_: AttemptId, effect: fx.Effect) -> None:
+        """Run the step until it tells how it went. A step that fails in a way it doesn't know is tried again."""
+        failures = 0
+        while True:
+            record = self._driver.get(id_)
+            if record is None or record.phase is not _PHASE_OF[type(effect)]:
+                return
+            try:
+                event = await self._step(effect)(record)
+                break
+            except Exception as error:
+                failures += 1
+                log.exception("step.failed", step=type(effect).__name__, task_id=id_.task_id, failures=failures)
+                if record.phase <= Phase.RUNNING and failures >= _TRIES_BEFORE_ABANDONING:
+                    verdict = of_failure(Reason.NODE_FAULT, f"{type(effect).__name__} failed on this node: {error}")
+                    event = ev.TaskAbandoned(at=self._context.clock.now(), verdict=verdict)
+                    break
+                pause = self._context.settings.step_backoff.delay(failures, random.random())  # noqa: S311
+                await self._context.clock.sleep(pause)
+        self._tasks.pop((id_, type(effect)), None)
+        self._driver.post(id_, event)
+
+    def _step(self, effect: fx.Effect) -> Callable[[TaskRecord], Awaitable[ev.Event]]:
+        context = self._context
+        steps: dict[type[fx.Effect], Callable[[TaskRecord], Awaitable[ev.Event]]] = {
+            fx.PullImage: lambda record: pull.pull(context, record),
+            fx.CreateContainer: lambda record: run.create(context, record),
+            fx.StartContainer: lambda record: run.start(context, record),
+            fx.WatchContainer: lambda record: run.watch(context, self._driver, record),
+            fx.CollectResults: lambda record: collect.collect(context, record),
+            fx.UploadResults: lambda record: upload.upload(context, record),
+            fx.ReportOutcome: lambda record: report.report(context, record),
+            fx.CleanUp: lambda record: clean_up.clean_up(context, record),
+            fx.StoreRetained: lambda record: upload.store_retained(context, record),
+        }
+        return steps[type(effect)]

@@ -1,0 +1,22 @@
+"""Removes what an attempt leaves on the host: container, cgroup, work directory. The log stays until it is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nodeservice.core import events as ev
+from nodeservice.core.model import TaskRecord
+from nodeservice.lifecycle import labels
+from nodeservice.lifecycle.context import Context
+
+
+async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
+    container = await context.runtime.find(labels.container_name(record.id))
+    if container is not None:
+        await context.runtime.remove(container.id)
+    await context.cgroups.remove(record.id)
+    if record.collected is None:  # what could not be collected is not thrown away either
+        await asyncio.to_thread(context.dirs.salvage, record.id)
+    else:
+        await asyncio.to_thread(context.dirs.remove, record.id)
+    return ev.CleanedUp(at=context.clock.now())

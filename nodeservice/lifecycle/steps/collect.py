@@ -1,0 +1,72 @@
+"""Freezes what the attempt left: its log, its usage, its files."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+
+from nodeservice.core import events as ev
+from nodeservice.core.model import Collected, TaskRecord
+from nodeservice.errors import NodeServiceError
+from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.steps.run import make_sure_it_ended
+from nodeservice.ports import ResultBundle
+
+log = structlog.get_logger(__name__)
+
+
+async def collect(context: Context, record: TaskRecord) -> ev.Event:
+    """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
+    await asyncio.to_thread(context.dirs.prepare, record.id)
+    container = await make_sure_it_ended(context, record.id)
+    path = context.dirs.log(record.id)
+    if container is not None and container.has_run:
+        await context.logs.capture(record.id, container.id, path, follow=False)
+    usage = await context.cgroups.usage(record.id)
+    try:
+        bundle = await _freeze(context, record)
+    except NodeServiceError as error:
+        return ev.CollectFailed(at=context.clock.now(), message=f"cannot collect the results: {error}", usage=usage)
+    collected = _collected(context, record, bundle)
+    return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
+
+
+async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
+    """Collect, and try again for a while: a full disk may be freed, and giving up loses results."""
+    failures = 0
+    while True:
+        try:
+            return await asyncio.to_thread(
+                context.bundles.collect, record.spec, context.dirs.root(record.id), context.dirs.log(record.id)
+            )
+        except NodeServiceError as error:
+            failures += 1
+            log.error("results.collect_failed", task_id=record.id.task_id, failures=failures, error=str(error))
+            if failures >= context.settings.collect_attempt_count:
+                raise
+            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+
+
+def _collected(context: Context, record: TaskRecord, bundle: ResultBundle) -> Collected:
+    path = context.dirs.log(record.id)
+    return Collected(
+        manifest_sha256=context.bundles.digest(bundle),
+        file_count=len(bundle.files),
+        total_bytes=bundle.manifest.total_bytes,
+        log_bytes=path.stat().st_size if path.exists() else 0,
+        log_tail=context.logs.tail(record.id, path),
+        paths=_bounded([file.entry.path for file in bundle.files], context.settings.path_list_max_bytes),
+        skipped=_bounded(list(bundle.manifest.skipped), context.settings.path_list_max_bytes // 8),
+    )
+
+
+def _bounded(texts: list[str], max_bytes: int) -> tuple[str, ...]:
+    kept: list[str] = []
+    for text in texts:
+        max_bytes -= len(text.encode(errors="replace")) + 8
+        if max_bytes < 0:
+            break
+        kept.append(text)
+    return tuple(kept)

@@ -1,0 +1,43 @@
+"""Turns an adapter's error into the reason that the outcome will carry, and waits for an engine that is away."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from nodeservice.core.model import Reason
+from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
+from nodeservice.lifecycle.context import Context
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+def reason_of(error: NodeServiceError, otherwise: Reason) -> Reason:
+    """The error's own reason where the outcome knows it."""
+    try:
+        return Reason(error.reason)
+    except ValueError:
+        return otherwise
+
+
+async def persist(context: Context, call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a call while the engine is away. Raises NodeFaultError (NODE_FAULT) once the limit has passed."""
+    failures = 0
+    give_up_at = context.clock.now().timestamp() + context.settings.engine_give_up_seconds
+    while True:
+        try:
+            return await call()
+        except TransientError as error:
+            if context.clock.now().timestamp() >= give_up_at:
+                raise NodeFaultError(
+                    f"the container engine stayed away: {error}",
+                    reason="NODE_FAULT",
+                    hint="check the engine on this node",
+                ) from error
+            log.warning("engine.retry", failures=failures, error=str(error))
+            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            failures += 1

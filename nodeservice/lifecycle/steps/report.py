@@ -1,0 +1,28 @@
+"""Delivers the outcome until the master has acknowledged it. The journalled record is the outbox."""
+
+from __future__ import annotations
+
+import random
+
+import structlog
+
+from nodeservice.core import events as ev
+from nodeservice.core.model import TaskRecord
+from nodeservice.errors import TransientError
+from nodeservice.lifecycle.context import Context
+
+log = structlog.get_logger(__name__)
+
+
+async def report(context: Context, record: TaskRecord) -> ev.Event:
+    failures = 0
+    while True:
+        try:
+            await context.uplink.report(record)
+        except TransientError as error:
+            failures += 1
+            if failures in (1, 10) or failures % 100 == 0:
+                log.warning("report.not_delivered", task_id=record.id.task_id, failures=failures, error=str(error))
+            await context.clock.sleep(context.settings.report_backoff.delay(failures, random.random()))  # noqa: S311
+        else:
+            return ev.ReportAcknowledged(at=context.clock.now())

@@ -1,0 +1,84 @@
+"""Stores the results, or keeps them on this host until the store takes them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+
+from nodeservice.core import events as ev
+from nodeservice.core.model import TaskRecord
+from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
+from nodeservice.lifecycle.context import Context
+from nodeservice.ports import ResultBundle
+
+log = structlog.get_logger(__name__)
+
+_REFUSALS_BEFORE_KEEPING = 3
+
+
+async def upload(context: Context, record: TaskRecord) -> ev.Event:
+    """Try until it is stored. Past the limit, or when the store refuses us, keep the results here instead.
+
+    The limit counts from the start of the phase, so a restart doesn't prolong it. Where even the directory on this host
+    takes nothing (a full disk), both are tried for ever: no report goes out before the results are safe somewhere.
+    """
+    settings = context.settings
+    bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
+    began_at = record.timings[-1].started_at
+    failures = refusals = 0
+    while True:
+        try:
+            return ev.ResultsStored(location=await context.store.put(bundle), at=context.clock.now())
+        except (TransientError, NodeFaultError, RequestError) as error:
+            failures += 1
+            refusals += isinstance(error, NodeFaultError)
+            log.warning("results.not_stored", task_id=record.id.task_id, failures=failures, error=str(error))
+            waited = (context.clock.now() - began_at).total_seconds()
+            hopeless = isinstance(error, RequestError)
+            over = waited >= settings.upload_give_up_seconds or refusals >= _REFUSALS_BEFORE_KEEPING
+            if hopeless or over:
+                kept = await _keep_here(
+                    context, bundle, error, will_retry=settings.retries_kept_results and not hopeless
+                )
+                if kept is not None:
+                    return kept
+            await context.clock.sleep(_pause(context, failures))
+
+
+async def _keep_here(
+    context: Context, bundle: ResultBundle, cause: NodeServiceError, *, will_retry: bool
+) -> ev.ResultsRetained | None:
+    if context.fallback is None:
+        return None
+    try:
+        location = await context.fallback.put(bundle)
+    except NodeServiceError as error:
+        log.error("results.not_kept", task_id=bundle.spec.id.task_id, error=str(error))
+        return None
+    later = "; they are uploaded when it takes them" if will_retry else ""
+    message = f"The results are complete at {location}, since the result store did not take them{later}: {cause}"
+    return ev.ResultsRetained(at=context.clock.now(), location=location, message=message, will_retry=will_retry)
+
+
+async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
+    """Upload results that were kept here, for as long as it takes; then drop the copy, leaving a pointer."""
+    bundle = await asyncio.to_thread(context.bundles.kept, record.spec)
+    failures = 0
+    while True:
+        try:
+            location = await context.store.put(bundle)
+        except NodeServiceError as error:
+            failures += 1
+            if failures in (1, 10) or failures % 100 == 0:
+                log.warning("results.still_retained", task_id=record.id.task_id, failures=failures, error=str(error))
+            await context.clock.sleep(_pause(context, failures))
+        else:
+            await asyncio.to_thread(context.bundles.discard_kept, record.spec, location)
+            log.info("results.stored_late", task_id=record.id.task_id, location=location)
+            return ev.ResultsStored(at=context.clock.now(), location=location)
+
+
+def _pause(context: Context, failures: int) -> float:
+    return context.settings.store_backoff.delay(failures, random.random())  # noqa: S311

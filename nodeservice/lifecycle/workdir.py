@@ -1,0 +1,58 @@
+"""Where an attempt's files lie on this host."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from nodeservice.core.model import AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkDirs:
+    """Paths under the state directory. Ids were checked at admission, so they are safe in a path.
+
+    The log lies apart from the work directory: it can still be followed after the clean-up.
+    """
+
+    state_dir: Path
+
+    def root(self, id_: AttemptId) -> Path:
+        return self.state_dir / "tasks" / str(id_)
+
+    def results(self, id_: AttemptId) -> Path:
+        """Mounted in the container at /results and /output."""
+        return self.root(id_) / "results"
+
+    def log(self, id_: AttemptId) -> Path:
+        return self.state_dir / "logs" / f"{id_}.log"
+
+    def prepare(self, id_: AttemptId) -> None:
+        """Make them. World-writable inside a private parent, since a container may run as any user."""
+        self.log(id_).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root(id_).mkdir(mode=0o700, parents=True, exist_ok=True)
+        results = self.results(id_)
+        results.mkdir(exist_ok=True)
+        results.chmod(0o777)
+
+    def remove(self, id_: AttemptId) -> None:
+        """Remove all but the log. Repeating is harmless."""
+        root = self.root(id_)
+        if root.exists():
+            shutil.rmtree(root)
+
+    def salvage(self, id_: AttemptId) -> None:
+        """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless."""
+        root, target = self.root(id_), self.state_dir / "salvage" / str(id_)
+        if root.exists():
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root.rename(target)
+
+    def remove_log(self, id_: AttemptId) -> None:
+        self.log(id_).unlink(missing_ok=True)
+
+    def all(self) -> list[str]:
+        """The names (`<task_id>.<attempt>`) of all work directories there are."""
+        tasks = self.state_dir / "tasks"
+        return sorted(entry.name for entry in tasks.iterdir()) if tasks.is_dir() else []

@@ -1,0 +1,1 @@
+"""Limits of a task: planned, held by the kernel, read back, proven."""

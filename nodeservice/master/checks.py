@@ -1,0 +1,143 @@
+"""Check what comes over the wire before anything is done with it; every text and number is taken for hostile."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from nodeservice.errors import RequestError
+from nodeservice.master.amounts import GIB, Amounts
+from nodeservice.wire import master_worker_pb2 as pb
+
+TASK_MAX_BYTES = 1024**2
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
+_LABEL = re.compile(r"[^\x00-\x1f\x7f/\\]{1,128}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
+_PORT = re.compile(r"[0-9]{1,5}")
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_PULL_POLICIES = ("always", "if-not-present", "never")
+_LARGEST = {"cpu_milli": 10**9, "memory_bytes": 2**60, "disk_bytes": 2**60, "gpu_count": 10**6}
+_LONGEST_SECONDS = 10 * 366 * 86400.0
+_LATEST_UNIX = 253402300799
+"""The last second of the year 9999."""
+
+
+def invalid(field: str, message: str, *, hint: str | None = None) -> RequestError:
+    return RequestError(f"{field}: {message}", reason="INVALID_REQUEST", field=field, hint=hint)
+
+
+def shown(text: str) -> str:
+    """A hostile text made fit for a message: short, printable."""
+    return ascii(text[:64]) + ("…" if len(text) > 64 else "")
+
+
+def is_id(text: str) -> bool:
+    return _ID.fullmatch(text) is not None and ".." not in text
+
+
+def check_id(field: str, text: str) -> str:
+    if not is_id(text):
+        remedy = "1 to 128 of A-Z a-z 0-9 . _ -, a letter or digit first, no '..'"
+        raise invalid(field, f"{shown(text)} is not an id", hint=remedy)
+    return text
+
+
+def check_attempt(field: str, attempt: int) -> int:
+    if not 1 <= attempt <= 1_000_000:
+        raise invalid(field, f"{attempt} is not between 1 and 1000000")
+    return attempt
+
+
+def check_traceparent(text: str) -> str:
+    """The W3C header if it is well-formed, else an empty text: a broken trace context is no reason to refuse work."""
+    return text if _TRACEPARENT.fullmatch(text) else ""
+
+
+def check_address(field: str, text: str, *, default_port: int) -> str:
+    """`host` or `host:port` as `host:port`; an IPv6 address stands in brackets."""
+    host, separator, port_text = text.rpartition(":")
+    if not separator or text.endswith("]"):
+        host, port_text = text, str(default_port)
+    if not _HOST.fullmatch(host) or not _PORT.fullmatch(port_text) or not 1 <= int(port_text) <= 65535:
+        raise invalid(field, f"{shown(text)} is not HOST or HOST:PORT")
+    return f"{host}:{int(port_text)}"
+
+
+def amount_of(field: str, value: float, *, scale: int, largest: int) -> int:
+    """An old field (cores, GiB, count) in exact units."""
+    if not math.isfinite(value) or value < 0:
+        raise invalid(field, f"{value} is not a finite number from 0 up")
+    if value * scale > largest:
+        raise invalid(field, f"{value} is beyond anything that exists")
+    return round(value * scale)
+
+
+def request_of(task: pb.Task) -> Amounts:
+    """What the task asks for: an exact extension field wins over its `req_*` field and must not contradict it."""
+    gpu_count = amount_of("req_gpu", task.req_gpu, scale=1, largest=_LARGEST["gpu_count"])
+    if gpu_count != task.req_gpu:
+        raise invalid("req_gpu", f"{task.req_gpu} is not a whole number of GPUs")
+    return Amounts(
+        cpu_milli=_exact(task, "cpu_milli", "req_cpu", 1000),
+        memory_bytes=_exact(task, "memory_bytes", "req_memory", GIB),
+        disk_bytes=_exact(task, "disk_bytes", "req_storage", GIB),
+        gpu_count=gpu_count,
+    )
+
+
+def _exact(task: pb.Task, field: str, old_field: str, scale: int) -> int:
+    old = amount_of(old_field, getattr(task, old_field), scale=scale, largest=_LARGEST[field])
+    if not task.HasField(field):
+        return old
+    exact = int(getattr(task, field))
+    if not 0 <= exact <= _LARGEST[field]:
+        raise invalid(field, f"{exact} is not between 0 and {_LARGEST[field]}")
+    # A peer may round the old field to whole units or leave it empty; more than 1 % (and one unit) apart is a mistake.
+    if old and abs(old - exact) > max(1, exact // 100):
+        raise invalid(field, f"{exact} contradicts {old_field} = {getattr(task, old_field):g}")
+    return exact
+
+
+def check_task(task: pb.Task) -> Amounts:
+    """Refuse what no node could take as it is meant; returns what the task asks for. Raises RequestError."""
+    if task.ByteSize() > TASK_MAX_BYTES:
+        raise invalid(
+            "task", f"{task.ByteSize()} bytes are more than {TASK_MAX_BYTES}", hint="pass large input another way"
+        )
+    check_id("task_id", task.task_id)
+    if task.HasField("attempt"):
+        check_attempt("attempt", task.attempt)
+    if not _IMAGE.fullmatch(task.docker_image):
+        raise invalid("docker_image", f"{shown(task.docker_image)} is not the name of an image")
+    if task.command and task.argv:
+        raise invalid("argv", "excludes command", hint="give one of them")
+    _check_texts(task)
+    for field, value in (("timeout_seconds", task.timeout_seconds), ("grace_seconds", task.grace_seconds)):
+        if not math.isfinite(value) or not 0 <= value <= _LONGEST_SECONDS:
+            raise invalid(field, f"{value} is not a number of seconds from 0 to ten years")
+    if task.HasField("pull_policy") and task.pull_policy not in _PULL_POLICIES:
+        raise invalid("pull_policy", f"{shown(task.pull_policy)} is none of {', '.join(_PULL_POLICIES)}")
+    if task.HasField("pids_limit") and task.pids_limit < 1:
+        raise invalid("pids_limit", f"{task.pids_limit} is less than 1")
+    if not math.isfinite(task.sla_multiplier) or task.sla_multiplier < 0:
+        raise invalid("sla_multiplier", f"{task.sla_multiplier} is not a finite number from 0 up")
+    if not 0 <= task.submitted_at <= _LATEST_UNIX:
+        raise invalid("submitted_at", f"{task.submitted_at} is not a time in Unix seconds")
+    return request_of(task)
+
+
+def _check_texts(task: pb.Task) -> None:
+    if task.target_worker_id:
+        check_id("target_worker_id", task.target_worker_id)
+    for field, text in (("task_name", task.task_name), ("task_type", task.task_type), ("user_id", task.user_id)):
+        if text and not (_NAME if field == "task_name" else _LABEL).fullmatch(text):
+            raise invalid(field, f"{shown(text)} has characters that it may not have or is longer than 128")
+    if "\0" in task.command or any("\0" in word for word in task.argv):
+        raise invalid("command", "contains a NUL character")
+    for variable in task.env:
+        if not variable.name or "=" in variable.name or "\0" in variable.name or "\0" in variable.value:
+            raise invalid(
+                "env", f"{shown(variable.name)} is not the name of a variable, or its value has a NUL character"
+            )

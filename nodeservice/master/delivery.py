@@ -1,0 +1,171 @@
+"""Sends assignments and cancellations to nodes, and repeats them until each is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import structlog
+
+from nodeservice.errors import TransientError
+from nodeservice.master.clock import MasterClock
+from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.rows import Key, TaskRow
+from nodeservice.master.tasks import TaskBook
+from nodeservice.wire import master_worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+ASSIGN_DEADLINE_SECONDS = 10.0
+CANCEL_DEADLINE_SECONDS = 30.0
+FINAL_REASONS = frozenset({"INVALID_REQUEST", "TASK_CONFLICT"})
+"""A node's refusals that no other node and no later time would change."""
+
+_CONCURRENT_CALLS = 32
+
+
+@dataclass(slots=True)
+class Refusal:
+    """A node that refused an attempt is not asked again for it before `until` (monotonic)."""
+
+    until: float
+    pause_seconds: float
+
+
+class Delivery:
+    """One call at a time per attempt; a call that was not answered is repeated after `retry_seconds`."""
+
+    def __init__(
+        self,
+        book: TaskBook,
+        nodes: NodeRegistry,
+        clock: MasterClock,
+        *,
+        retry_seconds: float,
+        on_room: Callable[[], None],
+    ) -> None:
+        self._book = book
+        self._nodes = nodes
+        self._clock = clock
+        self._retry_seconds = retry_seconds
+        self._on_room = on_room
+        self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
+        self._calls: dict[tuple[Key, str], asyncio.Task[None]] = {}
+        self._next_try: dict[tuple[Key, str], float] = {}
+        self._refusals: dict[tuple[Key, str], Refusal] = {}
+
+    def excluded(self, key: Key) -> frozenset[str]:
+        """Nodes that refused the attempt a moment ago."""
+        now = self._clock.monotonic()
+        return frozenset(worker for (k, worker), refusal in self._refusals.items() if k == key and refusal.until > now)
+
+    def due(self) -> None:
+        """Start every call that is due: assignments without an answer, cancellations that were not passed on."""
+        rows = self._book.open_rows()
+        self._forget({row.key for row in rows})
+        for row in rows:
+            if not row.worker_id:
+                continue
+            if not row.accepted:
+                self._start(row, "assign")
+            elif row.cancel_requested:
+                self._start(row, "cancel")
+
+    async def pass_on_cancel(self, row: TaskRow, *, wait_seconds: float) -> bool:
+        """Pass a cancellation on now; False when the node has not answered in time (it is repeated by then)."""
+        if not row.accepted:
+            return False
+        self._start(row, "cancel")
+        call = self._calls.get((row.key, "cancel"))
+        if call is not None:
+            await asyncio.wait({call}, timeout=wait_seconds)
+        return call is not None and call.done() and (row.key, "cancelled") in self._next_try
+
+    async def close(self) -> None:
+        calls = list(self._calls.values())
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    # ---- one call -----------------------------------------------------------------------------------------------------
+
+    def _start(self, row: TaskRow, kind: str) -> None:
+        name = (row.key, kind)
+        if name in self._calls or self._next_try.get(name, 0.0) > self._clock.monotonic():
+            return
+        self._next_try[name] = self._clock.monotonic() + self._retry_seconds
+        call = asyncio.create_task(self._call(row, kind), name=f"{kind} {row.task_id}.{row.attempt}")
+        self._calls[name] = call
+        call.add_done_callback(lambda _: self._calls.pop(name, None))
+
+    async def _call(self, row: TaskRow, kind: str) -> None:
+        try:
+            async with self._slots:
+                if kind == "assign":
+                    await self._assign(row)
+                else:
+                    await self._cancel(row)
+        except grpc.aio.AioRpcError as error:
+            why = f"node {row.worker_id} does not answer: {error.code().name} {error.details() or ''}".rstrip()
+            log.warning(f"{kind}.unanswered", task_id=row.task_id, attempt=row.attempt, error=why)
+            self._book.explain({row.key: ("NODE_UNREACHABLE", why)})
+        except TransientError as error:
+            log.error("store.unavailable", task_id=row.task_id, error=str(error))
+
+    async def _assign(self, row: TaskRow) -> None:
+        stub = self._nodes.stub(row.worker_id)
+        if stub is None:
+            return
+        task = pb.Task()
+        task.CopyFrom(row.task)
+        task.attempt = row.attempt
+        metadata = (("traceparent", row.traceparent),) if row.traceparent else ()
+        ack: pb.TaskAck = await stub.AssignTask(task, timeout=ASSIGN_DEADLINE_SECONDS, metadata=metadata)
+        if ack.success:
+            await self._book.accepted(row.key, row.worker_id)
+            log.info("task.assigned", task_id=row.task_id, attempt=row.attempt, worker_id=row.worker_id)
+            self.due()
+            return
+        reason = ack.reason[:128] or "REFUSED"
+        log.info("task.refused", task_id=row.task_id, worker_id=row.worker_id, reason=reason, message=ack.message[:500])
+        self._note_refusal(row)
+        await self._book.refused(
+            row.key,
+            row.worker_id,
+            reason=reason,
+            message=f"node {row.worker_id}: {ack.message[:2000]}",
+            final=reason in FINAL_REASONS,
+        )
+        self._on_room()
+
+    async def _cancel(self, row: TaskRow) -> None:
+        stub = self._nodes.stub(row.worker_id)
+        if stub is None:
+            return
+        request = pb.TaskID(task_id=row.task_id, attempt=row.attempt)
+        ack: pb.TaskAck = await stub.CancelTask(request, timeout=CANCEL_DEADLINE_SECONDS)
+        log.info(
+            "task.cancel_passed_on",
+            task_id=row.task_id,
+            worker_id=row.worker_id,
+            success=ack.success,
+            message=ack.message,
+        )
+        # Either the report of the end is under way, or the node has lost the task; a heartbeat without it tells.
+        self._next_try[(row.key, "cancelled")] = 0.0
+        self._next_try[(row.key, "cancel")] = self._clock.monotonic() + 6 * self._retry_seconds
+
+    def _note_refusal(self, row: TaskRow) -> None:
+        name = (row.key, row.worker_id)
+        before = self._refusals.get(name)
+        pause = min(self._retry_seconds, before.pause_seconds * 2) if before else min(0.25, self._retry_seconds)
+        self._refusals[name] = Refusal(until=self._clock.monotonic() + pause, pause_seconds=pause)
+        self._next_try.pop((row.key, "assign"), None)
+
+    def _forget(self, open_keys: set[Key]) -> None:
+        for book in (self._next_try, self._refusals):
+            for name in [name for name in book if name[0] not in open_keys]:
+                del book[name]  # type: ignore[attr-defined]

@@ -1,0 +1,205 @@
+"""The nodes that have registered: what they have for tasks, how they are, when they were last heard of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from nodeservice.master.amounts import GIB, Amounts, from_message
+from nodeservice.master.checks import amount_of, check_id, invalid
+from nodeservice.master.clock import MasterClock
+from nodeservice.master.dialing import NodeDialer, node_address
+from nodeservice.master.placement import Offer
+from nodeservice.master.rows import NodeRow
+from nodeservice.master.store import MasterStore
+from nodeservice.wire import master_worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+_LARGEST = 2**60
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """One registered node. `heard_at` is monotonic; None until it has spoken to this run of the master."""
+
+    worker_id: str
+    address: str
+    info: pb.WorkerInfo
+    capacity: Amounts
+    allocatable: Amounts
+    registered_at_ms: int
+    heard_at_ms: int
+    known_since: float
+    heard_at: float | None = None
+    was_active: bool = False
+    heartbeat: pb.Heartbeat = field(default_factory=pb.Heartbeat)
+
+    @property
+    def draining(self) -> bool:
+        return self.heartbeat.draining
+
+
+class NodeRegistry:
+    """Nodes survive a restart of the master, but count as inactive until they speak again."""
+
+    def __init__(
+        self,
+        store: MasterStore,
+        dialer: NodeDialer,
+        clock: MasterClock,
+        *,
+        timeout_seconds: float,
+        gone_after_seconds: float,
+    ) -> None:
+        self._store = store
+        self._dialer = dialer
+        self._clock = clock
+        self._timeout_seconds = timeout_seconds
+        self._gone_after_seconds = gone_after_seconds
+        self._nodes: dict[str, Node] = {}
+
+    async def load(self) -> None:
+        for row in await self._store.load_nodes():
+            capacity, allocatable = amounts_of(row.info)
+            self._nodes[row.worker_id] = Node(
+                worker_id=row.worker_id,
+                address=row.address,
+                info=row.info,
+                capacity=capacity,
+                allocatable=allocatable,
+                registered_at_ms=row.registered_at_ms,
+                heard_at_ms=row.heard_at_ms,
+                known_since=self._clock.monotonic(),
+            )
+
+    # ---- from nodes ---------------------------------------------------------------------------------------------------
+
+    async def register(self, info: pb.WorkerInfo, peer: str) -> Node:
+        """Idempotent; durable when it returns. Raises RequestError for what can't be a node."""
+        check_id("worker_id", info.worker_id)
+        address = node_address(info, peer)
+        capacity, allocatable = amounts_of(info)
+        now_ms = self._clock.unix_ms()
+        before = self._nodes.get(info.worker_id)
+        await self._store.save_node(
+            NodeRow(
+                worker_id=info.worker_id,
+                address=address,
+                info=info,
+                registered_at_ms=before.registered_at_ms if before else now_ms,
+                heard_at_ms=now_ms,
+            )
+        )
+        node = Node(
+            worker_id=info.worker_id,
+            address=address,
+            info=info,
+            capacity=capacity,
+            allocatable=allocatable,
+            registered_at_ms=before.registered_at_ms if before else now_ms,
+            heard_at_ms=now_ms,
+            known_since=before.known_since if before else self._clock.monotonic(),
+            heard_at=self._clock.monotonic(),
+            was_active=True,
+        )
+        if before is not None:
+            node.heartbeat = before.heartbeat
+        self._nodes[info.worker_id] = node
+        if before is None or before.address != address:
+            log.info("node.registered", worker_id=node.worker_id, address=address)
+        if before is not None and before.address != address and not self._in_use(before.address):
+            await self._dialer.drop(before.address)
+        return node
+
+    def heartbeat(self, beat: pb.Heartbeat) -> Node | None:
+        """Note it; None when the node is not known and has to register."""
+        node = self._nodes.get(beat.worker_id)
+        if node is None:
+            return None
+        if not node.was_active:
+            log.info("node.active", worker_id=node.worker_id)
+        node.heard_at, node.heard_at_ms, node.was_active = self._clock.monotonic(), self._clock.unix_ms(), True
+        node.heartbeat = beat
+        if beat.HasField("allocatable"):
+            node.allocatable = from_message(beat.allocatable)
+        return node
+
+    # ---- for the scheduler ----------------------------------------------------------------------------------------------
+
+    def offers(self, assigned: dict[str, Amounts]) -> list[Offer]:
+        return [
+            Offer(
+                worker_id=node.worker_id,
+                allocatable=node.allocatable,
+                assigned=assigned.get(node.worker_id, Amounts()),
+                blocked=self._blocked(node),
+            )
+            for node in self._nodes.values()
+        ]
+
+    def stub(self, worker_id: str) -> Any | None:
+        """To call the node, whether it is active or not; None for one that never registered."""
+        node = self._nodes.get(worker_id)
+        return None if node is None else self._dialer.stub(node.address)
+
+    def is_active(self, worker_id: str) -> bool:
+        node = self._nodes.get(worker_id)
+        return node is not None and self._active(node)
+
+    def is_gone(self, worker_id: str) -> bool:
+        """Silent for so long that nobody waits for it any more. Time in which the master was down does not count."""
+        node = self._nodes.get(worker_id)
+        if node is None:
+            return True
+        since = node.known_since if node.heard_at is None else node.heard_at
+        return self._clock.monotonic() - since > self._gone_after_seconds
+
+    def notice_silence(self) -> None:
+        """Say once in the log of each node that it fell silent."""
+        for node in self._nodes.values():
+            if node.was_active and not self._active(node):
+                node.was_active = False
+                log.warning("node.inactive", worker_id=node.worker_id, timeout_seconds=self._timeout_seconds)
+
+    def views(self, assigned: dict[str, Amounts]) -> list[tuple[Node, bool, Amounts]]:
+        """Each node with whether it is active and what is assigned to it, by name."""
+        nodes = sorted(self._nodes.values(), key=lambda node: node.worker_id)
+        return [(node, self._active(node), assigned.get(node.worker_id, Amounts())) for node in nodes]
+
+    def _active(self, node: Node) -> bool:
+        return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds
+
+    def _blocked(self, node: Node) -> str:
+        if node.heard_at is None:
+            return "has not spoken since the master started"
+        if not self._active(node):
+            return f"has been silent for more than {self._timeout_seconds:g} s"
+        return "is draining" if node.draining else ""
+
+    def _in_use(self, address: str) -> bool:
+        return any(node.address == address for node in self._nodes.values())
+
+
+def amounts_of(info: pb.WorkerInfo) -> tuple[Amounts, Amounts]:
+    """(capacity, allocatable): the exact fields where there are some, else the old ones. Raises RequestError."""
+    scales: tuple[tuple[str, Callable[[pb.WorkerInfo], float], int], ...] = (
+        ("total_cpu", lambda i: i.total_cpu, 1000),
+        ("total_memory", lambda i: i.total_memory, GIB),
+        ("total_storage", lambda i: i.total_storage, GIB),
+        ("total_gpu", lambda i: math.floor(i.total_gpu) if math.isfinite(i.total_gpu) else i.total_gpu, 1),
+    )
+    cpu, memory, disk, gpu = (
+        amount_of(name, read(info), scale=scale, largest=_LARGEST) for name, read, scale in scales
+    )
+    old = Amounts(cpu_milli=cpu, memory_bytes=memory, disk_bytes=disk, gpu_count=gpu)
+    allocatable = from_message(info.allocatable) if info.HasField("allocatable") else old
+    capacity = from_message(info.capacity) if info.HasField("capacity") else allocatable
+    for name, amounts in (("allocatable", allocatable), ("capacity", capacity)):
+        if min(amounts.cpu_milli, amounts.memory_bytes, amounts.disk_bytes, amounts.gpu_count) < 0:
+            raise invalid(name, "has a negative amount")
+    return capacity, allocatable

@@ -1,0 +1,85 @@
+"""One pass over the queue: who goes where, who waits and why. Pure.
+
+Tasks are taken in order. One that doesn't fit now is skipped, so that smaller ones behind it use the room. So that skipping
+never starves it, the first task that has waited longer than `patience_seconds` gets one node reserved: nothing else is
+placed there until it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from nodeservice.master.amounts import Amounts
+from nodeservice.master.placement import Choice, NeverFits, Offer, Placement, Waiting, place
+
+Key = tuple[str, int]
+"""(task_id, attempt)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A queued attempt. `waited_seconds` counts from when it was queued."""
+
+    key: Key
+    request: Amounts
+    target: str = ""
+    waited_seconds: float = 0.0
+    excluded: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    assign: tuple[tuple[Key, str], ...] = ()
+    waiting: Mapping[Key, Waiting] = field(default_factory=dict)
+    never: Mapping[Key, NeverFits] = field(default_factory=dict)
+
+
+def make_plan(queue: Sequence[Candidate], offers: Sequence[Offer], *, patience_seconds: float) -> Plan:
+    room = {offer.worker_id: offer for offer in offers}
+    assign: list[tuple[Key, str]] = []
+    waiting: dict[Key, Waiting] = {}
+    never: dict[Key, NeverFits] = {}
+    reserved: frozenset[str] = frozenset()
+    known: dict[object, Placement] = {}
+    for candidate in queue:
+        # Room only shrinks during a pass, so an equal request that did not fit before does not fit now.
+        alike = (candidate.request, candidate.target, candidate.excluded, reserved)
+        answer = known.get(alike)
+        if answer is None:
+            answer = place(
+                candidate.request,
+                tuple(room.values()),
+                target=candidate.target,
+                excluded=candidate.excluded,
+                reserved=reserved,
+            )
+        match answer:
+            case Choice(worker_id=worker_id):
+                assign.append((candidate.key, worker_id))
+                taken = room[worker_id].assigned.plus(candidate.request)
+                room[worker_id] = replace(room[worker_id], assigned=taken)
+            case NeverFits():
+                known[alike] = answer
+                never[candidate.key] = answer
+            case Waiting():
+                known[alike] = answer
+                waiting[candidate.key] = answer
+                if not reserved and candidate.waited_seconds >= patience_seconds:
+                    reserved = _reserve(candidate, tuple(room.values()))
+    return Plan(assign=tuple(assign), waiting=waiting, never=never)
+
+
+def _reserve(candidate: Candidate, offers: Sequence[Offer]) -> frozenset[str]:
+    """The node that could hold the task and lacks the least now; none if all that could are unavailable."""
+    able = [
+        offer
+        for offer in offers
+        if not offer.blocked
+        and (not candidate.target or offer.worker_id == candidate.target)
+        and not offer.allocatable.lacking(candidate.request)
+    ]
+    if not able:
+        return frozenset()
+    nearest = min(able, key=lambda offer: (len(offer.free.lacking(candidate.request)), offer.worker_id))
+    return frozenset({nearest.worker_id})

@@ -1,0 +1,105 @@
+"""The loop that moves the queue: assign what fits, repeat what was not answered, give up what can't be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+
+import structlog
+
+from nodeservice.errors import NodeServiceError
+from nodeservice.master.clock import MasterClock
+from nodeservice.master.delivery import Delivery
+from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.plan import Candidate, make_plan
+from nodeservice.master.rows import Key, State
+from nodeservice.master.tasks import TaskBook
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    retry_seconds: float = 5.0
+    """Between repeats of an assignment or cancellation that a node did not answer."""
+    patience_seconds: float = 60.0
+    """After so long, the first task that does not fit gets a node reserved."""
+    impossible_seconds: float = 30.0
+    """A queued task that fits no node known by then is rejected. Nodes that start together are given this time."""
+    tick_seconds: float = 1.0
+    least_pause_seconds: float = 0.02
+    """Between two passes, so that a burst of completions costs one pass."""
+
+
+class Scheduler:
+    def __init__(
+        self, book: TaskBook, nodes: NodeRegistry, clock: MasterClock, settings: SchedulerSettings | None = None
+    ) -> None:
+        self._book = book
+        self._nodes = nodes
+        self._clock = clock
+        self._settings = settings or SchedulerSettings()
+        self._wake = asyncio.Event()
+        self._queued_at: dict[Key, float] = {}
+        self._impossible_since: dict[Key, float] = {}
+        self.delivery = Delivery(book, nodes, clock, retry_seconds=self._settings.retry_seconds, on_room=self.wake)
+
+    def wake(self) -> None:
+        """Something changed that may let a task move."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled. A database that does not answer delays a pass and does not end the loop."""
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    await self._pass()
+                except NodeServiceError as error:
+                    log.error("scheduler.pass_failed", error=str(error))
+                await asyncio.sleep(self._settings.least_pause_seconds)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._settings.tick_seconds)
+        finally:
+            await self.delivery.close()
+
+    async def _pass(self) -> None:
+        now = self._clock.monotonic()
+        self._nodes.notice_silence()
+        await self._give_up_gone_nodes()
+        queue = self._candidates(now)
+        offers = self._nodes.offers(self._book.assigned_amounts())
+        plan = make_plan(queue, offers, patience_seconds=self._settings.patience_seconds)
+        self._book.explain(
+            {key: (why.reason, why.message) for key, why in plan.waiting.items() if why.reason != "NODE_REFUSED"}
+        )
+        self._book.explain({key: (why.reason, why.message) for key, why in plan.never.items()})
+        since = self._impossible_since
+        self._impossible_since = {key: since.get(key, now) for key in plan.never}
+        hopeless = [k for k, at in self._impossible_since.items() if now - at >= self._settings.impossible_seconds]
+        if hopeless:
+            await self._book.reject({key: (plan.never[key].reason, plan.never[key].message) for key in hopeless})
+        if plan.assign:
+            await self._book.assign(plan.assign)
+        self.delivery.due()
+
+    def _candidates(self, now: float) -> list[Candidate]:
+        rows = [row for row in self._book.open_rows() if row.state is State.QUEUED]
+        self._queued_at = {row.key: self._queued_at.get(row.key, now) for row in rows}
+        return [
+            Candidate(
+                key=row.key,
+                request=self._book.request(row.key),
+                target=row.task.target_worker_id,
+                waited_seconds=now - self._queued_at[row.key],
+                excluded=self.delivery.excluded(row.key),
+            )
+            for row in rows
+        ]
+
+    async def _give_up_gone_nodes(self) -> None:
+        for row in self._book.open_rows():
+            if row.worker_id and self._nodes.is_gone(row.worker_id) and (row.cancel_requested or not row.accepted):
+                message = f"node {row.worker_id} is gone; whether the container ran there is not known"
+                await self._book.abandon(row.key, row.worker_id, message)

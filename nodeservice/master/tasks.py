@@ -1,0 +1,329 @@
+"""The book of task attempts: every change of state goes through here, and is durable before anybody is told.
+
+Attempts that have not ended are kept in memory beside the store; those that have ended are read from the store. One lock
+orders the changes, so that a check and the write that follows it see the same row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import structlog
+
+from nodeservice.errors import RequestError
+from nodeservice.master.amounts import Amounts
+from nodeservice.master.checks import check_task, request_of
+from nodeservice.master.clock import MasterClock
+from nodeservice.master.reports import outcome_of
+from nodeservice.master.rows import Key, OrphanRow, State, TaskRow
+from nodeservice.master.store import MasterStore
+from nodeservice.wire import master_worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+
+class TaskBook:
+    def __init__(self, store: MasterStore, clock: MasterClock) -> None:
+        self._store = store
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._open: dict[Key, TaskRow] = {}
+        self._requests: dict[Key, Amounts] = {}
+        self._last_sequence = 0
+        self._changed = asyncio.Event()
+
+    async def load(self) -> None:
+        """Take up what the store holds; called once, before anything else."""
+        self._last_sequence = await self._store.last_sequence()
+        for row in await self._store.open_tasks():
+            self._open[row.key] = row
+            self._requests[row.key] = request_of(row.task)
+        if self._open:
+            log.info("master.resumed", open_count=len(self._open))
+
+    # ---- looking ------------------------------------------------------------------------------------------------------
+
+    def open_rows(self) -> list[TaskRow]:
+        """All that have not ended, in the order of the queue."""
+        return sorted(self._open.values(), key=lambda row: row.sequence)
+
+    def get_open(self, key: Key) -> TaskRow | None:
+        return self._open.get(key)
+
+    def request(self, key: Key) -> Amounts:
+        """What an open attempt asks for."""
+        return self._requests[key]
+
+    def assigned_amounts(self) -> dict[str, Amounts]:
+        """Per node, what all its open attempts ask for together."""
+        totals: dict[str, Amounts] = {}
+        for row in self._open.values():
+            if row.worker_id:
+                totals[row.worker_id] = totals.get(row.worker_id, Amounts()).plus(self._requests[row.key])
+        return totals
+
+    async def find(self, task_id: str, attempt: int | None = None) -> TaskRow | None:
+        """An attempt in whatever state; without `attempt` the newest."""
+        found = await self._store.find_task(task_id, attempt)
+        return None if found is None else self._open.get(found.key, found)
+
+    async def newest(self, limit: int) -> list[TaskRow]:
+        return [self._open.get(row.key, row) for row in await self._store.newest_tasks(limit)]
+
+    def changed(self) -> asyncio.Event:
+        """Set at the next change of any attempt's state; take a new one for each wait, and before looking."""
+        return self._changed
+
+    # ---- clients ------------------------------------------------------------------------------------------------------
+
+    async def submit(
+        self, task: pb.Task, *, traceparent: str = "", refuse: Callable[[Amounts], RequestError | None]
+    ) -> TaskRow:
+        """Queue a task; durable when this returns. The same task again gives the same row.
+
+        `refuse` is asked with what the task requests and says why it can't be, or None. Raises RequestError.
+        """
+        named = pb.Task()
+        named.CopyFrom(task)
+        now_ms = self._clock.unix_ms()
+        if not named.task_id:
+            named.task_id = f"task-{now_ms // 1000}-{secrets.token_hex(4)}"
+        named.submitted_at = named.submitted_at or now_ms // 1000
+        request = check_task(named)
+        attempt = named.attempt if named.HasField("attempt") else 1
+        async with self._lock:
+            known = await self._store.find_task(named.task_id)
+            if known is not None and attempt <= known.attempt:
+                return await self._submitted_before(named, attempt)
+            if known is not None and not known.state.is_final:
+                raise _conflict(named, f"attempt {known.attempt} has not ended; it is {known.state}")
+            refusal = refuse(request)
+            if refusal is not None:
+                raise refusal
+            row = TaskRow(
+                task_id=named.task_id,
+                attempt=attempt,
+                sequence=self._last_sequence + 1,
+                task=named,
+                traceparent=traceparent,
+                submitted_at_ms=now_ms,
+            )
+            await self._save([row], {row.key: request})
+        log.info("task.queued", task_id=row.task_id, attempt=row.attempt, image=named.docker_image)
+        return row
+
+    async def _submitted_before(self, task: pb.Task, attempt: int) -> TaskRow:
+        known = await self._store.find_task(task.task_id, attempt)
+        if known is None:
+            raise _conflict(task, f"a newer attempt than {attempt} exists")
+        if _fingerprint(known.task) != _fingerprint(task):
+            raise _conflict(task, "it was submitted before and asks for something else")
+        return self._open.get(known.key, known)
+
+    async def request_cancel(self, row: TaskRow) -> TaskRow:
+        """A queued attempt ends at once; an assigned one is marked, to be passed on. Returns what it is now."""
+        async with self._lock:
+            current = self._open.get(row.key)
+            if current is None:
+                return await self._store.find_task(*row.key) or row
+            if current.state is State.QUEUED:
+                changed = self._ended(current, State.CANCELLED, "CANCELLED", "cancelled before it was assigned")
+            else:
+                changed = replace(current, cancel_requested=True)
+            await self._save([changed])
+            return changed
+
+    # ---- the scheduler ------------------------------------------------------------------------------------------------
+
+    async def assign(self, choices: Sequence[tuple[Key, str]]) -> list[TaskRow]:
+        """Write "ASSIGNED to W" before anything is sent. Attempts that are no longer queued are left out."""
+        now_ms = self._clock.unix_ms()
+        async with self._lock:
+            rows = [
+                replace(
+                    row,
+                    state=State.ASSIGNED,
+                    worker_id=worker_id,
+                    accepted=False,
+                    assigned_at_ms=now_ms,
+                    reason="",
+                    message="",
+                )
+                for key, worker_id in choices
+                if (row := self._open.get(key)) is not None and row.state is State.QUEUED
+            ]
+            await self._save(rows)
+        return rows
+
+    async def accepted(self, key: Key, worker_id: str) -> None:
+        """The node has it durably."""
+        async with self._lock:
+            row = self._held(key, worker_id)
+            if row is not None and not row.accepted:
+                await self._save([replace(row, accepted=True, reason="", message="")])
+
+    async def unaccepted(self, keys: Iterable[Key]) -> None:
+        """The node no longer lists them: they are to be offered to it again."""
+        async with self._lock:
+            rows = [row for key in keys if (row := self._open.get(key)) is not None and row.accepted]
+            await self._save([replace(row, accepted=False) for row in rows])
+
+    async def refused(self, key: Key, worker_id: str, *, reason: str, message: str, final: bool) -> None:
+        """The node does not take it: back to the queue, or REJECTED when `final`; CANCELLED where that was asked."""
+        async with self._lock:
+            row = self._held(key, worker_id)
+            if row is None:
+                return
+            if row.cancel_requested:
+                changed = self._ended(row, State.CANCELLED, "CANCELLED", "cancelled; the node had not taken it")
+            elif final:
+                changed = self._ended(row, State.REJECTED, reason, message)
+            else:
+                changed = replace(
+                    row, state=State.QUEUED, worker_id="", assigned_at_ms=0, phase="", reason=reason, message=message
+                )
+            await self._save([changed])
+
+    async def reject(self, refusals: Mapping[Key, tuple[str, str]]) -> None:
+        """Queued attempts that no node can ever hold: reason and message of each."""
+        async with self._lock:
+            await self._save(
+                [
+                    self._ended(row, State.REJECTED, reason, message)
+                    for key, (reason, message) in refusals.items()
+                    if (row := self._open.get(key)) is not None and row.state is State.QUEUED
+                ]
+            )
+
+    async def abandon(self, key: Key, worker_id: str, message: str) -> None:
+        """The node is gone. One asked to be cancelled is CANCELLED; one that it never answered for becomes a new attempt."""
+        async with self._lock:
+            row = self._held(key, worker_id)
+            if row is None:
+                return
+            if row.cancel_requested:
+                await self._save([self._ended(row, State.CANCELLED, "NODE_GONE", message)])
+            elif not row.accepted:
+                task = pb.Task()
+                task.CopyFrom(row.task)
+                task.attempt = row.attempt + 1
+                following = TaskRow(
+                    task_id=row.task_id,
+                    attempt=row.attempt + 1,
+                    sequence=self._last_sequence + 1,
+                    task=task,
+                    traceparent=row.traceparent,
+                    submitted_at_ms=row.submitted_at_ms,
+                )
+                ended = self._ended(row, State.FAILED, "NODE_GONE", message)
+                await self._save([ended, following], {following.key: self._requests[key]})
+
+    def explain(self, notes: Mapping[Key, tuple[str, str]]) -> None:
+        """Why attempts still wait: shown, and not worth a write."""
+        for key, (reason, message) in notes.items():
+            row = self._open.get(key)
+            if row is not None and not row.state.is_final and (row.reason, row.message) != (reason, message):
+                self._open[key] = replace(row, reason=reason, message=message)
+
+    # ---- nodes --------------------------------------------------------------------------------------------------------
+
+    async def note_phases(self, worker_id: str, phases: Mapping[Key, str]) -> None:
+        """What a heartbeat says of the node's attempts; written only where something changed."""
+        async with self._lock:
+            rows = [
+                replace(row, state=State.RUNNING, accepted=True, phase=phase, reason="", message="")
+                for key, phase in phases.items()
+                if (row := self._held(key, worker_id)) is not None and (row.phase, row.accepted) != (phase, True)
+            ]
+            await self._save(rows)
+
+    async def complete(self, result: pb.TaskResult) -> bool:
+        """Take a report; durable when this returns. False: it belonged to no open attempt, or was known already.
+
+        The resources of the attempt are free from here on, once, however often the report comes.
+        """
+        attempt = result.attempt if result.HasField("attempt") else self._attempt_held(result)
+        async with self._lock:
+            row = self._held((result.task_id, attempt), result.worker_id)
+            if row is None:
+                await self._keep_orphan(result, attempt)
+                return False
+            state, reason, message = outcome_of(result)
+            changed = replace(self._ended(row, state, reason, message), result=result, accepted=True)
+            await self._save([changed])
+        log.info(
+            "task.ended",
+            task_id=row.task_id,
+            attempt=attempt,
+            worker_id=row.worker_id,
+            state=state.value,
+            reason=reason,
+        )
+        return True
+
+    def _attempt_held(self, result: pb.TaskResult) -> int:
+        held = [
+            r.attempt for r in self._open.values() if (r.task_id, r.worker_id) == (result.task_id, result.worker_id)
+        ]
+        return max(held, default=1)
+
+    async def _keep_orphan(self, result: pb.TaskResult, attempt: int) -> None:
+        known = await self._store.find_task(result.task_id, attempt)
+        if known is not None and known.worker_id == result.worker_id and known.result is not None:
+            return
+        log.warning("report.orphan", task_id=result.task_id, attempt=attempt, worker_id=result.worker_id)
+        await self._store.save_orphan(
+            OrphanRow(
+                task_id=result.task_id,
+                attempt=attempt,
+                worker_id=result.worker_id,
+                result=result,
+                received_at_ms=self._clock.unix_ms(),
+            )
+        )
+
+    # ---- inside the lock ------------------------------------------------------------------------------------------------
+
+    def _held(self, key: Key, worker_id: str) -> TaskRow | None:
+        row = self._open.get(key)
+        return row if row is not None and row.worker_id == worker_id and worker_id else None
+
+    def _ended(self, row: TaskRow, state: State, reason: str, message: str) -> TaskRow:
+        return replace(row, state=state, reason=reason, message=message, phase="", finished_at_ms=self._clock.unix_ms())
+
+    async def _save(self, rows: Sequence[TaskRow], requests: Mapping[Key, Amounts] | None = None) -> None:
+        """Store first, then memory, then wake whoever waits."""
+        if not rows:
+            return
+        await self._store.save_tasks(rows)
+        self._requests.update(requests or {})
+        for row in rows:
+            self._last_sequence = max(self._last_sequence, row.sequence)
+            if row.state.is_final:
+                self._open.pop(row.key, None)
+                self._requests.pop(row.key, None)
+            else:
+                self._open[row.key] = row
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _fingerprint(task: pb.Task) -> bytes:
+    """What is asked, without when: a client may leave that to the master."""
+    asked = pb.Task()
+    asked.CopyFrom(task)
+    asked.ClearField("submitted_at")
+    asked.attempt = task.attempt if task.HasField("attempt") else 1
+    return asked.SerializeToString(deterministic=True)
+
+
+def _conflict(task: pb.Task, detail: str) -> RequestError:
+    return RequestError(
+        f"task_id {task.task_id}: {detail}",
+        reason="TASK_CONFLICT",
+        field="task_id",
+        hint="choose another id or attempt",
+    )

@@ -1,0 +1,1 @@
+"""Collecting what a task wrote, and the stores that make it durable."""

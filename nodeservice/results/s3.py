@@ -1,0 +1,130 @@
+"""Store results in a bucket of S3 or MinIO."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from nodeservice.errors import NodeFaultError, TransientError
+from nodeservice.ports import ResultBundle, ResultFile
+from nodeservice.results.access import BucketMissing, S3Access
+from nodeservice.results.layout import MANIFEST_NAME
+from nodeservice.results.manifest import sha256_of
+
+if TYPE_CHECKING:
+    from nodeservice.results.s3_client import BucketClient
+
+log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+
+class S3ResultStore:
+    """`put` answers `s3://<bucket>/<prefix>/<task_id>/<attempt>`.
+
+    Every object carries its sha256 as user metadata. Repeating lists what is there and sends only what is missing or
+    different; with another manifest there already it is NodeFaultError (RESULT_CONFLICT). A missing bucket is created.
+    TransientError: STORE_UNREACHABLE, STORE_FULL. NodeFaultError: STORE_REFUSED, RESULT_CHANGED. RequestError:
+    RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
+
+    One large file travels over one connection, part after part: its sha256 is proven while it is read.
+    """
+
+    def __init__(self, access: S3Access) -> None:
+        self._access = access
+        self._pool = ThreadPoolExecutor(max_workers=access.parallel_count, thread_name_prefix="results-s3")
+        self._client: BucketClient | None = None
+        self._client_lock = threading.Lock()
+
+    async def put(self, bundle: ResultBundle) -> str:
+        base = "/".join(part for part in (self._access.prefix.strip("/"), bundle.prefix) if part)
+        for _ in range(2):
+            try:
+                await self._put(bundle, base)
+            except BucketMissing:
+                await self._run(lambda client: client.make_bucket())
+            else:
+                return f"s3://{self._access.bucket}/{base}"
+        raise TransientError(f"bucket {self._access.bucket} was created and is gone again", reason="STORE_UNREACHABLE")
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        if self._client is not None:
+            self._client.close()
+
+    async def _put(self, bundle: ResultBundle, base: str) -> None:
+        marker = f"{base}/{MANIFEST_NAME}"
+        marker_bytes = bundle.manifest_bytes
+        present = await self._run(lambda client: client.sizes_below(f"{base}/"))
+        is_marked = marker in present
+        if is_marked and not await self._run(
+            lambda client: client.holds(marker, len(marker_bytes), sha256_of(marker_bytes))
+        ):
+            raise NodeFaultError(
+                f"s3://{self._access.bucket}/{base} already holds other results of attempt {bundle.spec.id}",
+                reason="RESULT_CONFLICT",
+                hint="two nodes ran this attempt, or the bucket is shared by two masters",
+            )
+        # What lies below a marker was verified before the marker was written; sizes tell whether it still lies there.
+        missing = [
+            file
+            for file in bundle.files
+            if not (is_marked and present.get(f"{base}/{file.entry.path}") == file.entry.size_bytes)
+        ]
+        stop = threading.Event()
+        try:
+            sent_count = await self._upload_all(missing, base, present, stop)
+            if not is_marked:
+                await self._run(
+                    lambda client: client.upload_bytes(marker, marker_bytes, content_type="application/json", stop=stop)
+                )
+        finally:
+            stop.set()
+        log.debug("results.stored", prefix=base, files=len(bundle.files), sent=sent_count)
+
+    async def _upload_all(
+        self, files: list[ResultFile], base: str, present: dict[str, int], stop: threading.Event
+    ) -> int:
+        """Send what is not there; a few at a time, since one task per file would be many. Returns how many were sent."""
+        waiting = iter(files)
+        sent_count = 0
+
+        async def work() -> None:
+            nonlocal sent_count
+            for file in waiting:
+                key = f"{base}/{file.entry.path}"
+                maybe_there = present.get(key) == file.entry.size_bytes
+                upload = partial(_upload_one, key=key, file=file, maybe_there=maybe_there, stop=stop)
+                sent_count += await self._run(upload)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._access.parallel_count, len(files))):
+                    group.create_task(work())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+        return sent_count
+
+    async def _run(self, action: Callable[[BucketClient], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: action(self._connected()))
+
+    def _connected(self) -> BucketClient:
+        with self._client_lock:
+            if self._client is None:
+                from nodeservice.results.s3_client import BucketClient
+
+                self._client = BucketClient(self._access)
+            return self._client
+
+
+def _upload_one(client: BucketClient, *, key: str, file: ResultFile, maybe_there: bool, stop: threading.Event) -> bool:
+    if maybe_there and client.holds(key, file.entry.size_bytes, file.entry.sha256):
+        return False
+    client.upload(key, file, stop)
+    return True

@@ -1,0 +1,233 @@
+"""The blocking half of the S3 store: one bucket through `minio`, with its errors translated.
+
+Imported only by nodes that store to S3, since `minio` and `urllib3` cost about 20 MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import hashlib
+import io
+import threading
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+import structlog
+import urllib3
+from minio import Minio
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+
+from nodeservice.errors import NodeFaultError, RequestError, TransientError
+from nodeservice.ports import ResultFile
+from nodeservice.results.access import BucketMissing, S3Access
+from nodeservice.results.source import PutStopped, VerifiedReader
+
+log = structlog.get_logger(__name__)
+
+_BLOCK_BYTES = 256 * 1024
+_MAX_PART_COUNT = 10_000
+_SHA256_HEADER = "x-amz-meta-sha256"
+
+_TRANSIENT_CODES = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "NoSuchUpload",
+        "OperationAborted",
+        "RequestTimeout",
+        "SlowDown",
+        "XAmzContentSHA256Mismatch",
+        "XMinioServerNotInitialized",
+    }
+)
+_FULL_CODES = frozenset({"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"})
+_HINTS = {
+    "AccessDenied": "allow s3:ListBucket, GetObject, PutObject, AbortMultipartUpload, ListBucketMultipartUploads",
+    "InvalidAccessKeyId": "check the access key",
+    "SignatureDoesNotMatch": "check the secret key",
+    "RequestTimeTooSkewed": "set this host's clock",
+    "PermanentRedirect": "set the bucket's region",
+}
+
+_stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("results_s3_stop", default=None)
+
+
+class BucketClient:
+    """Blocking operations on one bucket, for any thread. None retries: the lifecycle does, with backoff.
+
+    Raises BucketMissing; TransientError (STORE_UNREACHABLE, STORE_FULL); NodeFaultError (STORE_REFUSED); RequestError
+    (RESULT_TOO_LARGE); PutStopped once `stop` is set, within one block of an upload.
+    """
+
+    def __init__(self, access: S3Access) -> None:
+        self._access = access
+        self._bucket = access.bucket
+        self._http = _BlockwisePool(
+            timeout=urllib3.Timeout(connect=min(5.0, access.timeout_seconds), read=access.timeout_seconds),
+            maxsize=access.parallel_count,
+            retries=False,
+            blocksize=_BLOCK_BYTES,
+            cert_reqs="CERT_REQUIRED",
+            ca_certs=str(access.ca_file) if access.ca_file else None,
+        )
+        self._minio = Minio(
+            access.endpoint,
+            access_key=access.access_key,
+            secret_key=access.secret_key,
+            secure=access.secure,
+            region=access.region,
+            http_client=self._http,
+        )
+
+    def close(self) -> None:
+        self._http.clear()
+
+    def make_bucket(self) -> None:
+        """Create the bucket. One that exists is success."""
+        with self._translated("create the bucket"):
+            try:
+                self._minio.make_bucket(self._bucket)
+            except S3Error as error:
+                if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    raise
+            else:
+                log.info("results.bucket_created", bucket=self._bucket)
+
+    def sizes_below(self, prefix: str) -> dict[str, int]:
+        """Size in bytes of each object whose key starts with `prefix`."""
+        with self._translated("list"):
+            found = self._minio.list_objects(self._bucket, prefix=prefix, recursive=True)
+            return {item.object_name: item.size for item in found}
+
+    def holds(self, key: str, size_bytes: int, sha256: str) -> bool:
+        """True when an object of this key says that it has this size and sha256."""
+        with self._translated(f"look at {key}"):
+            try:
+                found = self._minio.stat_object(self._bucket, key)
+            except S3Error as error:
+                if error.code == "NoSuchKey":
+                    return False
+                raise
+        return found.size == size_bytes and (found.metadata or {}).get(_SHA256_HEADER) == sha256
+
+    def upload(self, key: str, file: ResultFile, stop: threading.Event) -> None:
+        """Send one file, in parts if it is large, and look whether it arrived."""
+        size_bytes = file.entry.size_bytes
+        part_bytes = max(self._access.part_bytes, -(-size_bytes // _MAX_PART_COUNT))
+        if size_bytes > part_bytes:
+            self._abort_leftovers(key)
+        with VerifiedReader(file, stop=stop) as reader:
+            self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
+
+    def upload_bytes(self, key: str, data: bytes, *, content_type: str, stop: threading.Event) -> None:
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
+
+    def _send(
+        self,
+        key: str,
+        data: io.BytesIO | VerifiedReader,
+        size_bytes: int,
+        sha256: str,
+        *,
+        stop: threading.Event,
+        part_bytes: int | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> None:
+        """The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
+        token = _stop.set(stop)
+        try:
+            with self._translated(f"upload {key}"):
+                self._minio.put_object(
+                    self._bucket,
+                    key,
+                    cast(BinaryIO, data),
+                    size_bytes,
+                    content_type=content_type,
+                    metadata={_SHA256_HEADER: sha256},
+                    part_size=part_bytes or self._access.part_bytes,
+                    # The client's own pool would leave its threads behind when reading fails.
+                    num_parallel_uploads=1,
+                )
+        finally:
+            _stop.reset(token)
+        if not self.holds(key, size_bytes, sha256):
+            raise TransientError(
+                f"s3://{self._bucket}/{key} was sent but is not there as it was sent", reason="STORE_UNREACHABLE"
+            )
+
+    def _abort_leftovers(self, key: str) -> None:
+        """Drop parts that an interrupted upload of this key left behind: they cost space and no listing shows them.
+
+        The client has no public method for it. MinIO lists uploads for a prefix that is a whole key only.
+        """
+        with self._translated(f"list interrupted uploads of {key}"):
+            listing = self._minio._list_multipart_uploads(self._bucket, prefix=key)  # noqa: SLF001
+            for upload in listing.uploads:
+                if upload.object_name == key and upload.upload_id:
+                    log.info("results.interrupted_upload_dropped", bucket=self._bucket, key=key)
+                    with contextlib.suppress(S3Error):
+                        self._minio._abort_multipart_upload(self._bucket, key, upload.upload_id)  # noqa: SLF001
+
+    @contextlib.contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        where = f"{self._access.endpoint}/{self._bucket}"
+        try:
+            yield
+        except S3Error as error:
+            if error.code == "NoSuchBucket":
+                raise BucketMissing from error
+            raise _sorted_out(
+                error.code or "", error.response.status, f"{where}: cannot {action}: {error.code}"
+            ) from error
+        except ServerError as error:
+            raise _sorted_out("", error.status_code, f"{where}: cannot {action}: HTTP {error.status_code}") from error
+        except InvalidResponseError as error:
+            status = int(getattr(error, "_code", 500))
+            raise _sorted_out("", status, f"{where}: cannot {action}: HTTP {status}, not from S3") from error
+        except urllib3.exceptions.SSLError as error:
+            raise NodeFaultError(
+                f"{where}: the certificate is not trusted", reason="STORE_REFUSED", hint="set the certificate authority"
+            ) from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise TransientError(
+                f"{where}: cannot {action}: {type(error).__name__}", reason="STORE_UNREACHABLE"
+            ) from error
+        except (MinioException, ValueError) as error:
+            raise NodeFaultError(f"{where}: cannot {action}: {error}", reason="STORE_REFUSED") from error
+
+
+def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFaultError | RequestError:
+    """Whose move is next. An unknown answer of the 4xx kind is a refusal: repeating the same will not help."""
+    if code == "EntityTooLarge":
+        return RequestError(message, reason="RESULT_TOO_LARGE", hint="write smaller files")
+    if code in _FULL_CODES or status == 507:
+        return TransientError(message, reason="STORE_FULL", hint="make room in the store")
+    if code in _TRANSIENT_CODES or status >= 500 or status in (408, 429):
+        return TransientError(message, reason="STORE_UNREACHABLE")
+    return NodeFaultError(message, reason="STORE_REFUSED", hint=_HINTS.get(code))
+
+
+class _Body(io.BytesIO):
+    """A request body that is sent in blocks and stops between two of them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        stop = _stop.get()
+        if stop is not None and stop.is_set():
+            raise PutStopped
+        return super().read(size)
+
+
+class _BlockwisePool(urllib3.PoolManager):
+    """Sends bodies block by block.
+
+    A body of type bytes goes out in one `sendall`, whose time limit covers the whole body (socket.sendall since Python
+    3.5), so a slow but living link would time out. A file-like body gets the limit for each block.
+    """
+
+    def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
+        body = kw.get("body")
+        if isinstance(body, bytes) and body:
+            kw["body"] = _Body(body)
+        return super().urlopen(method, url, redirect, **kw)

@@ -1,0 +1,241 @@
+"""Translates between the wire and the core. What comes from the wire is hostile until it has passed here.
+
+Old fields count CPU in cores and memory and storage in GiB; the extension fields are exact and win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from datetime import datetime
+
+from nodeservice.core.model import (
+    GIB,
+    AttemptId,
+    Outcome,
+    Phase,
+    PullPolicy,
+    Resources,
+    TaskRecord,
+    TaskSpec,
+)
+from nodeservice.errors import RequestError
+from nodeservice.ports import Gpu
+from nodeservice.wire import master_worker_pb2 as pb
+
+_MAX_AMOUNT = 2**60
+_ROUNDING = 0.01
+_OLD_STATUS = {Outcome.SUCCEEDED: "success", Outcome.FAILED: "failed", Outcome.CANCELLED: "cancelled"}
+_LOG_STATUS = {Outcome.SUCCEEDED: "completed", Outcome.FAILED: "failed", Outcome.CANCELLED: "cancelled"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDefaults:
+    """What a task gets that asks for nothing in particular (0 in an old field)."""
+
+    request: Resources
+    pids_limit: int
+    timeout_seconds: float | None
+    grace_seconds: float
+
+
+# ---- from the wire ----------------------------------------------------------------------------------------------------
+
+
+def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
+    """Normalise a Task. Raises RequestError naming the field; `core.admission` checks the rest."""
+    request = Resources(
+        cpu_milli=_amount("req_cpu", task.req_cpu, 1000, _exact(task, "cpu_milli"), defaults.request.cpu_milli),
+        memory_bytes=_amount(
+            "req_memory", task.req_memory, GIB, _exact(task, "memory_bytes"), defaults.request.memory_bytes
+        ),
+        disk_bytes=_amount(
+            "req_storage", task.req_storage, GIB, _exact(task, "disk_bytes"), defaults.request.disk_bytes
+        ),
+        gpu_count=_gpu_count(task.req_gpu),
+    )
+    return TaskSpec(
+        id=AttemptId(task.task_id, task.attempt if task.HasField("attempt") else 1),
+        image=task.docker_image,
+        command=task.command or None,
+        argv=tuple(task.argv),
+        env=tuple((variable.name, variable.value) for variable in task.env),
+        request=request,
+        pids_limit=task.pids_limit if task.HasField("pids_limit") else defaults.pids_limit,
+        timeout_seconds=_timeout(task, defaults),
+        grace_seconds=_finite("grace_seconds", task.grace_seconds)
+        if task.HasField("grace_seconds")
+        else defaults.grace_seconds,
+        pull_policy=_pull_policy(task),
+        user_id=task.user_id,
+        task_name=task.task_name,
+        task_type=task.task_type,
+        sla_multiplier=_finite("sla_multiplier", task.sla_multiplier),
+        submitted_at_unix=task.submitted_at,
+        fingerprint=fingerprint(task),
+    )
+
+
+def fingerprint(task: pb.Task) -> str:
+    """Digest of what is asked, without when it was submitted and to whom: a master may send those anew."""
+    asked = pb.Task()
+    asked.CopyFrom(task)
+    asked.ClearField("submitted_at")
+    asked.ClearField("target_worker_id")
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _exact(task: pb.Task, field: str) -> int | None:
+    return int(getattr(task, field)) if task.HasField(field) else None
+
+
+def _amount(field: str, value: float, unit: int, exact: int | None, default: int) -> int:
+    """The exact amount; the old field's, converted; or the default for 0."""
+    amount = _finite(field, value) * unit
+    if amount < 0 or (exact is not None and exact < 0):
+        raise _invalid(field, value if exact is None else exact, "ask for zero or more")
+    if max(amount, exact or 0) > _MAX_AMOUNT:
+        raise _invalid(field, value, "ask for an amount that a machine can have")
+    if exact is None:
+        return round(amount) if value else default
+    if value and abs(amount - exact) > _ROUNDING * max(amount, exact):
+        raise _invalid(field, value, f"it disagrees with the exact field, which says {exact}; send one, or the same")
+    return exact
+
+
+def _gpu_count(value: float) -> int:
+    count = _finite("req_gpu", value)
+    if count < 0 or count > 1024:
+        raise _invalid("req_gpu", value, "ask for 0 to 1024 GPUs")
+    if count != int(count):
+        raise _invalid("req_gpu", value, "ask for whole GPUs: a share cannot be enforced here")
+    return int(count)
+
+
+def _timeout(task: pb.Task, defaults: TaskDefaults) -> float | None:
+    if not task.HasField("timeout_seconds"):
+        return defaults.timeout_seconds
+    seconds = _finite("timeout_seconds", task.timeout_seconds)
+    return None if seconds == 0 else seconds
+
+
+def _pull_policy(task: pb.Task) -> PullPolicy:
+    text = task.pull_policy if task.HasField("pull_policy") and task.pull_policy else PullPolicy.IF_NOT_PRESENT
+    try:
+        return PullPolicy(text)
+    except ValueError as error:
+        raise _invalid("pull_policy", text[:40], "use always, if-not-present or never") from error
+
+
+def _finite(field: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise _invalid(field, value, "use a finite number")
+    return value
+
+
+def _invalid(field: str, value: object, remedy: str) -> RequestError:
+    return RequestError(f"{field} is {value!r}", reason="INVALID_REQUEST", field=field, hint=remedy)
+
+
+# ---- to the wire ------------------------------------------------------------------------------------------------------
+
+
+def resources(amount: Resources) -> pb.Resources:
+    return pb.Resources(
+        cpu_milli=amount.cpu_milli,
+        memory_bytes=amount.memory_bytes,
+        disk_bytes=amount.disk_bytes,
+        gpu_count=amount.gpu_count,
+    )
+
+
+def gpu_info(gpu: Gpu) -> pb.GpuInfo:
+    return pb.GpuInfo(
+        uuid=gpu.uuid,
+        name=gpu.name,
+        memory_total_bytes=gpu.memory_total_bytes,
+        memory_used_bytes=gpu.memory_used_bytes or 0,
+        utilization_percent=gpu.utilization_percent or 0.0,
+    )
+
+
+def running_task(record: TaskRecord) -> pb.RunningTask:
+    held = Resources() if record.compute_released else record.lease.granted
+    return pb.RunningTask(
+        task_id=record.id.task_id,
+        cpu_allocated=held.cpu_milli / 1000,
+        memory_allocated=held.memory_bytes / GIB,
+        status=record.phase.name.lower(),
+        gpu_allocated=float(held.gpu_count),
+        attempt=record.id.attempt,
+        phase=record.phase.name,
+        phase_started_at_unix_ms=round(record.timings[-1].started_at.timestamp() * 1000),
+    )
+
+
+def log_status(record: TaskRecord) -> str | None:
+    """The status of a log's last chunk; None while the end may still change (the results are not stored yet)."""
+    if record.verdict is None or record.phase < Phase.REPORTING:
+        return None
+    return _LOG_STATUS[record.verdict.outcome]
+
+
+def task_result(record: TaskRecord, worker_id: str) -> pb.TaskResult:
+    """The report on an attempt that has reached REPORTING."""
+    verdict, collected = record.verdict, record.collected
+    if verdict is None:
+        raise ValueError(f"{record.id} has no verdict to report")
+    result = pb.TaskResult(
+        task_id=record.id.task_id,
+        worker_id=worker_id,
+        status=_OLD_STATUS[verdict.outcome],
+        logs=collected.log_tail if collected else "",
+        result_location=record.result_location or "",
+        output_files=list(collected.paths) if collected else [],
+        attempt=record.id.attempt,
+        outcome=verdict.outcome.value,
+        reason=verdict.reason.value,
+        message=verdict.message,
+        trace_id=record.trace.trace_id,
+        phases=[
+            pb.PhaseTiming(
+                name=timing.name,
+                started_at_unix_ns=_unix_ns(timing.started_at),
+                duration_ns=_unix_ns(timing.ended_at) - _unix_ns(timing.started_at),
+            )
+            for timing in record.timings
+            if timing.ended_at is not None
+        ],
+        limits_json=json.dumps(record.limits, sort_keys=True),
+        usage=_usage(record),
+        remarks=list(record.remarks),
+        gpu_uuids=list(record.lease.gpu_uuids),
+    )
+    if verdict.exit_code is not None:
+        result.exit_code = verdict.exit_code
+    if record.image_digest is not None:
+        result.image_digest = record.image_digest
+    if collected is not None:
+        result.manifest_sha256 = collected.manifest_sha256
+    return result
+
+
+def _usage(record: TaskRecord) -> pb.Usage:
+    usage = pb.Usage()
+    for field in ("memory_peak_bytes", "cpu_seconds", "cpu_throttled_seconds", "pids_peak_count"):
+        value = getattr(record.usage, field)
+        if value is not None:
+            setattr(usage, field, value)
+    if record.collected is not None:
+        usage.log_bytes = record.collected.log_bytes
+        usage.result_bytes = record.collected.total_bytes
+        usage.result_file_count = record.collected.file_count
+    return usage
+
+
+def _unix_ns(instant: datetime) -> int:
+    """Exact for microseconds, unlike a float."""
+    whole = instant.replace(microsecond=0)
+    return int(whole.timestamp()) * 1_000_000_000 + instant.microsecond * 1000

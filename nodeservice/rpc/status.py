@@ -1,0 +1,63 @@
+"""What this node tells of itself: registration and heartbeat carry the same numbers as `inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nodeservice.core.model import GIB, Phase
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.ports import CapacitySource
+from nodeservice.rpc import convert
+from nodeservice.wire import master_worker_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    worker_id: str
+    advertise: str
+    """Empty unless configured: a master dials what it gets here instead of the address that it sees."""
+    listen: str
+    version: str
+    capacity: CapacitySource
+    driver: Driver
+
+    async def registration(self) -> pb.WorkerInfo:
+        """A fresh look at the host. The old `total_*` fields carry the allocatable amounts, since masters place on them."""
+        node = await self.capacity.read()
+        self.driver.ledger.resize(node.allocatable, [gpu.uuid for gpu in node.host.gpus.gpus])
+        allocatable, engine = node.allocatable, node.host.engine
+        return pb.WorkerInfo(
+            worker_id=self.worker_id,
+            worker_ip=self.advertise,
+            total_cpu=allocatable.cpu_milli / 1000,
+            total_memory=allocatable.memory_bytes / GIB,
+            total_storage=allocatable.disk_bytes / GIB,
+            total_gpu=float(allocatable.gpu_count),
+            capacity=convert.resources(node.capacity),
+            allocatable=convert.resources(allocatable),
+            free=convert.resources(self.driver.ledger.free),
+            gpus=[convert.gpu_info(gpu) for gpu in node.host.gpus.gpus],
+            kernel=node.host.kernel,
+            cgroup_version=node.host.cgroup_version,
+            engine=engine.name if engine else "",
+            engine_version=engine.version if engine else "",
+            node_version=self.version,
+            listen_address=self.listen,
+        )
+
+    async def heartbeat(self) -> pb.Heartbeat:
+        usage = await self.capacity.sample()
+        ledger = self.driver.ledger
+        return pb.Heartbeat(
+            worker_id=self.worker_id,
+            cpu_usage=usage.cpu_percent,
+            memory_usage=usage.memory_percent,
+            storage_usage=usage.disk_percent,
+            gpu_usage=usage.gpu_percent,
+            running_tasks=[
+                convert.running_task(record) for record in self.driver.live() if record.phase <= Phase.REPORTING
+            ],
+            allocatable=convert.resources(ledger.allocatable),
+            free=convert.resources(ledger.free),
+            draining=self.driver.draining,
+        )

@@ -1,0 +1,163 @@
+"""The way to the master: register, beat, report, and find back after every kind of silence."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+import structlog
+
+from nodeservice.core.model import TaskRecord
+from nodeservice.core.retry import Backoff
+from nodeservice.errors import TransientError
+from nodeservice.ports import Clock
+from nodeservice.rpc import convert
+from nodeservice.rpc.status import NodeStatus
+from nodeservice.wire import master_worker_pb2 as pb
+from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+_CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+)
+
+
+class MasterLink:
+    """Implements the Uplink port. `run` keeps the node registered; `report` waits for that.
+
+    A master that does not know us answers a heartbeat with an error or success=false: we register again. Calls have a
+    deadline above 30 s, since a master can hold a lock that long (wire.md).
+    """
+
+    def __init__(
+        self,
+        status: NodeStatus,
+        *,
+        clock: Clock,
+        credentials: grpc.ChannelCredentials | None,
+        heartbeat_seconds: float = 5.0,
+        call_deadline_seconds: float = 35.0,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._status = status
+        self._clock = clock
+        self._credentials = credentials
+        self._heartbeat_seconds = heartbeat_seconds
+        self._deadline = call_deadline_seconds
+        self._backoff = backoff or Backoff(first_seconds=0.5, max_seconds=15.0)
+        self._address: str | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: pb_grpc.MasterWorkerStub | None = None
+        self._registered = asyncio.Event()
+        self._connected_to: str | None = None
+        self._wanted = asyncio.Event()
+
+    @property
+    def address(self) -> str | None:
+        return self._address
+
+    def stub(self) -> pb_grpc.MasterWorkerStub | None:
+        """For those who stream results to the master; None while none is known."""
+        return self._stub
+
+    def set_master(self, address: str) -> None:
+        """Register with the master at `host:port`. The same address again means: register again, on the same channel."""
+        if address != self._address:
+            log.info("master.address", address=address)
+        self._address = address
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Register and beat until cancelled."""
+        failures = 0
+        try:
+            while True:
+                while self._address is None:
+                    await self._wanted.wait()
+                self._wanted.clear()
+                await self._connect(self._address)
+                try:
+                    await self._register()
+                    failures = 0
+                    await self._beat()
+                except TransientError as error:
+                    if failures in (0, 10) or (failures and failures % 100 == 0):
+                        log.warning("master.unreachable", address=self._address, failures=failures, error=str(error))
+                    self._registered.clear()
+                    pause = self._backoff.delay(failures, random.random())  # noqa: S311
+                    failures += 1
+                    await self._sleep_unless_wanted(pause)
+        finally:
+            self._registered.clear()
+            await self._disconnect()
+
+    async def report(self, record: TaskRecord) -> None:
+        await self._registered.wait()
+        result = convert.task_result(record, self._status.worker_id)
+        ack = await self._call(
+            "ReportTaskCompletion", lambda stub: stub.ReportTaskCompletion(result, timeout=self._deadline)
+        )
+        if not ack.success:
+            raise TransientError(f"the master refused the report: {ack.message}", reason="REPORT_REFUSED")
+
+    async def _register(self) -> None:
+        info = await self._status.registration()
+        ack = await self._call("RegisterWorker", lambda stub: stub.RegisterWorker(info, timeout=self._deadline))
+        if not ack.success:
+            raise TransientError(f"the master refused the registration: {ack.message}", reason="REGISTRATION_REFUSED")
+        if not self._registered.is_set():
+            log.info("master.registered", address=self._address, message=ack.message)
+        self._registered.set()
+
+    async def _beat(self) -> None:
+        """Beat until the master forgets us or goes away (TransientError), or a new registration is wanted (return)."""
+        while not self._wanted.is_set():
+            await self._sleep_unless_wanted(self._heartbeat_seconds)
+            ack = await self._send_heartbeat()
+            if not ack.success:
+                log.warning("master.forgot_us", address=self._address)
+                self._registered.clear()
+                return
+
+    async def _send_heartbeat(self) -> pb.HeartbeatAck:
+        beat = await self._status.heartbeat()
+        return await self._call("SendHeartbeat", lambda stub: stub.SendHeartbeat(beat, timeout=self._deadline))
+
+    async def _call(self, name: str, call: Callable[[pb_grpc.MasterWorkerStub], Awaitable[T]]) -> T:
+        if self._stub is None:
+            raise TransientError("no master is known yet", reason="NO_MASTER")
+        try:
+            return await call(self._stub)
+        except grpc.aio.AioRpcError as error:
+            raise TransientError(
+                f"{name} at {self._address}: {error.code().name} {error.details() or ''}".rstrip(),
+                reason="MASTER_UNREACHABLE",
+            ) from error
+
+    async def _sleep_unless_wanted(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wanted.wait(), seconds)
+
+    async def _connect(self, address: str) -> None:
+        if address == self._connected_to:
+            return
+        await self._disconnect()
+        self._registered.clear()
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
+        self._connected_to = address
+        self._stub = pb_grpc.MasterWorkerStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def _disconnect(self) -> None:
+        channel, self._channel, self._stub, self._connected_to = self._channel, None, None, None
+        if channel is not None:
+            await channel.close(None)

@@ -1,0 +1,1 @@
+"""Runs containers: adapters of `ports.ContainerRuntime`."""

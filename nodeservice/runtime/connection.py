@@ -1,0 +1,106 @@
+"""Keeps the one client of the engine: connects late, calls it in named threads, translates its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from nodeservice.runtime.endpoint import Endpoint
+from nodeservice.runtime.errors import engine_unavailable, translate
+from nodeservice.runtime.streams import EngineStream
+
+if TYPE_CHECKING:
+    from docker import APIClient
+
+T = TypeVar("T")
+
+_CALL_THREADS = 16
+_SIGNAL_THREADS = 4
+_CONNECT_TIMEOUT_SECONDS = 5.0
+
+
+class EngineConnection:
+    """The client is made at the first call that finds an engine, and serves all threads from then on.
+
+    Signals have threads of their own, so a burst of slow starts never delays a kill.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, call_timeout_seconds: float) -> None:
+        self.endpoint = endpoint
+        self.call_timeout_seconds = call_timeout_seconds
+        self._client: APIClient | None = None
+        self._connecting = threading.Lock()
+        self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="engine-call")
+        self._signals = ThreadPoolExecutor(_SIGNAL_THREADS, thread_name_prefix="engine-signal")
+
+    def client(self) -> APIClient:
+        """Blocking. Raises TransientError when no engine answers."""
+        with self._connecting:
+            if self._client is None:
+                self._client = self._connect()
+            return self._client
+
+    def stream(self) -> EngineStream:
+        return EngineStream(self.endpoint, connect_timeout_seconds=_CONNECT_TIMEOUT_SECONDS)
+
+    def api_path(self, path: str) -> str:
+        """The path under the version that engine and client agreed on. Blocking, as `client` is."""
+        return f"/v{self.client().api_version}{path}"
+
+    async def call(self, work: Callable[[APIClient], T], *, doing: str, urgent: bool = False) -> T:
+        """Run blocking `work` with the client in a thread. What it raises is translated; see `errors.translate`.
+
+        Cancelling the caller does not stop the work: the engine may still do it.
+        """
+        pool = self._signals if urgent else self._calls
+        return await asyncio.get_running_loop().run_in_executor(pool, self._run, work, doing)
+
+    async def call_to_end(self, work: Callable[[APIClient], T], *, doing: str) -> T:
+        """As `call`, but a cancelled caller waits until the work has ended, so nothing appears behind its back."""
+        call = asyncio.ensure_future(self.call(work, doing=doing))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                await asyncio.wait({call}, timeout=self.call_timeout_seconds)
+            if call.done() and not call.cancelled():
+                call.exception()
+            raise
+
+    async def close(self) -> None:
+        """Let running calls end on their own; nothing new is taken."""
+        self._calls.shutdown(wait=False, cancel_futures=True)
+        self._signals.shutdown(wait=False, cancel_futures=True)
+        with self._connecting:
+            if self._client is not None:
+                self._client.close()
+
+    def _run(self, work: Callable[[APIClient], T], doing: str) -> T:
+        try:
+            return work(self.client())
+        except Exception as error:
+            translated = translate(error, doing=doing)
+            if translated is error:
+                raise
+            raise translated from error
+
+    def _connect(self) -> APIClient:
+        from docker import APIClient
+        from docker.errors import DockerException
+
+        try:
+            client = APIClient(
+                self.endpoint.url,
+                version="auto",
+                timeout=int(self.call_timeout_seconds),
+                max_pool_size=_CALL_THREADS + _SIGNAL_THREADS,
+            )
+        except (DockerException, OSError) as error:
+            raise engine_unavailable(error) from error
+        # A local socket needs neither proxies nor netrc, which requests would look up anew for every call.
+        client.trust_env = False
+        return client

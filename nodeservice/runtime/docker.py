@@ -1,0 +1,275 @@
+"""Runs containers with the Docker Engine, or with Podman behind its Docker-compatible socket."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+import structlog
+
+from nodeservice.core.model import PullPolicy
+from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
+from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress
+from nodeservice.runtime import docker_calls as calls
+from nodeservice.runtime.connection import EngineConnection
+from nodeservice.runtime.docker_spec import NODE_LABEL, create_body
+from nodeservice.runtime.docker_state import init_failure
+from nodeservice.runtime.endpoint import resolve_endpoint
+from nodeservice.runtime.errors import command_error
+from nodeservice.runtime.exits import ExitWatcher
+from nodeservice.runtime.logs import read_log
+from nodeservice.runtime.profile import EngineProfile, read_profile
+from nodeservice.runtime.pulls import ImagePulls
+
+log = structlog.get_logger(__name__)
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,254}")
+_SIGKILL_EXIT_CODE = 137
+_EXEC_FAILURE_EXIT_CODES = frozenset({126, 127})
+_OOM_LOOKS_SECONDS = (0.02, 0.08, 0.15, 0.25)
+_KILL_PATIENCE_SECONDS = 10.0
+_REMOVAL_PATIENCE_SECONDS = 10.0
+_REMOVAL_LOOK_SECONDS = 0.1
+_FIRST_RETRY_SECONDS = 0.2
+_MAX_INIT_MESSAGE_BYTES = 8192
+
+
+class DockerRuntime:
+    """Implements `ports.ContainerRuntime`. Belongs to the event loop that first uses it.
+
+    Construction never fails for an engine that is down: methods raise TransientError then, and work again when it is back.
+    Raises ConfigError for a `base_url` that cannot be used. Every container gets the label `nodeservice.node`.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_id: str,
+        base_url: str | None = None,
+        call_timeout_seconds: float = 120,
+        pull_total_timeout_seconds: float = 1800,
+        pull_inactivity_timeout_seconds: float = 120,
+        relist_seconds: float = 10,
+    ) -> None:
+        self._node_id = node_id
+        self._relist_seconds = relist_seconds
+        self._connection = EngineConnection(resolve_endpoint(base_url), call_timeout_seconds=call_timeout_seconds)
+        self._pulls = ImagePulls(
+            self._connection,
+            total_timeout_seconds=pull_total_timeout_seconds,
+            inactivity_timeout_seconds=pull_inactivity_timeout_seconds,
+        )
+        self._exits = ExitWatcher(
+            self._connection, node_id=node_id, relist_seconds=relist_seconds, on_connected=self._engine_connected
+        )
+        self._known_profile: EngineProfile | None = None
+        self._profile_is_stale = True
+        self._never_started: set[str] = set()
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where the engine is looked for."""
+        return self._connection.endpoint.url
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Sentences on what tasks do without on this engine; empty until the engine has been asked once."""
+        return self._known_profile.degraded if self._known_profile else ()
+
+    async def facts(self) -> EngineFacts:
+        return (await self._profile(fresh=True)).facts
+
+    async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None = None) -> PulledImage:
+        return await self._pulls.pull(image, policy=policy, on_progress=on_progress)
+
+    async def create(self, spec: ContainerSpec) -> str:
+        """As the port says; a cancelled caller waits for the engine's answer, so no container appears behind its back."""
+        if not _NAME.fullmatch(spec.name):
+            raise RequestError(f"{spec.name[:80]!r} cannot be a container's name", reason="CREATE_FAILED", field="name")
+        body = create_body(spec, await self._profile(), node_id=self._node_id)
+        container_id, is_new = await self._connection.call_to_end(
+            lambda client: calls.create(client, spec, body), doing=f"create {spec.name}"
+        )
+        if is_new:
+            self._never_started.add(container_id)
+        return container_id
+
+    async def start(self, container_id: str) -> ContainerState:
+        """As the port says; a cancelled caller waits for the engine's answer, as with `create`.
+
+        Raises NodeFaultError (CONTAINER_LOST) for one that does not exist, and NODE_FAULT for a GPU stack that fails.
+        """
+        # Starting one that has ended would run the task a second time. One that was created here a moment ago need not
+        # be looked at first.
+        if container_id not in self._never_started:
+            state = await self._must_find(container_id)
+            if state.has_run:
+                return state
+        self._never_started.discard(container_id)
+        init_binary = (await self._profile()).init_binary
+        await self._connection.call_to_end(
+            lambda client: calls.start(client, container_id, init_binary=init_binary), doing="start a container"
+        )
+        state = await self._must_find(container_id)
+        if (said := await self._command_failure(state)) is not None:
+            raise command_error(said)
+        return state
+
+    async def find(self, name_or_id: str) -> ContainerState | None:
+        if not _NAME.fullmatch(name_or_id):
+            return None
+        state = await self._connection.call(
+            lambda client: calls.inspect(client, name_or_id), doing="look at a container"
+        )
+        # The engine also takes the beginning of an id.
+        return state if state is not None and name_or_id in {state.id, state.id[:12], state.name} else None
+
+    async def wait_exited(self, container_id: str) -> ContainerState | None:
+        """As the port says. One that was created and never started is not running either, and returned at once.
+
+        Where an init process runs, a command that could not be executed ends like any other, with 127 or 126; `error` then
+        says so ("exec …: No such file or directory").
+        """
+        retry_seconds = _FIRST_RETRY_SECONDS
+        with self._exits.watch(container_id) as changed:
+            while True:
+                changed.clear()
+                try:
+                    state = await self.find(container_id)
+                    if state is None or not state.is_running:
+                        return await self._settled(state)
+                except (TransientError, NodeFaultError) as error:
+                    log.info("engine.wait_interrupted", container_id=container_id, reason=error.reason)
+                    await _wait_for(changed, retry_seconds)
+                    retry_seconds = min(2 * retry_seconds, self._relist_seconds)
+                else:
+                    retry_seconds = _FIRST_RETRY_SECONDS
+                    await changed.wait()
+
+    def read_log(self, container_id: str, *, follow: bool) -> AsyncIterator[bytes]:
+        return read_log(self._connection, container_id, follow=follow)
+
+    async def stop(self, container_id: str, *, grace_seconds: float) -> None:
+        """As the port says. Raises TransientError (CONTAINER_NOT_STOPPING) if it lives on 10 s after SIGKILL."""
+        if not await self._signal(container_id, "SIGTERM") or await self._ended_within(container_id, grace_seconds):
+            return
+        log.info("container.killed_after_grace", container_id=container_id, grace_seconds=grace_seconds)
+        if not await self._signal(container_id, "SIGKILL"):
+            return
+        if not await self._ended_within(container_id, _KILL_PATIENCE_SECONDS):
+            raise TransientError(
+                f"container {container_id[:12]} still runs {_KILL_PATIENCE_SECONDS:g} s after SIGKILL",
+                reason="CONTAINER_NOT_STOPPING",
+                hint="a process may hang in the kernel (disk, network file system, GPU driver)",
+            )
+
+    async def kill(self, container_id: str) -> None:
+        await self._signal(container_id, "SIGKILL")
+
+    async def remove(self, container_id: str) -> None:
+        self._never_started.discard(container_id)
+        if await self._connection.call(lambda client: calls.remove(client, container_id), doing="remove a container"):
+            return
+        deadline = asyncio.get_running_loop().time() + _REMOVAL_PATIENCE_SECONDS
+        while await self.find(container_id) is not None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise TransientError(f"container {container_id[:12]} is being removed for long", reason="ENGINE_ERROR")
+            await asyncio.sleep(_REMOVAL_LOOK_SECONDS)
+
+    async def list_owned(self, node_id: str) -> Sequence[ContainerState]:
+        label = f"{NODE_LABEL}={node_id}"
+        listed = await self._connection.call(
+            lambda client: client.containers(all=True, filters={"label": [label]}), doing="list containers"
+        )
+        states = await asyncio.gather(*(self.find(str(entry["Id"])) for entry in listed))
+        return [state for state in states if state is not None]
+
+    async def close(self) -> None:
+        await self._pulls.close()
+        await self._exits.close()
+        await self._connection.close()
+
+    # ---- inside ----
+
+    async def _profile(self, *, fresh: bool = False) -> EngineProfile:
+        if self._known_profile is not None and not self._profile_is_stale and not fresh:
+            return self._known_profile
+        before = self.degraded
+        profile = await self._connection.call(
+            lambda client: read_profile(client.info(), client.version(), client.networks()), doing="describe itself"
+        )
+        self._known_profile, self._profile_is_stale = profile, False
+        for sentence in set(profile.degraded) - set(before):
+            log.warning("engine.degraded", what=sentence)
+        return profile
+
+    def _engine_connected(self) -> None:
+        """The engine may have been restarted with another configuration: ask it again before the next container."""
+        self._profile_is_stale = True
+
+    async def _must_find(self, container_id: str) -> ContainerState:
+        state = await self.find(container_id)
+        if state is None:
+            raise calls.lost(container_id)
+        return state
+
+    async def _signal(self, container_id: str, signal: str) -> bool:
+        """False if there was nothing to signal."""
+        return await self._connection.call(
+            lambda client: calls.signal(client, container_id, signal), doing=f"send {signal}", urgent=True
+        )
+
+    async def _ended_within(self, container_id: str, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.wait_exited(container_id)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _settled(self, state: ContainerState | None) -> ContainerState | None:
+        """The final state. The engine notes an out-of-memory kill apart from the exit, and perhaps a moment later."""
+        if state is None:
+            return None
+        if state.exit_code == _SIGKILL_EXIT_CODE:
+            for pause_seconds in _OOM_LOOKS_SECONDS:
+                if state.oom_killed:
+                    break
+                await asyncio.sleep(pause_seconds)
+                again = await self.find(state.id)
+                if again is None:
+                    break
+                state = again
+        if (said := await self._command_failure(state)) is not None:
+            return replace(state, error=said)
+        return state
+
+    async def _command_failure(self, state: ContainerState) -> str | None:
+        """What the init process said of a command that it could not execute, None otherwise.
+
+        With an init process the engine's start always succeeds, and its complaint is all there is in the log.
+        """
+        if state.exit_code not in _EXEC_FAILURE_EXIT_CODES or state.error:
+            return None
+        text = b""
+        try:
+            async with aclosing(read_log(self._connection, state.id, follow=False)) as pieces:
+                async for piece in pieces:
+                    text += piece
+                    if len(text) > _MAX_INIT_MESSAGE_BYTES:
+                        return None
+        except NodeServiceError as error:
+            log.info("container.log_unreadable", container_id=state.id, reason=error.reason)
+            return None
+        return init_failure(text)
+
+
+async def _wait_for(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

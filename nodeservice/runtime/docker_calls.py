@@ -1,0 +1,115 @@
+"""Single blocking calls to the engine, each with the answers that mean something special sorted out.
+
+For use inside `EngineConnection.call`, which translates all other errors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from nodeservice.errors import NodeFaultError, RequestError, TransientError
+from nodeservice.ports import ContainerSpec, ContainerState
+from nodeservice.runtime.docker_spec import is_same_request
+from nodeservice.runtime.docker_state import read_state
+from nodeservice.runtime.errors import create_error, is_status, start_error
+
+if TYPE_CHECKING:
+    from docker import APIClient
+
+log = structlog.get_logger(__name__)
+
+
+def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
+    try:
+        return read_state(client.inspect_container(name_or_id))
+    except Exception as error:
+        if is_status(error, 404):
+            return None
+        raise
+
+
+def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any]) -> tuple[str, bool]:
+    """Create, or find one of the same request: the id, and whether it is new.
+
+    Whatever goes wrong on the way, the name tells whether it is there.
+    """
+    from docker.errors import APIError
+
+    try:
+        answer: dict[str, Any] = client.create_container_from_config(body, name=spec.name)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        refused = error if isinstance(error, APIError) else None
+        if refused is not None and not _is_name_taken(refused):
+            raise create_error(spec.name, spec.image, refused) from error
+        existing = inspect(client, spec.name)
+        if existing is None:
+            if refused is None:
+                raise
+            raise _engine_error(f"the name {spec.name!r} is taken by a container that is going away") from error
+        if not is_same_request(spec, existing.labels):
+            raise RequestError(
+                f"a container {spec.name!r} of another request is there already ({existing.id[:12]})",
+                reason="CREATE_FAILED",
+                field="name",
+            ) from error
+        return existing.id, False
+    for warning in answer.get("Warnings") or ():
+        log.warning("container.created_with_warning", name=spec.name, warning=warning)
+    return str(answer["Id"]), True
+
+
+def start(client: APIClient, container_id: str, *, init_binary: str) -> None:
+    from docker.errors import APIError
+
+    try:
+        client.start(container_id)
+    except APIError as error:
+        if error.status_code == 404 and "no such container" in str(error.explanation).lower():
+            raise lost(container_id) from error
+        raise start_error(container_id[:12], error, init_binary=init_binary) from error
+
+
+def signal(client: APIClient, container_id: str, name: str) -> bool:
+    """False if there was nothing to signal."""
+    try:
+        client.kill(container_id, name)
+    except Exception as error:
+        if is_status(error, 404, 409):
+            return False
+        if is_status(error, 500):  # ended between the engine's look and its kill, or Podman's way of saying 409
+            state = inspect(client, container_id)
+            if state is None or not state.is_running:
+                return False
+            raise _engine_error(f"the engine could not signal {container_id[:12]}: {error}") from error
+        raise
+    return True
+
+
+def remove(client: APIClient, container_id: str) -> bool:
+    """False if someone else is removing it at this moment."""
+    try:
+        client.remove_container(container_id, v=True, force=True)
+    except Exception as error:
+        if is_status(error, 404):
+            return True
+        if is_status(error, 409):
+            return False
+        if is_status(error, 500):  # a mount that is busy for a moment, a process that dies slowly
+            raise _engine_error(f"the engine could not remove {container_id[:12]}: {error}") from error
+        raise
+    return True
+
+
+def lost(container_id: str) -> NodeFaultError:
+    return NodeFaultError(f"container {container_id[:12]} does not exist any more", reason="CONTAINER_LOST")
+
+
+def _is_name_taken(error: Any) -> bool:
+    """Docker answers 409; Podman 500 with these words."""
+    return error.status_code == 409 or (error.status_code == 500 and "already in use" in str(error.explanation).lower())
+
+
+def _engine_error(message: str) -> TransientError:
+    return TransientError(message, reason="ENGINE_ERROR")

@@ -1,0 +1,172 @@
+"""Tells who waits that a container may have ended: one event stream for all, and a periodic look at the list."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import structlog
+
+from nodeservice.errors import NodeServiceError
+from nodeservice.runtime.connection import EngineConnection
+from nodeservice.runtime.docker_spec import NODE_LABEL
+from nodeservice.runtime.docker_state import read_status
+from nodeservice.runtime.streams import EngineStream, StreamRefusedError
+
+log = structlog.get_logger(__name__)
+
+_ENDINGS = frozenset({"die", "died", "destroy", "remove"})
+"""Docker's words and Podman's."""
+_OVERLAP_SECONDS = 2.0
+_FIRST_BACKOFF_SECONDS = 0.1
+_LAST_BACKOFF_SECONDS = 5.0
+_JOIN_SECONDS = 2.0
+
+
+class ExitWatcher:
+    """A waiter holds an asyncio.Event that is set whenever its container is worth a look.
+
+    Nothing is missed: a waiter looks after it was registered; events of the last two seconds are asked for again at each
+    connect, for the engine answers before it listens; a new connection wakes everybody; and what the engine forgot to tell
+    is found by the list.
+    """
+
+    def __init__(
+        self,
+        connection: EngineConnection,
+        *,
+        node_id: str,
+        relist_seconds: float,
+        on_connected: Callable[[], None],
+    ) -> None:
+        self._connection = connection
+        self._label = f"{NODE_LABEL}={node_id}"
+        self._relist_seconds = relist_seconds
+        self._on_connected = on_connected
+        self._signals: dict[str, set[asyncio.Event]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._relisting: asyncio.Task[None] | None = None
+        self._stopping = threading.Event()
+        self._stream_lock = threading.Lock()
+        self._stream: EngineStream | None = None
+
+    @contextlib.contextmanager
+    def watch(self, container_id: str) -> Iterator[asyncio.Event]:
+        """Register before the first look. The event is set again at every later sign; clear it before each look."""
+        self._start()
+        signal = asyncio.Event()
+        self._signals.setdefault(container_id, set()).add(signal)
+        try:
+            yield signal
+        finally:
+            signals = self._signals[container_id]
+            signals.discard(signal)
+            if not signals:
+                del self._signals[container_id]
+
+    def cut(self) -> None:
+        """Break the event stream, as a fault would; it is taken up again. For tests and for a suspected stall."""
+        with self._stream_lock:
+            if self._stream is not None:
+                self._stream.abort()
+
+    async def close(self) -> None:
+        self._stopping.set()
+        self.cut()
+        if self._relisting is not None:
+            self._relisting.cancel()
+            await asyncio.wait({self._relisting})
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
+
+    def _start(self) -> None:
+        if self._thread is not None or self._stopping.is_set():
+            return
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._follow_events, name="engine-events", daemon=True)
+        self._thread.start()
+        self._relisting = asyncio.create_task(self._relist(), name="engine-relist")
+
+    def _poke(self, *keys: str) -> None:
+        for key in keys:
+            for signal in self._signals.get(key, ()):
+                signal.set()
+
+    def _poke_all(self) -> None:
+        self._poke(*self._signals)
+
+    async def _relist(self) -> None:
+        while True:
+            await asyncio.sleep(self._relist_seconds)
+            if not self._signals:
+                continue
+            try:
+                listed = await self._connection.call(
+                    lambda client: client.containers(filters={"label": [self._label]}), doing="list containers"
+                )
+            except NodeServiceError as error:
+                log.debug("engine.relist_failed", reason=error.reason)
+                continue
+            running: set[str] = set()
+            for entry in listed:
+                if read_status(str(entry.get("State", ""))) == "running":
+                    running.add(str(entry["Id"]))
+                    running.update(name.removeprefix("/") for name in entry.get("Names") or ())
+            self._poke(*(self._signals.keys() - running))
+
+    # ---- in the thread ----
+
+    def _follow_events(self) -> None:
+        backoff = _FIRST_BACKOFF_SECONDS
+        since = time.time()
+        while not self._stopping.is_set():
+            stream = self._connection.stream()
+            with self._stream_lock:
+                self._stream = stream
+            try:
+                connecting_at = time.time()
+                self._open(stream, since - _OVERLAP_SECONDS)
+                backoff, since = _FIRST_BACKOFF_SECONDS, connecting_at
+                self._tell(self._on_connected)
+                self._tell(self._poke_all)
+                for message in stream.messages():
+                    since = time.time()
+                    self._handle(message)
+                log.debug("engine.events_ended")
+            except (NodeServiceError, StreamRefusedError, OSError, http.client.HTTPException) as error:
+                if not self._stopping.is_set():
+                    log.info("engine.events_lost", error=str(error), error_type=type(error).__name__)
+            except Exception:
+                log.exception("engine.events_failed")
+            finally:
+                with contextlib.suppress(OSError):
+                    stream.close()
+            self._stopping.wait(backoff)
+            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+
+    def _open(self, stream: EngineStream, since: float) -> None:
+        filters = {"type": ["container"], "label": [self._label]}
+        # Fractions of a second are not understood by every engine.
+        query = {"since": str(int(since)), "filters": json.dumps(filters)}
+        stream.open("GET", self._connection.api_path("/events"), query=query)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        action = str(message.get("Action") or message.get("status") or "")
+        if action not in _ENDINGS:
+            return
+        actor = message.get("Actor") or {}
+        container_id = str(actor.get("ID") or message.get("id") or "")
+        name = str((actor.get("Attributes") or {}).get("name") or "")
+        self._tell(lambda: self._poke(container_id, name))
+
+    def _tell(self, work: Callable[[], None]) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has been closed without us
+            self._loop.call_soon_threadsafe(work)

@@ -1,0 +1,81 @@
+"""Sets up logging: events with fields, one line each, on stderr, as JSON for machines or in columns for people."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal, TextIO
+
+import structlog
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure_logging(
+    level: str = "info", fmt: Literal["json", "console"] = "json", stream: TextIO | None = None
+) -> None:
+    """Configure the process. Calling it again replaces the earlier set-up. `stream` None is stderr as it is now.
+
+    Warnings of libraries, which use the standard `logging`, come out as events `library.warning` in the same form.
+    """
+    out = sys.stderr if stream is None else stream
+    renderer: structlog.typing.Processor
+    if fmt == "json":
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=28
+        )
+    processors: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if fmt == "json":
+        processors.append(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(file=_UnfailingStream(out)),  # type: ignore[arg-type]
+        # Cached loggers would keep the first set-up for ever, also across tests.
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _LibraryHandler)]:
+        root.removeHandler(handler)
+    root.addHandler(_LibraryHandler(level=logging.WARNING))
+
+
+class _UnfailingStream:
+    """Passes text on and forgets errors: a full disk or a closed pipe behind stderr must not end a task."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            return 0
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+
+class _LibraryHandler(logging.Handler):
+    """Turns a record of the standard `logging` into an event."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            structlog.get_logger().log(
+                record.levelno,
+                "library.error" if record.levelno >= logging.ERROR else "library.warning",
+                logger=record.name,
+                message=record.getMessage(),
+                exc_info=record.exc_info,
+            )
+        except Exception:
+            self.handleError(record)

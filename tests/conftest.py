@@ -1,0 +1,60 @@
+"""Fixtures that find the real parts: the container engine and the demo image."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker
+import pytest
+
+from nodeservice.runtime.endpoint import resolve_endpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_IMAGE = "nodeservice/demo:latest"
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """The URL of the engine that answers; a skip that says so where none does."""
+    endpoint = resolve_endpoint(None)
+    try:
+        docker.APIClient(endpoint.url, version="auto", timeout=10).close()
+    except (docker.errors.DockerException, OSError) as error:
+        pytest.skip(f"NO CONTAINER ENGINE answers at {endpoint.url}, its tests do not run: {error}")
+    return endpoint.url
+
+
+@pytest.fixture(scope="session")
+def docker_client(engine: str) -> Iterator[docker.APIClient]:
+    """A plain client of the engine, to look at it from outside of what is tested."""
+    client = docker.APIClient(engine, version="auto", timeout=120)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def demo_image(engine: str) -> str:
+    """A busybox with all its applets, built on this host."""
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_image.py"],
+        check=True,
+        timeout=120,
+        env={**os.environ, "DOCKER_HOST": engine},
+    )
+    return DEMO_IMAGE
+
+
+@pytest.fixture
+def node_id(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A node of this test's own. Whatever containers bear its label at the end are removed."""
+    node = f"test-{uuid.uuid4().hex[:12]}"
+    yield node
+    if "docker_client" in request.fixturenames or "engine" in request.fixturenames:
+        client = request.getfixturevalue("docker_client")
+        for entry in client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
+            client.remove_container(entry["Id"], force=True, v=True)

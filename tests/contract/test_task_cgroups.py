@@ -1,0 +1,331 @@
+"""The contract of TaskCgroups, over every implementation that this host can run.
+
+The stand-in is a plain directory that offers the files of cgroup v2 and their kernel defaults; it proves our reading and
+writing, not the kernel's behaviour. The kernel's own hierarchies take part where they can be written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec, Usage
+from nodeservice.errors import TransientError
+from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, place_of, task_cgroups
+from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.limits.plan import PIDS_OVERHEAD
+from nodeservice.limits.tree import CgroupTree
+from nodeservice.limits.v1 import V1CgroupTree
+from nodeservice.limits.v2 import V2CgroupTree
+from nodeservice.ports import EngineFacts
+
+V2_DEFAULTS = {
+    "cgroup.subtree_control": "",
+    "cgroup.procs": "",
+    "cpu.max": "max 100000",
+    "cpu.stat": "usage_usec 0\nnr_throttled 0\nthrottled_usec 0",
+    "memory.max": "max",
+    "memory.swap.max": "max",
+    "memory.oom.group": "0",
+    "memory.peak": "0",
+    "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0",
+    "pids.max": "max",
+    "pids.peak": "0",
+}
+
+
+class UnifiedStandIn:
+    """A directory that behaves like cgroup2 as far as mkdir and rmdir go."""
+
+    def __init__(self, top: Path, controllers: str = "cpuset cpu io memory pids") -> None:
+        self.top = top
+        top.mkdir()
+        (top / "cgroup.controllers").write_text(controllers)
+        (top / "cgroup.subtree_control").write_text("")
+        self.mounts = (
+            Mount(root="/", point=str(top), filesystem="cgroup2", device="cgroup2", super_options=frozenset({"rw"})),
+        )
+
+    def mkdir(self, directory: Path) -> None:
+        os.mkdir(directory)
+        handed_down = (directory.parent / "cgroup.subtree_control").read_text().replace("+", "")
+        (directory / "cgroup.controllers").write_text(handed_down)
+        for name, content in V2_DEFAULTS.items():
+            if name.split(".")[0] in {"cgroup", *handed_down.split()}:
+                (directory / name).write_text(content)
+
+    def rmdir(self, directory: Path) -> None:
+        if any(entry.is_dir() for entry in directory.iterdir()) or (directory / "cgroup.procs").read_text():
+            raise OSError(errno.EBUSY, "busy")
+        for entry in directory.iterdir():
+            entry.unlink()
+        os.rmdir(directory)
+
+    def tree(self) -> V2CgroupTree:
+        return V2CgroupTree(self.mounts, mkdir=self.mkdir, rmdir=self.rmdir)
+
+
+def stand_in_tree(tmp_path: Path) -> CgroupTree:
+    return UnifiedStandIn(tmp_path / "cgroup").tree()
+
+
+def v1_tree(tmp_path: Path) -> CgroupTree:
+    if os.geteuid() != 0:
+        pytest.skip("cgroup v1: needs root")
+    try:
+        return V1CgroupTree(read_mounts())
+    except OSError as error:
+        pytest.skip(f"cgroup v1: {error}")
+
+
+def v2_tree(tmp_path: Path) -> CgroupTree:
+    if os.geteuid() != 0:
+        pytest.skip("cgroup v2: needs root")
+    top = Path("/sys/fs/cgroup/cgroup.controllers")
+    if not top.exists() or "memory" not in top.read_text().split():
+        pytest.skip("cgroup v2: this host has no unified hierarchy with the memory controller at /sys/fs/cgroup")
+    return V2CgroupTree(read_mounts())
+
+
+@pytest.fixture(params=[stand_in_tree, v1_tree, v2_tree])
+async def cgroups(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[KernelTaskCgroups]:
+    make: Callable[[Path], CgroupTree] = request.param
+    node_id = f"test-{uuid.uuid4().hex[:12]}"
+    tree = make(tmp_path)
+    cgroups = KernelTaskCgroups(node_id=node_id, tree=tree)
+    yield cgroups
+    tree.remove(f"nodeservice/{node_id}.node")
+    await cgroups.close()
+
+
+def spec(
+    task_id: str = "task", *, cpu_milli: int = 500, memory_bytes: int = 64 * MIB, pids_limit: int = 32
+) -> TaskSpec:
+    return TaskSpec(
+        id=AttemptId(task_id, 1),
+        image="nodeservice/demo",
+        request=Resources(cpu_milli=cpu_milli, memory_bytes=memory_bytes),
+        pids_limit=pids_limit,
+        fingerprint="",
+    )
+
+
+async def test_the_limits_read_back_are_those_asked(cgroups: KernelTaskCgroups) -> None:
+    parent = await cgroups.prepare(spec())
+
+    effective = await cgroups.effective(AttemptId("task", 1))
+
+    assert parent is not None
+    assert parent.endswith("/task.1")
+    assert effective["path"] == parent
+    assert effective["cpu_milli"] == 500
+    assert effective["memory_bytes"] == 64 * MIB
+    assert effective["memory_swap_bytes"] == 64 * MIB
+    assert effective["pids_limit"] == 32 + PIDS_OVERHEAD
+    assert effective["occupied"] is False
+
+
+async def test_preparing_again_gives_the_same_place_and_the_limits_of_the_last_call(cgroups: KernelTaskCgroups) -> None:
+    first = await cgroups.prepare(spec())
+    again = await cgroups.prepare(spec(memory_bytes=128 * MIB, cpu_milli=1000))
+
+    effective = await cgroups.effective(AttemptId("task", 1))
+
+    assert again == first
+    assert (effective["memory_bytes"], effective["memory_swap_bytes"]) == (128 * MIB, 128 * MIB)
+    assert effective["cpu_milli"] == 1000
+
+
+async def test_a_limit_may_also_be_lowered_again(cgroups: KernelTaskCgroups) -> None:
+    await cgroups.prepare(spec(memory_bytes=128 * MIB))
+    await cgroups.prepare(spec(memory_bytes=32 * MIB))
+
+    effective = await cgroups.effective(AttemptId("task", 1))
+
+    assert (effective["memory_bytes"], effective["memory_swap_bytes"]) == (32 * MIB, 32 * MIB)
+
+
+async def test_what_was_not_asked_is_not_limited(cgroups: KernelTaskCgroups) -> None:
+    await cgroups.prepare(spec(cpu_milli=0, memory_bytes=0, pids_limit=0))
+
+    effective = await cgroups.effective(AttemptId("task", 1))
+
+    assert [effective[name] for name in ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit")] == [None] * 4
+
+
+async def test_a_cgroup_in_which_nothing_ran_tells_no_usage(cgroups: KernelTaskCgroups) -> None:
+    await cgroups.prepare(spec())
+
+    assert await cgroups.usage(AttemptId("task", 1)) == Usage()
+
+
+async def test_an_unknown_attempt_has_no_limits_and_no_usage_and_is_removed_already(cgroups: KernelTaskCgroups) -> None:
+    unknown = AttemptId("never-made", 7)
+
+    assert await cgroups.effective(unknown) == {}
+    assert await cgroups.usage(unknown) == Usage()
+    await cgroups.remove(unknown)
+
+
+async def test_removing_takes_it_away_and_may_be_repeated(cgroups: KernelTaskCgroups) -> None:
+    await cgroups.prepare(spec())
+
+    await cgroups.remove(AttemptId("task", 1))
+    await cgroups.remove(AttemptId("task", 1))
+
+    assert await cgroups.effective(AttemptId("task", 1)) == {}
+
+
+async def test_removing_one_task_leaves_the_other_alone(cgroups: KernelTaskCgroups) -> None:
+    await cgroups.prepare(spec("other"))
+    await cgroups.prepare(spec("task"))
+
+    await cgroups.remove(AttemptId("task", 1))
+
+    assert (await cgroups.effective(AttemptId("other", 1)))["memory_bytes"] == 64 * MIB
+
+
+@pytest.mark.parametrize("task_id", ["../../escape", "a/b", "..", "", "x" * 5000, "a\0b", "cgroup.procs"])
+async def test_a_hostile_id_stays_in_its_place(cgroups: KernelTaskCgroups, task_id: str) -> None:
+    parent = await cgroups.prepare(spec(task_id))
+
+    assert parent is not None
+    assert parent.count("/") == 3
+    assert ".." not in parent
+    await cgroups.remove(AttemptId(task_id, 1))
+
+
+def test_different_hostile_ids_get_different_places() -> None:
+    places = {place_of("node", AttemptId(task_id)) for task_id in ("a/b", "a/c", "..", "", "a", "+a")}
+
+    assert len(places) == 6
+
+
+async def test_the_counts_of_the_unified_hierarchy_become_usage(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    parent = await cgroups.prepare(spec())
+    assert parent is not None
+    task = stand_in.top / parent.lstrip("/")
+    (task / "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1000000\nnr_throttled 3\nthrottled_usec 250000\n")
+    (task / "memory.peak").write_text("20971520\n")
+    (task / "memory.events").write_text("low 0\nhigh 0\nmax 4\noom 2\noom_kill 1\n")
+    (task / "pids.peak").write_text("5\n")
+
+    assert await cgroups.usage(AttemptId("task", 1)) == Usage(
+        memory_peak_bytes=20971520,
+        cpu_seconds=1.5,
+        cpu_throttled_seconds=0.25,
+        pids_peak_count=5,
+        oom_kill_count=1,
+    )
+    assert (task / "memory.oom.group").read_text() == "1"
+    assert (task / "memory.swap.max").read_text() == "0"
+    await cgroups.close()
+
+
+async def test_what_an_older_kernel_does_not_count_is_unknown_and_not_zero(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    parent = await cgroups.prepare(spec())
+    assert parent is not None
+    task = stand_in.top / parent.lstrip("/")
+    (task / "cpu.stat").write_text("usage_usec 10\n")
+    (task / "memory.peak").unlink()
+    (task / "pids.peak").unlink()
+
+    usage = await cgroups.usage(AttemptId("task", 1))
+
+    assert (usage.memory_peak_bytes, usage.pids_peak_count, usage.cpu_throttled_seconds) == (None, None, None)
+    assert usage.oom_kill_count == 0
+    await cgroups.close()
+
+
+async def test_a_tighter_limit_of_the_container_is_the_one_in_force(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    parent = await cgroups.prepare(spec(pids_limit=32))
+    assert parent is not None
+    task = stand_in.top / parent.lstrip("/")
+    (task / "cgroup.subtree_control").write_text("+pids +memory")
+    stand_in.mkdir(task / "0123abcd")
+    (task / "0123abcd/pids.max").write_text("32")
+
+    effective = await cgroups.effective(AttemptId("task", 1))
+
+    assert (effective["pids_limit"], effective["occupied"]) == (32, True)
+    await cgroups.remove(AttemptId("task", 1))
+    assert not (stand_in.top / "nodeservice").exists()
+    await cgroups.close()
+
+
+async def test_a_kernel_that_refuses_costs_the_cgroup_and_one_warning(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup", controllers="hugetlb")
+    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+
+    with capture_logs() as logs:
+        assert await cgroups.prepare(spec()) is None
+        assert await cgroups.prepare(spec("other")) is None
+
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["cgroup.not_prepared"]
+    assert not (stand_in.top / "nodeservice").exists()
+    await cgroups.close()
+
+
+async def test_a_read_only_hierarchy_costs_the_cgroup(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+
+    def refuse(directory: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(directory))
+
+    cgroups = KernelTaskCgroups(node_id="node", tree=V2CgroupTree(stand_in.mounts, mkdir=refuse, rmdir=refuse))
+
+    assert await cgroups.prepare(spec()) is None
+    await cgroups.close()
+
+
+async def test_a_cgroup_that_something_lives_in_is_an_error_to_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeservice.limits.cgroup._REMOVE_PAUSE_SECONDS", 0.001)
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    parent = await cgroups.prepare(spec())
+    assert parent is not None
+    task = stand_in.top / parent.lstrip("/")
+    (task / "cgroup.procs").write_text("4711\n")
+
+    with pytest.raises(TransientError, match="still holds a process") as raised:
+        await cgroups.remove(AttemptId("task", 1))
+
+    assert raised.value.reason == "CGROUP_BUSY"
+    (task / "cgroup.procs").write_text("")
+    await cgroups.remove(AttemptId("task", 1))
+    assert not task.exists()
+    await cgroups.close()
+
+
+async def test_without_an_engine_or_with_systemds_driver_limits_sit_on_the_container_alone() -> None:
+    facts = EngineFacts(
+        name="docker",
+        version="28",
+        api_version="1.50",
+        root_dir=Path("/var/lib/docker"),
+        storage_driver="overlay2",
+        cgroup_driver="systemd",
+        cgroup_version=2,
+        cpu_count=2,
+        memory_bytes=1,
+    )
+    for cgroups in (task_cgroups(node_id="node", facts=None), task_cgroups(node_id="node", facts=facts)):
+        assert isinstance(cgroups, NoTaskCgroups)
+        assert await cgroups.prepare(spec()) is None
+        assert await cgroups.effective(AttemptId("task", 1)) == {}
+        assert await cgroups.usage(AttemptId("task", 1)) == Usage()
+        await cgroups.remove(AttemptId("task", 1))

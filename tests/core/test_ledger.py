@@ -1,0 +1,93 @@
+"""The ledger never overcommits, never doubles a GPU, and gives back everything."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import AttemptId, Resources
+from nodeservice.errors import InvariantError
+
+NODE = Resources(cpu_milli=4000, memory_bytes=1000, disk_bytes=1000, gpu_count=4)
+GPUS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+
+requests = st.builds(
+    Resources,
+    cpu_milli=st.integers(0, 5000),
+    memory_bytes=st.integers(0, 1200),
+    disk_bytes=st.integers(0, 1200),
+    gpu_count=st.integers(0, 5),
+)
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("grant"), st.integers(0, 9), requests),
+        st.tuples(st.just("compute"), st.integers(0, 9), st.none()),
+        st.tuples(st.just("disk"), st.integers(0, 9), st.none()),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(actions)
+def test_no_sequence_overcommits_or_grants_a_gpu_twice(sequence: list[tuple[str, int, Resources | None]]) -> None:
+    ledger = Ledger(NODE, GPUS)
+    gpus_of: dict[AttemptId, tuple[str, ...]] = {}
+    for action, number, request in sequence:
+        owner = AttemptId(f"t{number}")
+        if action == "grant" and request is not None:
+            if ledger.shortfall(request) is not None:
+                continue
+            try:
+                lease = ledger.grant(owner, request)
+            except InvariantError:
+                continue
+            held = {uuid for uuids in gpus_of.values() for uuid in uuids}
+            assert not held & set(lease.gpu_uuids)
+            assert len(lease.gpu_uuids) == request.gpu_count
+            gpus_of[owner] = lease.gpu_uuids
+        elif action == "compute":
+            ledger.release_compute(owner)
+            gpus_of.pop(owner, None)
+        else:
+            ledger.release_disk(owner)
+        leased = ledger.leased
+        assert leased.cpu_milli <= NODE.cpu_milli
+        assert leased.memory_bytes <= NODE.memory_bytes
+        assert leased.disk_bytes <= NODE.disk_bytes
+        assert leased.gpu_count <= NODE.gpu_count
+    for number in range(10):
+        ledger.release_compute(AttemptId(f"t{number}"))
+        ledger.release_disk(AttemptId(f"t{number}"))
+    assert ledger.leased == Resources()
+    assert ledger.free == NODE
+
+
+def test_compute_goes_back_before_disk() -> None:
+    ledger = Ledger(NODE, GPUS)
+    ledger.grant(AttemptId("t"), Resources(cpu_milli=1000, memory_bytes=10, disk_bytes=20, gpu_count=1))
+    ledger.release_compute(AttemptId("t"))
+    assert ledger.leased == Resources(disk_bytes=20)
+
+
+def test_a_request_beyond_the_node_is_told_apart_from_one_that_must_wait() -> None:
+    ledger = Ledger(NODE, GPUS)
+    ledger.grant(AttemptId("t"), Resources(memory_bytes=900))
+    waits = ledger.shortfall(Resources(memory_bytes=500))
+    never = ledger.shortfall(Resources(memory_bytes=5000))
+    assert waits is not None
+    assert (waits.resource, waits.ever, waits.available) == ("memory_bytes", True, 100)
+    assert never is not None
+    assert (never.ever, never.available) == (False, 1000)
+
+
+def test_a_second_grant_to_the_same_owner_is_refused() -> None:
+    ledger = Ledger(NODE, GPUS)
+    ledger.grant(AttemptId("t"), Resources(cpu_milli=1))
+    with pytest.raises(InvariantError):
+        ledger.grant(AttemptId("t"), Resources(cpu_milli=1))

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Installs what only the tests need: a registry, a database server, certificates, a compiler. Never fails: says what is missing.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+. tools/debian.sh
+
+packages="docker-registry postgresql openssl gcc libc6-dev"
+
+if [ ! -r /etc/debian_version ]; then
+	for tool in docker-registry openssl gcc; do
+		command -v "$tool" >/dev/null 2>&1 || say "MISSING: $tool. The tests that need it will be skipped."
+	done
+	exit 0
+fi
+# shellcheck disable=SC2086 # a list of words
+missing=$(missing_packages $packages)
+[ -n "$missing" ] || exit 0
+if is_debian_root; then
+	# shellcheck disable=SC2086
+	install_packages $missing && exit 0
+fi
+say "MISSING: Debian packages $missing"
+say "The tests that need them will be skipped. Remedy, as root: apt-get install --no-install-recommends $missing"
+exit 0
