@@ -260,7 +260,7 @@ async def _serve(
         new_trace=new_trace_ids,
         on_master=lambda address: _master_called(node, link, address),
     )
-    pb_grpc.add_MasterWorkerServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_MasterWorkerServicer_to_server(servicer, server)
     async with working(node, uplink=link, store=_store(config, link), facts=facts) as tasks:
         tasks.append(asyncio.create_task(link.run(), name="master link"))
         await server.start()

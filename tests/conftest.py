@@ -50,11 +50,9 @@ def demo_image(engine: str) -> str:
 
 
 @pytest.fixture
-def node_id(request: pytest.FixtureRequest) -> Iterator[str]:
+def node_id(docker_client: docker.APIClient) -> Iterator[str]:
     """A node of this test's own. Whatever containers bear its label at the end are removed."""
     node = f"test-{uuid.uuid4().hex[:12]}"
     yield node
-    if "docker_client" in request.fixturenames or "engine" in request.fixturenames:
-        client = request.getfixturevalue("docker_client")
-        for entry in client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
-            client.remove_container(entry["Id"], force=True, v=True)
+    for entry in docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
+        docker_client.remove_container(entry["Id"], force=True, v=True)

@@ -14,14 +14,15 @@ from typing import BinaryIO
 
 import structlog
 
-from nodeservice.core.model import AttemptId
-from nodeservice.errors import TransientError
+from nodeservice.core.model import AttemptId, Reason
+from nodeservice.errors import NodeServiceError, TransientError
 from nodeservice.ports import ContainerRuntime
 
 log = structlog.get_logger(__name__)
 
 _MARKER = "\n[nodeservice: log cut here, at the limit of {limit} bytes]\n"
 _COMPLETE_MEMORY = 4_096
+_RESUME_SECONDS = 1.0
 
 
 class LogBook:
@@ -68,11 +69,11 @@ class LogBook:
         while True:
             try:
                 await self.capture(id_, container_id, path, follow=True)
-            except TransientError as error:
+            except NodeServiceError as error:
+                if error.reason == Reason.CONTAINER_LOST:
+                    return  # whoever waits for the container tells how it ended
                 log.warning("log.interrupted", task_id=id_.task_id, attempt=id_.attempt, error=str(error))
-                await asyncio.sleep(1.0)
-                if await self._runtime.find(container_id) is None:
-                    return
+                await asyncio.sleep(_RESUME_SECONDS)
             else:
                 return
 

@@ -109,7 +109,7 @@ class V1CgroupTree:
             cpu_seconds=None if cpu_nanoseconds is None else cpu_nanoseconds / 1e9,
             cpu_throttled_seconds=None if throttled is None else throttled["throttled_time"] / 1e9,
             pids_peak_count=_read(self._node("pids", place).controller, "peak"),
-            oom_kill_count=self._oom.count(self._memory(place)),
+            oom_kill_count=self._oom_kills(place),
         )
 
     def remove(self, place: str) -> bool:
@@ -134,6 +134,15 @@ class V1CgroupTree:
             controller.cfs_quota_us = limits.cpu_quota_us
         elif name == "pids" and limits.pids_max is not None:
             controller.max = limits.pids_max
+
+    def _oom_kills(self, place: str) -> int | None:
+        """At least so many: what was noticed here, or the exact count of a container's cgroup while that exists."""
+        known = [self._oom.kills_at_least(self._memory(place))]
+        child = only_child(self._memory(place))
+        if child is not None:
+            state = _read(self._node("memory", f"{place}/{child.name}").controller, "oom_control")
+            known.append(state.get("oom_kill") if isinstance(state, dict) else None)
+        return max((count for count in known if count is not None), default=None)
 
     def _held(self, place: str) -> dict[str, int | None]:
         """What one cgroup holds; a container's may vanish while we look, and then holds nothing."""

@@ -55,12 +55,14 @@ class Delivery:
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
         self._calls: dict[tuple[Key, str], asyncio.Task[None]] = {}
         self._next_try: dict[tuple[Key, str], float] = {}
-        self._refusals: dict[tuple[Key, str], Refusal] = {}
+        self._refusals: dict[Key, dict[str, Refusal]] = {}
+        self._cancelled: set[Key] = set()
+        self._closed = False
 
     def excluded(self, key: Key) -> frozenset[str]:
         """Nodes that refused the attempt a moment ago."""
         now = self._clock.monotonic()
-        return frozenset(worker for (k, worker), refusal in self._refusals.items() if k == key and refusal.until > now)
+        return frozenset(worker for worker, refusal in self._refusals.get(key, {}).items() if refusal.until > now)
 
     def due(self) -> None:
         """Start every call that is due: assignments without an answer, cancellations that were not passed on."""
@@ -82,9 +84,10 @@ class Delivery:
         call = self._calls.get((row.key, "cancel"))
         if call is not None:
             await asyncio.wait({call}, timeout=wait_seconds)
-        return call is not None and call.done() and (row.key, "cancelled") in self._next_try
+        return row.key in self._cancelled or self._book.get_open(row.key) is None
 
     async def close(self) -> None:
+        self._closed = True
         calls = list(self._calls.values())
         for call in calls:
             call.cancel()
@@ -94,7 +97,7 @@ class Delivery:
 
     def _start(self, row: TaskRow, kind: str) -> None:
         name = (row.key, kind)
-        if name in self._calls or self._next_try.get(name, 0.0) > self._clock.monotonic():
+        if self._closed or name in self._calls or self._next_try.get(name, 0.0) > self._clock.monotonic():
             return
         self._next_try[name] = self._clock.monotonic() + self._retry_seconds
         call = asyncio.create_task(self._call(row, kind), name=f"{kind} {row.task_id}.{row.attempt}")
@@ -155,17 +158,18 @@ class Delivery:
             message=ack.message,
         )
         # Either the report of the end is under way, or the node has lost the task; a heartbeat without it tells.
-        self._next_try[(row.key, "cancelled")] = 0.0
+        self._cancelled.add(row.key)
         self._next_try[(row.key, "cancel")] = self._clock.monotonic() + 6 * self._retry_seconds
 
     def _note_refusal(self, row: TaskRow) -> None:
-        name = (row.key, row.worker_id)
-        before = self._refusals.get(name)
+        refusals = self._refusals.setdefault(row.key, {})
+        before = refusals.get(row.worker_id)
         pause = min(self._retry_seconds, before.pause_seconds * 2) if before else min(0.25, self._retry_seconds)
-        self._refusals[name] = Refusal(until=self._clock.monotonic() + pause, pause_seconds=pause)
+        refusals[row.worker_id] = Refusal(until=self._clock.monotonic() + pause, pause_seconds=pause)
         self._next_try.pop((row.key, "assign"), None)
 
     def _forget(self, open_keys: set[Key]) -> None:
-        for book in (self._next_try, self._refusals):
-            for name in [name for name in book if name[0] not in open_keys]:
-                del book[name]  # type: ignore[attr-defined]
+        """Drop what is remembered of attempts that have ended."""
+        self._next_try = {name: at for name, at in self._next_try.items() if name[0] in open_keys}
+        self._refusals = {key: refusals for key, refusals in self._refusals.items() if key in open_keys}
+        self._cancelled &= open_keys

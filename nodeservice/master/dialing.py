@@ -38,7 +38,7 @@ class NodeDialer:
             else:
                 channel = grpc.aio.secure_channel(address, self._credentials, options=_OPTIONS)
             self._channels[address] = channel
-        return pb_grpc.MasterWorkerStub(channel)  # type: ignore[no-untyped-call]
+        return pb_grpc.MasterWorkerStub(channel)
 
     async def drop(self, address: str) -> None:
         channel = self._channels.pop(address, None)

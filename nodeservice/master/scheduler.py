@@ -18,6 +18,8 @@ from nodeservice.master.tasks import TaskBook
 
 log = structlog.get_logger(__name__)
 
+_SILENT = "NODE_SILENT"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
@@ -75,6 +77,7 @@ class Scheduler:
             {key: (why.reason, why.message) for key, why in plan.waiting.items() if why.reason != "NODE_REFUSED"}
         )
         self._book.explain({key: (why.reason, why.message) for key, why in plan.never.items()})
+        self._explain_silence()
         since = self._impossible_since
         self._impossible_since = {key: since.get(key, now) for key in plan.never}
         hopeless = [k for k, at in self._impossible_since.items() if now - at >= self._settings.impossible_seconds]
@@ -97,6 +100,21 @@ class Scheduler:
             )
             for row in rows
         ]
+
+    def _explain_silence(self) -> None:
+        """A task whose node is silent stays with it; say so, and take it back when the node speaks again."""
+        notes: dict[Key, tuple[str, str]] = {}
+        for row in self._book.open_rows():
+            if not row.worker_id:
+                continue
+            if not self._nodes.is_active(row.worker_id):
+                notes[row.key] = (
+                    _SILENT,
+                    f"node {row.worker_id} is silent; the task stays there until it speaks again",
+                )
+            elif row.reason == _SILENT:
+                notes[row.key] = ("", "")
+        self._book.explain(notes)
 
     async def _give_up_gone_nodes(self) -> None:
         for row in self._book.open_rows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -26,6 +26,8 @@ _GRACE_SECONDS = 60.0
 
 _LOST_STATUS = "Internal error from Core"
 """What grpc.aio makes of a call that ended while a message was being sent: the real status is lost (`_call.py`, _write)."""
+
+_PROBE_SECONDS = 2.0
 
 _REFUSALS = frozenset(
     {
@@ -62,7 +64,7 @@ class MasterPushResultStore:
         try:
             ack = await self._send(call, bundle)
         except grpc.aio.AioRpcError as error:
-            raise _translated(error, bundle) from error
+            raise _translated(await self._real_status(stub, bundle, error), bundle) from error
         finally:
             # A finished call takes no notice; one that broke off must not look complete to the master.
             call.cancel()
@@ -89,7 +91,35 @@ class MasterPushResultStore:
             pass  # The master answered before the end; what it answered is what counts.
         return await call
 
-    async def _chunks(self, bundle: ResultBundle) -> AsyncIterator[pb.FileChunk]:
+    async def _real_status(
+        self, stub: pb_grpc.MasterWorkerStub, bundle: ResultBundle, error: grpc.aio.AioRpcError
+    ) -> grpc.aio.AioRpcError:
+        """Ask again, slowly, when the library lost the master's status: nothing is on its way while it answers.
+
+        A refusal (not implemented, not allowed) would look like a passing fault for ever. The probe sends at most one
+        chunk and is then broken off, which a master treats like any interrupted upload.
+        """
+        if error.details() != _LOST_STATUS:
+            return error
+        call = stub.UploadTaskFiles(timeout=3 * _PROBE_SECONDS)
+        ended = asyncio.Event()
+        call.add_done_callback(lambda _: ended.set())
+        chunks = self._chunks(bundle)
+        try:
+            if not await _happens(ended):
+                await call.write(await anext(chunks))
+            if await _happens(ended):
+                await call
+        except asyncio.InvalidStateError:
+            return error
+        except grpc.aio.AioRpcError as found:
+            return found if found.details() != _LOST_STATUS else error
+        finally:
+            call.cancel()
+            await chunks.aclose()
+        return error
+
+    async def _chunks(self, bundle: ResultBundle) -> AsyncGenerator[pb.FileChunk, None]:
         loop = asyncio.get_running_loop()
         head = pb.FileChunk(
             task_id=bundle.spec.id.task_id,
@@ -136,10 +166,19 @@ def _chunk(head: pb.FileChunk, path: str, data: bytes, *, is_last: bool) -> pb.F
     return chunk
 
 
+async def _happens(event: asyncio.Event) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), _PROBE_SECONDS)
+    except TimeoutError:
+        return False
+    return True
+
+
 def _translated(error: grpc.aio.AioRpcError, bundle: ResultBundle) -> NodeServiceError:
-    message = (
-        f"results of {bundle.spec.id} cannot be sent: {error.code().name} {(error.details() or '')[:500]}".rstrip()
-    )
+    details = (error.details() or "")[:500]
+    if details == _LOST_STATUS:
+        details = "the master ended the upload before it was complete"
+    message = f"results of {bundle.spec.id} cannot be sent: {error.code().name} {details}".rstrip()
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return NodeFaultError(message, reason="STORE_REFUSED", hint="this master takes no results; configure a store")
     if error.code() in _REFUSALS:

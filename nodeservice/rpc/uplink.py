@@ -155,7 +155,7 @@ class MasterLink:
         else:
             self._channel = grpc.aio.secure_channel(address, self._credentials, options=_CHANNEL_OPTIONS)
         self._connected_to = address
-        self._stub = pb_grpc.MasterWorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = pb_grpc.MasterWorkerStub(self._channel)
 
     async def _disconnect(self) -> None:
         channel, self._channel, self._stub, self._connected_to = self._channel, None, None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -149,8 +149,13 @@ class DockerRuntime:
                     retry_seconds = _FIRST_RETRY_SECONDS
                     await changed.wait()
 
-    def read_log(self, container_id: str, *, follow: bool) -> AsyncIterator[bytes]:
-        return read_log(self._connection, container_id, follow=follow)
+    async def read_log(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
+        is_docker = (await self._profile()).facts.name == "docker"
+        async with aclosing(
+            read_log(self._connection, container_id, follow=follow, mends_end=is_docker and follow)
+        ) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def stop(self, container_id: str, *, grace_seconds: float) -> None:
         """As the port says. Raises TransientError (CONTAINER_NOT_STOPPING) if it lives on 10 s after SIGKILL."""
@@ -256,7 +261,7 @@ class DockerRuntime:
             return None
         text = b""
         try:
-            async with aclosing(read_log(self._connection, state.id, follow=False)) as pieces:
+            async with aclosing(self.read_log(state.id, follow=False)) as pieces:
                 async for piece in pieces:
                     text += piece
                     if len(text) > _MAX_INIT_MESSAGE_BYTES:

@@ -5,6 +5,7 @@ For use inside `EngineConnection.call`, which translates all other errors.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from docker import APIClient
 
 log = structlog.get_logger(__name__)
+
+_NAME_PATIENCE_SECONDS = 3.0
+_NAME_LOOK_SECONDS = 0.02
 
 
 def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
@@ -38,12 +42,12 @@ def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any]) -> tupl
     from docker.errors import APIError
 
     try:
-        answer: dict[str, Any] = client.create_container_from_config(body, name=spec.name)  # type: ignore[no-untyped-call]
+        answer: dict[str, Any] = client.create_container_from_config(body, name=spec.name)
     except Exception as error:
         refused = error if isinstance(error, APIError) else None
         if refused is not None and not _is_name_taken(refused):
             raise create_error(spec.name, spec.image, refused) from error
-        existing = inspect(client, spec.name)
+        existing = _await_name(client, spec.name, is_taken=refused is not None)
         if existing is None:
             if refused is None:
                 raise
@@ -104,6 +108,16 @@ def remove(client: APIClient, container_id: str) -> bool:
 
 def lost(container_id: str) -> NodeFaultError:
     return NodeFaultError(f"container {container_id[:12]} does not exist any more", reason="CONTAINER_LOST")
+
+
+def _await_name(client: APIClient, name: str, *, is_taken: bool) -> ContainerState | None:
+    """The container of that name. The engine reserves a name some time before its container can be seen."""
+    patience_until = time.monotonic() + (_NAME_PATIENCE_SECONDS if is_taken else 0)
+    while True:
+        found = inspect(client, name)
+        if found is not None or time.monotonic() >= patience_until:
+            return found
+        time.sleep(_NAME_LOOK_SECONDS)
 
 
 def _is_name_taken(error: Any) -> bool:

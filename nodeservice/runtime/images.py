@@ -98,7 +98,7 @@ def choose_digest(name: ImageName, *, image_id: str, repo_digests: Sequence[str]
 
 def _split_registry(head: str) -> tuple[str, str]:
     first, slash, path = head.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost" or first != first.lower()):
+    if slash and ("." in first or ":" in first or first == "localhost"):
         return ("docker.io" if first == "index.docker.io" else first), (
             path if first not in {"docker.io", "index.docker.io"} or "/" in path else f"library/{path}"
         )

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.errors import engine_unavailable
+from nodeservice.runtime.frames import LogPosition, read_frames
 from nodeservice.runtime.streams import EngineStream, StreamRefusedError
 
 _BUFFER_BYTES = 1024 * 1024
-_HEADER_BYTES = 8
 
 
-async def read_log(connection: EngineConnection, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
+async def read_log(
+    connection: EngineConnection, container_id: str, *, follow: bool, mends_end: bool
+) -> AsyncGenerator[bytes, None]:
     """See `ports.ContainerRuntime.read_log`. Raises NodeFaultError (CONTAINER_LOST) if there is no such container.
 
-    Reads ahead by 1 MiB at most; what piles up meanwhile is yielded in one piece.
+    Reads ahead by 1 MiB at most; what piles up meanwhile is yielded in one piece. Docker up to 20.10 and later can end a
+    followed log without its last records: the follower waits for either more bytes or the end of the writer, and takes the
+    latter though the former is there as well. With `mends_end`, what is missing is fetched by its time afterwards.
     """
     buffer = _HandOver(asyncio.get_running_loop())
     stream = connection.stream()
     threading.Thread(
-        target=_pump, args=(connection, container_id, follow, stream, buffer), name="engine-log", daemon=True
+        target=_pump,
+        args=(connection, container_id, follow, mends_end, stream, buffer),
+        name="engine-log",
+        daemon=True,
     ).start()
     try:
         while data := await buffer.take():
@@ -35,40 +41,24 @@ async def read_log(connection: EngineConnection, container_id: str, *, follow: b
         stream.abort()  # the thread, wherever it blocks, ends by itself now
 
 
-def demultiplex(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The payloads of the engine's frames: a byte for the stream, three of zero, four for the length, then the bytes.
-
-    Raises IncompleteRead when the last frame is cut.
-    """
-    rest = b""
-    for chunk in chunks:
-        data = rest + chunk if rest else chunk
-        position, payloads = 0, []
-        while len(data) - position >= _HEADER_BYTES:
-            end = position + _HEADER_BYTES + int.from_bytes(data[position + 4 : position + 8], "big")
-            if end > len(data):
-                break
-            payloads.append(data[position + _HEADER_BYTES : end])
-            position = end
-        rest = data[position:]
-        if payloads:
-            yield b"".join(payloads)
-    if rest:
-        raise http.client.IncompleteRead(rest)
-
-
 def _pump(
-    connection: EngineConnection, container_id: str, follow: bool, stream: EngineStream, buffer: _HandOver
+    connection: EngineConnection, container_id: str, follow: bool, mends: bool, stream: EngineStream, buffer: _HandOver
 ) -> None:
+    position = LogPosition() if mends else None
+    query = {"stdout": "1", "stderr": "1", "tail": "all", "timestamps": "1" if mends else "0"}
     try:
-        stream.open(
-            "GET",
-            connection.api_path(f"/containers/{container_id}/logs"),
-            query={"stdout": "1", "stderr": "1", "follow": "1" if follow else "0", "tail": "all"},
-        )
-        for data in demultiplex(stream.chunks()):
+        path = connection.api_path(f"/containers/{container_id}/logs")
+        stream.open("GET", path, query={**query, "follow": "1" if follow else "0"})
+        for data in read_frames(stream.chunks(), position=position):
             if not buffer.put(data):
                 return
+        if follow and position is not None:
+            since, skip_count = position.resume()
+            stream.close()
+            stream.open("GET", path, query={**query, "follow": "0", "since": since})
+            for data in read_frames(stream.chunks(), position=position, skip_count=skip_count):
+                if not buffer.put(data):
+                    return
         buffer.end(None)
     except Exception as error:
         buffer.end(_translated(container_id, error))

@@ -125,6 +125,8 @@ class ImagePulls:
             except Exception as error:
                 if is_status(error, 404):
                     return None
+                if is_status(error, 400):  # its grammar is narrower than ours
+                    raise pull_error(image, str(error), status=400) from error
                 raise
             return found
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
@@ -39,12 +40,10 @@ class EngineStream:
         self._connect_timeout_seconds = connect_timeout_seconds
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._response: http.client.HTTPResponse | None = None
+        self._reader: io.BufferedReader | None = None
+        self._is_chunked = False
+        self._length_bytes: int | None = None
         self._aborted = False
-
-    @property
-    def aborted(self) -> bool:
-        return self._aborted
 
     def open(
         self,
@@ -61,23 +60,30 @@ class EngineStream:
                 connection.close()
                 raise ConnectionAbortedError("the stream was aborted")
             self._socket = connection
-        request = http.client.HTTPConnection("localhost")
-        request.sock = connection
         target = f"{path}?{urlencode(query)}" if query else path
-        request.request(method, target, headers={"Connection": "close", "Content-Length": "0", **(headers or {})})
-        response = request.getresponse()
-        self._response = response
-        if response.status >= 400:
-            raise StreamRefusedError(response.status, _message_of(response.read(_MAX_ERROR_BYTES)))
+        fields = {"Host": "localhost", "Connection": "close", "Content-Length": "0", **(headers or {})}
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+        connection.sendall("\r\n".join(lines).encode("ascii"))
+        self._reader = connection.makefile("rb", buffering=_READ_BYTES)
+        status = self._read_head(self._reader)
+        if status >= 400:
+            raise StreamRefusedError(status, _message_of(b"".join(self.chunks())[:_MAX_ERROR_BYTES]))
 
     def chunks(self) -> Iterator[bytes]:
         """Bytes as they come, until the proper end of the answer."""
-        response = self._response
-        assert response is not None, "open the stream first"
-        while data := response.read1(_READ_BYTES):
-            yield data
-        if response.length:
-            raise http.client.IncompleteRead(b"", response.length)
+        pieces = self._pieces()
+        if self._is_chunked:
+            yield from dechunk(pieces)
+            return
+        left = self._length_bytes
+        for piece in pieces:
+            yield piece
+            if left is not None:
+                left -= len(piece)
+                if left <= 0:
+                    return
+        if left:
+            raise http.client.IncompleteRead(b"", left)
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """JSON objects, one a line; a last line without its end is one too. Anything else is left out."""
@@ -98,12 +104,63 @@ class EngineStream:
 
     def close(self) -> None:
         """Free the connection; by the reading thread."""
-        if self._response is not None:
-            self._response.close()
+        if self._reader is not None:
+            self._reader.close()
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
+
+    def _pieces(self) -> Iterator[bytes]:
+        assert self._reader is not None, "open the stream first"
+        while piece := self._reader.read1(_READ_BYTES):
+            yield piece
+
+    def _read_head(self, reader: io.BufferedReader) -> int:
+        words = reader.readline(_READ_BYTES).split(None, 2)
+        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+            raise http.client.BadStatusLine("the engine closed the connection" if not words else repr(words[0]))
+        fields = http.client.parse_headers(reader)
+        self._is_chunked = fields.get("Transfer-Encoding", "").lower() == "chunked"
+        length = fields.get("Content-Length", "")
+        self._length_bytes = int(length) if length.isdigit() else None
+        return int(words[1])
+
+
+def dechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The payload of a chunked body (RFC 9112, 7.1), joined per piece. Raises IncompleteRead when its end is missing.
+
+    The engine sends a chunk for every line of a log; the standard library's reader needs several times as long for that.
+    """
+    data, position, left, is_first = b"", 0, 0, True
+    for piece in pieces:
+        data, position = data[position:] + piece, 0
+        payload: list[bytes] = []
+        while True:
+            if left:
+                part = data[position : position + left]
+                if not part:
+                    break
+                payload.append(part)
+                position += len(part)
+                left -= len(part)
+                continue
+            start = position if is_first else position + 2  # the line end after the chunk before
+            end = data.find(b"\r\n", start)
+            if end < 0:
+                break
+            try:
+                left = int(data[start:end].partition(b";")[0], 16)
+            except ValueError as error:
+                raise http.client.HTTPException("the engine's answer is garbled") from error
+            position, is_first = end + 2, False
+            if left == 0:
+                if payload:
+                    yield b"".join(payload)
+                return
+        if payload:
+            yield b"".join(payload)
+    raise http.client.IncompleteRead(b"")
 
 
 def _objects(line: bytes) -> Iterator[dict[str, Any]]:

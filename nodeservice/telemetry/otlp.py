@@ -115,6 +115,7 @@ class OtlpTraceSink:
             log.warning("trace.span_lost", task_id=record.id.task_id, phase="task", error=repr(error))
 
     async def close(self) -> None:
+        """Send what is left, for CLOSE_SECONDS and a little more at most. Closing twice is success."""
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
@@ -124,6 +125,7 @@ class OtlpTraceSink:
         flush.join(CLOSE_SECONDS)
         # Closes the channel, which ends a call that is still under way.
         self._exporter.shutdown()
+        flush.join(0.5)
 
     def _send(
         self,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Protocol
 
 from nodeservice.core.model import PhaseTiming, TaskRecord, TraceIds
 from nodeservice.ports import TraceSink
@@ -15,14 +14,6 @@ from nodeservice.ports import TraceSink
 _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z")
 _LONGEST_TRACEPARENT = 512
 """Far more than version 00 needs (55); the header comes from outside."""
-
-
-class ClosableTraceSink(TraceSink, Protocol):
-    """A TraceSink as the daemon owns it."""
-
-    async def close(self) -> None:
-        """Send what waits, for about two seconds at most. Never raises."""
-        ...
 
 
 class NoTraceSink:
@@ -38,7 +29,7 @@ class NoTraceSink:
         return None
 
 
-def open_trace_sink(endpoint: str | None, *, insecure: bool, worker_id: str) -> ClosableTraceSink:
+def open_trace_sink(endpoint: str | None, *, insecure: bool, worker_id: str) -> TraceSink:
     """`endpoint` is HOST:PORT or a URL of an OTLP/gRPC collector; http:// and https:// win over `insecure`."""
     if endpoint is None:
         return NoTraceSink()

@@ -137,7 +137,7 @@ class FakeRuntime:
         if policy is not PullPolicy.ALWAYS and name in self._present:
             return self._pulled(name)
         if policy is PullPolicy.NEVER or name is None:
-            raise RequestError(f"image {image!r} was not found", reason="IMAGE_NOT_FOUND", field="image")
+            raise RequestError(f"image {image[:80]!r} was not found", reason="IMAGE_NOT_FOUND", field="image")
         if name not in self._pulls:
             listeners: list[PullProgress | None] = []
             self._pulls[name] = (asyncio.create_task(self._pull(name, listeners)), listeners)

@@ -48,7 +48,7 @@ class MemoryResultStore:
         files: dict[str, bytes] = {}
         for file in bundle.files:
             with VerifiedReader(file) as reader:
-                files[file.entry.path] = b"".join(iter(lambda: reader.read(PIECE_BYTES), b""))  # noqa: B023
+                files[file.entry.path] = b"".join(iter(lambda: reader.read(PIECE_BYTES), b""))
         files[MANIFEST_NAME] = bundle.manifest_bytes
         self.stored[bundle.prefix] = files
         return f"memory://{bundle.prefix}"

@@ -74,25 +74,21 @@ FAKE_IMAGES = {
 
 
 @pytest.fixture(params=["fake", pytest.param("docker", marks=pytest.mark.engine)])
-async def bench(request: pytest.FixtureRequest, node_id: str) -> AsyncIterator[Bench]:
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     runtime: ContainerRuntime
     if request.param == "fake":
+        node_id = "node"
         runtime = FakeRuntime(images=FAKE_IMAGES, node_id=node_id)
         images = {name: name for name in SHELLS}
     else:
         from nodeservice.runtime.docker import DockerRuntime
 
+        node_id = request.getfixturevalue("node_id")
         image = request.getfixturevalue("demo_image")
         runtime = DockerRuntime(node_id=node_id, base_url=request.getfixturevalue("engine"), relist_seconds=2)
         images = dict.fromkeys(SHELLS, image)
-    made = Bench(runtime=runtime, node_id=node_id, images=images, shells=SHELLS)
-    try:
-        async with asyncio.timeout(100):
-            yield made
-            for state in await runtime.list_owned(node_id):
-                await runtime.remove(state.id)
-    finally:
-        await runtime.close()
+    yield Bench(runtime=runtime, node_id=node_id, images=images, shells=SHELLS)
+    await runtime.close()
 
 
 async def test_the_facts_name_the_engine_and_its_size(bench: Bench) -> None:
@@ -180,15 +176,16 @@ async def test_creating_from_an_image_that_is_not_here_is_refused(bench: Bench) 
 
 async def test_a_command_that_does_not_exist_is_told_at_the_start_or_in_the_final_state(bench: Bench) -> None:
     container_id = await bench.created("no-command")
+    reason, said = "", ""
     try:
         await bench.runtime.start(container_id)
     except RequestError as error:
-        assert error.reason == "COMMAND_NOT_FOUND"
+        reason = error.reason
     else:
         ended = await bench.runtime.wait_exited(container_id)
         assert ended is not None
-        assert ended.exit_code == 127
-        assert "/no/such/program" in ended.error
+        reason, said = f"exit {ended.exit_code}", ended.error
+    assert reason == "COMMAND_NOT_FOUND" or (reason == "exit 127" and "/no/such/program" in said)
 
 
 async def test_starting_a_container_that_is_not_there_is_a_lost_container(bench: Bench) -> None:

@@ -90,6 +90,8 @@ class FaultProxy:
         """Listen (again), always on the same port."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Small buffers, inherited by connections: what the client has sent is what the proxy has seen, almost.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BLOCK)
         listener.bind(("127.0.0.1", self._port))
         listener.listen(64)
         self._port = listener.getsockname()[1]

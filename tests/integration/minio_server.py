@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 import urllib.error
@@ -64,8 +65,10 @@ def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
 
 
 @contextmanager
-def running_minio(binary: Path, directory: Path) -> Iterator[MinioServer]:
-    """Start, wait until it answers, and end it with everything it wrote."""
+def running_minio(
+    binary: Path, directory: Path, *, certificate: tuple[Path, Path] | None = None
+) -> Iterator[MinioServer]:
+    """Start, wait until it answers, and end it with everything it wrote. `certificate` and its key mean TLS."""
     access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
     environment = {
         "PATH": os.defpath,
@@ -79,6 +82,10 @@ def running_minio(binary: Path, directory: Path) -> Iterator[MinioServer]:
     endpoint = f"127.0.0.1:{port}"
     log_path = directory / "minio.log"
     (directory / "data").mkdir()
+    (directory / "certs").mkdir()
+    if certificate is not None:
+        shutil.copy(certificate[0], directory / "certs" / "public.crt")
+        shutil.copy(certificate[1], directory / "certs" / "private.key")
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
@@ -97,7 +104,7 @@ def running_minio(binary: Path, directory: Path) -> Iterator[MinioServer]:
             stdin=subprocess.DEVNULL,
         )
     try:
-        _wait_ready(process, endpoint, log_path)
+        _wait_ready(process, ("https" if certificate else "http") + f"://{endpoint}", log_path)
         yield MinioServer(endpoint=endpoint, access_key=access_key, secret_key=secret_key, pid=process.pid)
     finally:
         process.terminate()
@@ -115,11 +122,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_ready(process: subprocess.Popen[bytes], endpoint: str, log_path: Path) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{endpoint}/minio/health/ready", timeout=1):
+            with urllib.request.urlopen(f"{url}/minio/health/ready", timeout=1, context=context):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)

@@ -1,0 +1,52 @@
+"""The file system under a path: how large, how much of it can still be written, of which kind, on which device.
+
+Free is what an unprivileged writer may still use (f_bavail of statvfs(3)): the file system's own reserve belongs to nobody's
+task.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.ports import DiskFacts
+
+
+def read_disk(path: Path, *, root: Path = Path("/")) -> DiskFacts:
+    """Facts of the path, or of its nearest existing parent while it does not exist yet. Raises OSError if unreadable.
+
+    `root` says only where mountinfo is read from; the path is one of this host.
+    """
+    mount = _mount_of(nearest_existing(path), read_mounts(root))
+    total_bytes, free_bytes = read_space(path)
+    return DiskFacts(
+        path=path,
+        filesystem=mount.filesystem if mount else "unknown",
+        device=mount.device if mount else "unknown",
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+    )
+
+
+def read_space(path: Path) -> tuple[int, int]:
+    """Total and free bytes alone, which is cheaper."""
+    space = os.statvfs(nearest_existing(path))
+    return space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path with links resolved, cut back to what exists."""
+    candidate = path.resolve()
+    while not candidate.exists() and candidate != candidate.parent:
+        candidate = candidate.parent
+    return candidate
+
+
+def _mount_of(path: Path, mounts: tuple[Mount, ...]) -> Mount | None:
+    """The mount with the longest point that leads to the path; of two on one point the later, which hides the other."""
+    found: Mount | None = None
+    for mount in mounts:
+        if path.is_relative_to(mount.point) and (found is None or len(mount.point) >= len(found.point)):
+            found = mount
+    return found

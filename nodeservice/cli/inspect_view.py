@@ -1,0 +1,195 @@
+"""Shows what a node has: as a table for people, as a dict for machines. Pure rendering."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nodeservice.core.model import Resources
+from nodeservice.ports import DiskFacts, EngineFacts, Gpu, HostFacts, NodeCapacity
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def capacity_as_dict(capacity: NodeCapacity, free: Resources) -> dict[str, object]:
+    """JSON-able; exact values, the unit in every name. `free` is allocatable less what is leased."""
+    host = capacity.host
+    return {
+        "host": {
+            "hostname": host.hostname,
+            "kernel": host.kernel,
+            "cgroup_version": host.cgroup_version,
+            "cpu": {
+                "model": host.cpu_model,
+                "logical_count": host.cpu_logical_count,
+                "physical_count": host.cpu_physical_count,
+                "usable_milli": host.cpu_usable_milli,
+            },
+            "memory": {
+                "total_bytes": host.memory_total_bytes,
+                "limit_bytes": host.memory_limit_bytes,
+                "available_bytes": host.memory_available_bytes,
+            },
+            "disk": _disk_dict(host.disk),
+        },
+        "engine": _engine_dict(host.engine, host.engine_disk),
+        "engine_error": host.engine_error,
+        "gpus": [_gpu_dict(gpu) for gpu in host.gpus.gpus],
+        "gpu_driver_version": host.gpus.driver_version,
+        "gpu_error": host.gpus.error,
+        "capacity": _resources_dict(capacity.capacity),
+        "reserved": _resources_dict(capacity.reserved),
+        "allocatable": _resources_dict(capacity.allocatable),
+        "free": _resources_dict(free),
+    }
+
+
+def render_capacity(capacity: NodeCapacity, free: Resources, console: Console) -> None:
+    """Print the tables. Text from host and engine is shown as it is, never read as markup."""
+    console.print(_facts("Host", _host_rows(capacity.host)))
+    console.print(_facts("Engine", _engine_rows(capacity.host)))
+    console.print(_resources(capacity, free))
+    found = capacity.host.gpus
+    if found.gpus:
+        console.print(_gpus(found.gpus))
+    elif not found.error:
+        console.print(Text("GPUs: none" if found.driver_version else "GPUs: none: no NVIDIA driver"))
+    if found.error:
+        console.print(Text(f"GPU fault: {found.error}", style="bold red"))
+
+
+def human_bytes(count: int) -> str:
+    """Three significant digits at most, in units of 1024."""
+    value, unit = float(count), 0
+    # 1023.5 would be shown as 1024 of the smaller unit.
+    while abs(value) >= 1023.5 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    digits = 0 if unit == 0 or abs(value) >= 99.95 else 1
+    text = f"{value:.{digits}f}"
+    return f"{text.removesuffix('.0')} {_UNITS[unit]}"
+
+
+def human_cores(milli: int) -> str:
+    return f"{milli / 1000:.3f}".rstrip("0").rstrip(".")
+
+
+def _host_rows(host: HostFacts) -> Iterable[tuple[str, str]]:
+    yield "name", host.hostname
+    yield "kernel", f"{host.kernel}, cgroup v{host.cgroup_version}" if host.cgroup_version else host.kernel
+    yield "CPU", host.cpu_model
+    counts = f"{host.cpu_logical_count} logical, {host.cpu_physical_count} physical"
+    yield "CPUs", f"{counts}, usable here {human_cores(host.cpu_usable_milli)}"
+    memory = f"{human_bytes(host.memory_total_bytes)}, available {human_bytes(host.memory_available_bytes)}"
+    limited = host.memory_limit_bytes < host.memory_total_bytes
+    yield "memory", memory + (f", limited to {human_bytes(host.memory_limit_bytes)}" if limited else "")
+    yield "state disk", _disk_text(host.disk)
+
+
+def _engine_rows(host: HostFacts) -> Iterable[tuple[str, str]]:
+    engine = host.engine
+    if engine is None:
+        yield "fault", host.engine_error or "no engine"
+        return
+    yield "name", f"{engine.name} {engine.version}, API {engine.api_version}"
+    yield "storage", f"{engine.storage_driver} at {engine.root_dir}"
+    yield "cgroups", f"v{engine.cgroup_version}, driver {engine.cgroup_driver}"
+    yield "sees", f"{engine.cpu_count} CPUs, {human_bytes(engine.memory_bytes)} memory"
+    if host.engine_disk is not None:
+        yield "disk", _disk_text(host.engine_disk)
+
+
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _resources(capacity: NodeCapacity, free: Resources) -> Table:
+    table = Table(title="Resources", title_justify="left", min_width=60)
+    table.add_column("", style="dim")
+    # Disk in use counts as reserved, since it can't be given to a task.
+    for name in ("capacity", "reserved or in use", "allocatable", "free"):
+        table.add_column(name, justify="right")
+    columns = (capacity.capacity, capacity.reserved, capacity.allocatable, free)
+    table.add_row("CPU cores", *(human_cores(column.cpu_milli) for column in columns))
+    table.add_row("memory", *(human_bytes(column.memory_bytes) for column in columns))
+    table.add_row("disk", *(human_bytes(column.disk_bytes) for column in columns))
+    table.add_row("GPUs", *(str(column.gpu_count) for column in columns))
+    return table
+
+
+def _gpus(gpus: Iterable[Gpu]) -> Table:
+    table = Table(title="GPUs", title_justify="left", min_width=60)
+    table.add_column("UUID", overflow="fold")
+    table.add_column("name")
+    table.add_column("address")
+    for name in ("memory", "used", "load"):
+        table.add_column(name, justify="right")
+    for gpu in gpus:
+        table.add_row(
+            Text(gpu.uuid),
+            Text(gpu.name),
+            gpu.pci_address or "?",
+            human_bytes(gpu.memory_total_bytes),
+            "?" if gpu.memory_used_bytes is None else human_bytes(gpu.memory_used_bytes),
+            "?" if gpu.utilization_percent is None else f"{gpu.utilization_percent:.0f} %",
+        )
+    return table
+
+
+def _disk_text(disk: DiskFacts) -> str:
+    space = f"{human_bytes(disk.free_bytes)} free of {human_bytes(disk.total_bytes)}"
+    return f"{disk.path}: {space}, {disk.filesystem} on {disk.device}"
+
+
+def _disk_dict(disk: DiskFacts) -> dict[str, object]:
+    return {
+        "path": str(disk.path),
+        "filesystem": disk.filesystem,
+        "device": disk.device,
+        "total_bytes": disk.total_bytes,
+        "free_bytes": disk.free_bytes,
+    }
+
+
+def _engine_dict(engine: EngineFacts | None, disk: DiskFacts | None) -> dict[str, object] | None:
+    if engine is None:
+        return None
+    return {
+        "name": engine.name,
+        "version": engine.version,
+        "api_version": engine.api_version,
+        "root_dir": str(engine.root_dir),
+        "storage_driver": engine.storage_driver,
+        "cgroup_driver": engine.cgroup_driver,
+        "cgroup_version": engine.cgroup_version,
+        "cpu_count": engine.cpu_count,
+        "memory_bytes": engine.memory_bytes,
+        "disk": _disk_dict(disk) if disk is not None else None,
+    }
+
+
+def _gpu_dict(gpu: Gpu) -> dict[str, object]:
+    return {
+        "uuid": gpu.uuid,
+        "name": gpu.name,
+        "memory_total_bytes": gpu.memory_total_bytes,
+        "memory_used_bytes": gpu.memory_used_bytes,
+        "utilization_percent": gpu.utilization_percent,
+        "pci_address": gpu.pci_address,
+    }
+
+
+def _resources_dict(resources: Resources) -> dict[str, int]:
+    return {
+        "cpu_milli": resources.cpu_milli,
+        "memory_bytes": resources.memory_bytes,
+        "disk_bytes": resources.disk_bytes,
+        "gpu_count": resources.gpu_count,
+    }

@@ -1,0 +1,106 @@
+"""Streams a task's log to a client: from the node while it answers, else the tail that its report carried."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import grpc
+import grpc.aio
+import structlog
+
+from nodeservice.errors import TransientError
+from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.rows import State, TaskRow
+from nodeservice.master.tasks import TaskBook
+from nodeservice.wire import master_worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+_RETRY_SECONDS = 1.0
+_FIRST_LINE_SECONDS = 5.0
+"""How long a node may take to answer for a task that has ended, before the stored tail is shown instead."""
+_STATUS = {State.SUCCEEDED: "completed", State.CANCELLED: "cancelled"}
+
+
+class LogProxy:
+    def __init__(self, book: TaskBook, nodes: NodeRegistry) -> None:
+        self._book = book
+        self._nodes = nodes
+
+    async def stream(self, row: TaskRow, *, follow: bool) -> AsyncIterator[pb.LogChunk]:
+        """Lines, then one chunk with `is_complete` once the task has ended.
+
+        Without `follow`, a task that has not ended gives what is there and no such chunk. While following, a node that
+        goes away is waited for; lines already given are not given again. Raises TransientError when a node went away in
+        the middle of the log of a task that has ended.
+        """
+        sent = 0
+        while True:
+            event = self._book.changed()
+            row = await self._book.find(*row.key) or row
+            if row.worker_id:
+                end: pb.LogChunk | None = None
+                async for chunk in self._from_node(row, skip=sent, follow=follow):
+                    if chunk.is_complete:
+                        end = chunk
+                        break
+                    sent += 1
+                    yield chunk
+                row = await self._book.find(*row.key) or row
+                # A node that has cleaned up gives an empty log; the report remembers the end of it.
+                if end is not None and (sent or not _tail(row)):
+                    yield end
+                    return
+            if row.state.is_final:
+                for last in self._from_report(row, sent):
+                    yield last
+                return
+            if not follow:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), _RETRY_SECONDS)
+            if row.worker_id:
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _from_node(self, row: TaskRow, *, skip: int, follow: bool) -> AsyncIterator[pb.LogChunk]:
+        """What the node gives, without its first `skip` lines. A node that does not answer gives nothing."""
+        stub = self._nodes.stub(row.worker_id)
+        if stub is None or (row.state.is_final and not self._nodes.is_active(row.worker_id)):
+            return
+        request = pb.TaskLogRequest(task_id=row.task_id, user_id=row.task.user_id, follow=follow)
+        call = stub.StreamTaskLogs(request)
+        try:
+            while True:
+                patience = _FIRST_LINE_SECONDS if row.state.is_final or not follow else None
+                chunk = await asyncio.wait_for(call.read(), patience)
+                if not isinstance(chunk, pb.LogChunk):  # The end of the stream.
+                    return
+                if skip and not chunk.is_complete:
+                    skip -= 1
+                    continue
+                yield chunk
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            log.info("log.node_unanswered", task_id=row.task_id, worker_id=row.worker_id, error=type(error).__name__)
+        finally:
+            call.cancel()
+
+    def _from_report(self, row: TaskRow, sent: int) -> list[pb.LogChunk]:
+        if sent:
+            raise TransientError(
+                f"node {row.worker_id} went away after {sent} lines of the log",
+                reason="LOG_INCOMPLETE",
+                hint="ask again, or read stdout.log in the results",
+            )
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        lines = [pb.LogChunk(task_id=row.task_id, content=line, timestamp=now) for line in _tail(row)]
+        end = pb.LogChunk(task_id=row.task_id, timestamp=now, is_complete=True, status=_STATUS.get(row.state, "failed"))
+        return [*lines, end]
+
+
+def _tail(row: TaskRow) -> list[str]:
+    if row.result is None or not row.result.logs:
+        return []
+    return row.result.logs.removesuffix("\n").split("\n")

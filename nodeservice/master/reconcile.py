@@ -1,0 +1,47 @@
+"""Compares what a node says it holds with what the master gave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import structlog
+
+from nodeservice.master.checks import is_id
+from nodeservice.master.rows import Key
+from nodeservice.master.tasks import TaskBook
+from nodeservice.wire import master_worker_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+MISSES = 3
+"""An attempt that so many heartbeats in a row do not list is offered to its node again.
+
+Offering is safe: a node that has it answers the same; one that has ended it is still reporting, or it would have ended here
+too; only one that has lost it starts it.
+"""
+
+
+class Reconciler:
+    def __init__(self, book: TaskBook) -> None:
+        self._book = book
+        self._misses: dict[str, dict[Key, int]] = {}
+
+    async def compare(self, worker_id: str, running: Iterable[pb.RunningTask]) -> None:
+        """Note the phases of what the node lists; count what it should list and doesn't."""
+        held = {row.key: row for row in self._book.open_rows() if row.worker_id == worker_id}
+        newest = dict(sorted(held))
+        phases: dict[Key, str] = {}
+        for task in running:
+            if not is_id(task.task_id):
+                continue
+            attempt = task.attempt if task.HasField("attempt") else newest.get(task.task_id, 1)
+            phases[(task.task_id, attempt)] = (task.phase or task.status or "RUNNING").upper()[:32]
+        await self._book.note_phases(worker_id, phases)
+        missing = [key for key, row in held.items() if row.accepted and key not in phases]
+        misses = self._misses.get(worker_id, {})
+        counted = {key: misses.get(key, 0) + 1 for key in missing}
+        lost = [key for key, count in counted.items() if count >= MISSES]
+        self._misses[worker_id] = {key: count for key, count in counted.items() if count < MISSES}
+        if lost:
+            log.warning("task.missing_on_node", worker_id=worker_id, task_ids=[task_id for task_id, _ in lost[:20]])
+            await self._book.unaccepted(lost)

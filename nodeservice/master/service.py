@@ -1,0 +1,184 @@
+"""The master's side of the wire: translates calls into the book, the registry and the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import structlog
+
+from nodeservice.errors import InvariantError, NodeServiceError, RequestError, TransientError
+from nodeservice.master.amounts import Amounts
+from nodeservice.master.checks import check_id, check_traceparent
+from nodeservice.master.log_proxy import LogProxy
+from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.placement import NeverFits, place
+from nodeservice.master.reconcile import Reconciler
+from nodeservice.master.reports import check_report
+from nodeservice.master.rows import TaskRow
+from nodeservice.master.scheduler import Scheduler
+from nodeservice.master.tasks import TaskBook
+from nodeservice.master.upload_grpc import receive_chunks
+from nodeservice.master.uploads import ResultUploads
+from nodeservice.master.views import node_view, task_view
+from nodeservice.wire import master_worker_pb2 as pb
+from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[object, object]
+
+_LIST_LIMIT = 1_000
+_CANCEL_WAIT_SECONDS = 5.0
+_CODES = {
+    "NOT_FOUND": grpc.StatusCode.NOT_FOUND,
+    "ALREADY_STORED": grpc.StatusCode.ALREADY_EXISTS,
+    "STALE_ATTEMPT": grpc.StatusCode.FAILED_PRECONDITION,
+}
+
+
+class MasterServicer(pb_grpc.MasterWorkerServicer):
+    """RPCs that a node serves answer UNIMPLEMENTED here."""
+
+    def __init__(self, *, book: TaskBook, nodes: NodeRegistry, scheduler: Scheduler, uploads: ResultUploads) -> None:
+        self._book = book
+        self._nodes = nodes
+        self._scheduler = scheduler
+        self._uploads = uploads
+        self._logs = LogProxy(book, nodes)
+        self._reconciler = Reconciler(book)
+
+    # ---- nodes --------------------------------------------------------------------------------------------------------
+
+    async def RegisterWorker(self, request: pb.WorkerInfo, context: Context) -> pb.RegisterAck:  # noqa: N802
+        try:
+            node = await self._nodes.register(request, context.peer())
+        except NodeServiceError as error:
+            log.warning("node.refused", message=str(error))
+            return pb.RegisterAck(success=False, message=str(error))
+        self._scheduler.wake()
+        return pb.RegisterAck(success=True, message=f"registered; dialled at {node.address}")
+
+    async def SendHeartbeat(self, request: pb.Heartbeat, context: Context) -> pb.HeartbeatAck:  # noqa: N802
+        node = self._nodes.heartbeat(request)
+        if node is None:
+            return pb.HeartbeatAck(success=False)
+        try:
+            await self._reconciler.compare(node.worker_id, request.running_tasks)
+        except TransientError as error:
+            # The node is well, it is our database that isn't: making the node register again would not help.
+            log.error("heartbeat.not_stored", error=str(error))
+        self._scheduler.wake()
+        return pb.HeartbeatAck(success=True)
+
+    async def ReportTaskCompletion(self, request: pb.TaskResult, context: Context) -> pb.Ack:  # noqa: N802
+        """Acknowledged once durable. What belongs to no open attempt is kept aside and acknowledged too: the node must
+        not hold it for ever."""
+        try:
+            check_report(request)
+            taken = await self._book.complete(request)
+        except NodeServiceError as error:
+            log.warning("report.refused", reason=error.reason, message=str(error))
+            return pb.Ack(success=False, message=str(error))
+        self._scheduler.wake()
+        return pb.Ack(success=True, message="stored" if taken else "known before, or of no open attempt")
+
+    async def UploadTaskFiles(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.FileChunk], context: Context
+    ) -> pb.FileUploadAck:
+        try:
+            return await receive_chunks(request_iterator, self._uploads)
+        except NodeServiceError as error:
+            log.warning("upload.refused", reason=error.reason, message=str(error))
+            await _abort(context, error)
+            raise InvariantError("abort returned") from error
+
+    # ---- clients ------------------------------------------------------------------------------------------------------
+
+    async def SubmitTask(self, request: pb.Task, context: Context) -> pb.SubmitAck:  # noqa: N802
+        traceparent = check_traceparent(_metadata(context, "traceparent"))
+        target = request.target_worker_id
+
+        def refuse(asked: Amounts) -> RequestError | None:
+            answer = place(asked, self._nodes.offers({}), target=target)
+            return RequestError(answer.message, reason=answer.reason) if isinstance(answer, NeverFits) else None
+
+        try:
+            row = await self._book.submit(request, traceparent=traceparent, refuse=refuse)
+        except RequestError as error:
+            return pb.SubmitAck(success=False, message=str(error), reason=error.reason, task_id=request.task_id[:128])
+        except NodeServiceError as error:
+            await _abort(context, error)
+            raise InvariantError("abort returned") from error
+        self._scheduler.wake()
+        return pb.SubmitAck(success=True, message=row.state.value, task_id=row.task_id)
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Context) -> pb.TaskList:  # noqa: N802
+        limit = min(request.limit, _LIST_LIMIT) if request.limit > 0 else _LIST_LIMIT
+        try:
+            rows = await self._book.newest(limit)
+        except NodeServiceError as error:
+            await _abort(context, error)
+            raise InvariantError("abort returned") from error
+        return pb.TaskList(tasks=[task_view(row, brief=True) for row in rows])
+
+    async def GetTask(self, request: pb.TaskID, context: Context) -> pb.TaskView:  # noqa: N802
+        return task_view(await self._find(request.task_id, request.attempt, context))
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.NodeList:  # noqa: N802
+        views = self._nodes.views(self._book.assigned_amounts())
+        return pb.NodeList(nodes=[node_view(node, active, assigned) for node, active, assigned in views])
+
+    async def CancelTask(self, request: pb.TaskID, context: Context) -> pb.TaskAck:  # noqa: N802
+        """Durable, then passed on. success=false for what has ended or never was."""
+        row = await self._find(request.task_id, request.attempt, context)
+        if row.state.is_final:
+            return pb.TaskAck(success=False, message=f"the task has ended: {row.state.value}", reason="ALREADY_ENDED")
+        try:
+            row = await self._book.request_cancel(row)
+        except NodeServiceError as error:
+            await _abort(context, error)
+        self._scheduler.wake()
+        if row.state.is_final:
+            was_ours = row.state.value == "CANCELLED"
+            message = row.message if was_ours else f"the task has ended: {row.state.value}"
+            return pb.TaskAck(success=was_ours, message=message, reason="" if was_ours else "ALREADY_ENDED")
+        if await self._scheduler.delivery.pass_on_cancel(row, wait_seconds=_CANCEL_WAIT_SECONDS):
+            return pb.TaskAck(success=True, message=f"passed on to node {row.worker_id}")
+        return pb.TaskAck(
+            success=True, message=f"noted; node {row.worker_id} has not answered yet and gets it as soon as it does"
+        )
+
+    async def StreamTaskLogs(  # noqa: N802
+        self, request: pb.TaskLogRequest, context: Context
+    ) -> AsyncIterator[pb.LogChunk]:
+        row = await self._find(request.task_id, 0, context)
+        try:
+            async for chunk in self._logs.stream(row, follow=request.follow):
+                yield chunk
+        except NodeServiceError as error:
+            await _abort(context, error)
+
+    async def _find(self, task_id: str, attempt: int, context: Context) -> TaskRow:
+        try:
+            check_id("task_id", task_id)
+            row = await self._book.find(task_id, attempt or None)
+            if row is None:
+                raise RequestError(f"there is no task {task_id}", reason="NOT_FOUND", field="task_id")
+        except NodeServiceError as error:
+            await _abort(context, error)
+            raise InvariantError("abort returned") from error
+        return row
+
+
+async def _abort(context: Context, error: NodeServiceError) -> None:
+    fallback = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, RequestError) else grpc.StatusCode.UNAVAILABLE
+    await context.abort(_CODES.get(error.reason, fallback), str(error)[:2000])
+
+
+def _metadata(context: Context, key: str) -> str:
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return ""

@@ -1,0 +1,40 @@
+"""What the master is told at start."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from nodeservice.master.scheduler import SchedulerSettings
+
+UPLOAD_LIMIT_BYTES = 50 * 1000 * 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MasterSettings:
+    """`listen` and `http_listen` are HOST:PORT; port 0 takes a free one. No credentials mean plain text."""
+
+    listen: str
+    state_dir: Path
+    results_dir: Path | None = None
+    """Default: `results` in the state directory."""
+    database_url: str | None = None
+    """Default: `master.sqlite` in the state directory. May hold a password: never logged."""
+    http_listen: str | None = None
+    """Where `/upload` takes results; None: nowhere."""
+    http_limit_bytes: int = UPLOAD_LIMIT_BYTES
+    heartbeat_timeout_seconds: float = 30.0
+    gone_after_seconds: float = 600.0
+    """A node that was silent for so long is gone: what it never answered for is assigned anew, as a new attempt."""
+    server_credentials: grpc.ServerCredentials | None = field(default=None, repr=False)
+    dial_credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    http_tls: ssl.SSLContext | None = field(default=None, repr=False)
+    nodes: tuple[str, ...] = ()
+    """Addresses of nodes that wait to be asked (MasterRegister), again and again."""
+    advertise: str | None = None
+    """What those nodes are told to dial; needed where `listen` names a wildcard."""
+    announce_seconds: float = 5.0
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)

@@ -1,0 +1,65 @@
+"""What clients are shown of tasks and nodes."""
+
+from __future__ import annotations
+
+import math
+
+from nodeservice.master.amounts import Amounts, to_message
+from nodeservice.master.nodes import Node
+from nodeservice.master.rows import TaskRow
+from nodeservice.wire import master_worker_pb2 as pb
+
+
+def task_view(row: TaskRow, *, brief: bool = False) -> pb.TaskView:
+    """`brief` leaves out what makes a list of many tasks large. Values of the environment are never shown."""
+    task = pb.Task()
+    task.CopyFrom(row.task)
+    task.attempt = row.attempt
+    for variable in task.env:
+        variable.value = ""
+    view = pb.TaskView(
+        task=task,
+        state=row.state.value,
+        worker_id=row.worker_id,
+        phase=row.phase,
+        message=row.message,
+        reason=row.reason,
+        submitted_at_unix_ms=row.submitted_at_ms,
+        assigned_at_unix_ms=row.assigned_at_ms,
+        finished_at_unix_ms=row.finished_at_ms,
+    )
+    if row.cancel_requested and not row.state.is_final:
+        view.reason, view.message = "CANCELLING", view.message or "cancellation requested"
+    if row.result is not None:
+        view.result.CopyFrom(row.result)
+    if brief:
+        for field in ("logs", "output_files", "limits_json", "remarks"):
+            view.result.ClearField(field)
+        if row.result is None:
+            view.ClearField("result")
+        for field in ("env", "argv", "command"):
+            view.task.ClearField(field)
+    return view
+
+
+def node_view(node: Node, active: bool, assigned: Amounts) -> pb.NodeView:
+    beat = node.heartbeat
+    return pb.NodeView(
+        worker_id=node.worker_id,
+        address=node.address,
+        state="ACTIVE" if active else "INACTIVE",
+        capacity=to_message(node.capacity),
+        allocatable=to_message(node.allocatable),
+        assigned=to_message(assigned),
+        last_heartbeat_unix_ms=node.heard_at_ms,
+        cpu_usage_percent=_percent(beat.cpu_usage),
+        memory_usage_percent=_percent(beat.memory_usage),
+        storage_usage_percent=_percent(beat.storage_usage),
+        gpus=beat.gpus or node.info.gpus,
+        running_tasks=beat.running_tasks,
+    )
+
+
+def _percent(value: float) -> float:
+    """Nodes can send anything; what is shown is a number."""
+    return min(100.0, max(0.0, value)) if math.isfinite(value) else 0.0

@@ -1,0 +1,126 @@
+"""A proxy before the engine's socket that hides events, loses an answer, or is down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from pathlib import Path
+
+_EVENTS = re.compile(rb"GET /v[0-9.]+/events")
+_CREATE = re.compile(rb"POST /v[0-9.]+/containers/create")
+_PULL = re.compile(rb"POST /v[0-9.]+/images/create")
+_BLOCK = 65536
+
+
+class EngineProxy:
+    """Runs in the test's event loop. `url` is for the runtime under test."""
+
+    def __init__(self, path: Path, target: str) -> None:
+        self._path = path
+        self._target = target.removeprefix("unix://")
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self.hides_events = False
+        self.loses_next_create = False
+        self.open_pulls_count = 0
+        self.events_count = 0
+        """How often events were asked for."""
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._path}"
+
+    async def up(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._accept, self._path)
+
+    async def down(self) -> None:
+        """Refuse connections and break those that are open."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.cut()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        self._path.unlink(missing_ok=True)
+
+    def cut(self) -> None:
+        """Break all open connections."""
+        for connection in self._connections:
+            connection.cancel()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                back, upstream = await asyncio.open_unix_connection(self._target)
+                answers = asyncio.create_task(_copy(back, writer))
+                try:
+                    await self._forward(reader, upstream, back, answers)
+                finally:
+                    answers.cancel()
+                    await asyncio.wait({answers})
+        finally:
+            self._connections.discard(task)
+            for one in (writer, upstream):
+                if one is not None:
+                    one.transport.abort()
+
+    async def _forward(
+        self,
+        reader: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+        back: asyncio.StreamReader,
+        answers: asyncio.Task[None],
+    ) -> None:
+        is_pull = False
+        try:
+            while block := await reader.read(_BLOCK):
+                if _PULL.match(block):
+                    is_pull = True
+                    self.open_pulls_count += 1
+                if not await self._pass_on(block, reader, upstream, back, answers):
+                    return
+            if not is_pull:
+                await answers
+        finally:
+            self.open_pulls_count -= is_pull
+
+    async def _pass_on(
+        self,
+        block: bytes,
+        reader: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+        back: asyncio.StreamReader,
+        answers: asyncio.Task[None],
+    ) -> bool:
+        """False: break off."""
+        if _EVENTS.match(block):
+            self.events_count += 1
+            if self.hides_events:
+                return False
+        loses = self.loses_next_create and _CREATE.match(block)
+        if loses:
+            self.loses_next_create = False
+            answers.cancel()
+            await asyncio.wait({answers})
+        upstream.write(block)
+        await upstream.drain()
+        if loses:
+            # The body may follow in a block of its own; pass on until the engine has answered, then break off.
+            body = asyncio.create_task(_copy(reader, upstream))
+            await back.read(1)
+            body.cancel()
+            await asyncio.wait({body})
+        return not loses
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while block := await reader.read(_BLOCK):
+            writer.write(block)
+            await writer.drain()
+        writer.write_eof()

@@ -1,0 +1,215 @@
+"""The task's own cgroup under a container of the real engine: limits in force, counts that outlive it, nothing left."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec
+from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
+from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.receipt import receipt
+from nodeservice.ports import EngineFacts, TaskCgroups
+
+pytestmark = pytest.mark.engine
+
+TASK = AttemptId("cgroup-test", 1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[docker.DockerClient]:
+    try:
+        client = docker.from_env(timeout=60)
+        client.ping()
+    except docker.errors.DockerException as error:
+        pytest.skip(f"no container engine answers: {error}")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def image(engine: docker.DockerClient) -> Iterator[str]:
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox-static is not installed: no image can be built")
+    tag = f"nodeservice/cgroup-test:{uuid.uuid4().hex[:8]}"
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(os.path.realpath(busybox), arcname="bin/busybox")
+        for name in ("sh", "head", "tail", "sleep"):
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    engine.api.import_image_from_data(
+        archive.getvalue(), repository=tag.split(":", maxsplit=1)[0], tag=tag.split(":")[1]
+    )
+    yield tag
+    engine.images.remove(tag, force=True)
+
+
+@pytest.fixture
+async def cgroups(engine: docker.DockerClient) -> AsyncIterator[TaskCgroups]:
+    info = engine.info()
+    facts = EngineFacts(
+        name="docker",
+        version=info["ServerVersion"],
+        api_version=engine.api.api_version,
+        root_dir=Path(info["DockerRootDir"]),
+        storage_driver=info["Driver"],
+        cgroup_driver=info["CgroupDriver"],
+        cgroup_version=int(info.get("CgroupVersion", "1")),
+        cpu_count=info["NCPU"],
+        memory_bytes=info["MemTotal"],
+    )
+    cgroups = task_cgroups(node_id=f"test-{uuid.uuid4().hex[:12]}", facts=facts)
+    if isinstance(cgroups, NoTaskCgroups):
+        pytest.skip(f"a cgroup of the task's own can't be had with the cgroup driver {facts.cgroup_driver}")
+    assert isinstance(cgroups, KernelTaskCgroups)
+    yield cgroups
+    await cgroups.remove(TASK)
+    await cgroups.close()
+
+
+def spec(*, memory_bytes: int = 64 * MIB, cpu_milli: int = 500) -> TaskSpec:
+    return TaskSpec(
+        id=TASK,
+        image="nodeservice/cgroup-test",
+        request=Resources(cpu_milli=cpu_milli, memory_bytes=memory_bytes),
+        pids_limit=32,
+        fingerprint="",
+    )
+
+
+class Container:
+    """A container of the engine under a given cgroup, with the limits of the spec, removed at the end."""
+
+    def __init__(
+        self, engine: docker.DockerClient, image: str, parent: str | None, task: TaskSpec, script: str
+    ) -> None:
+        self._inner: Any = engine.containers.create(
+            image,
+            ["/bin/sh", "-c", script],
+            cgroup_parent=parent,
+            mem_limit=task.request.memory_bytes,
+            memswap_limit=task.request.memory_bytes,
+            nano_cpus=task.request.cpu_milli * 1_000_000,
+            pids_limit=task.pids_limit,
+            network_mode="none",
+            init=True,
+        )
+
+    def __enter__(self) -> Container:
+        self._inner.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner.remove(force=True)
+
+    def wait(self) -> int:
+        return int(self._inner.wait(timeout=60)["StatusCode"])
+
+    def own_cgroups(self) -> str:
+        self._inner.reload()
+        return Path(f"/proc/{self._inner.attrs['State']['Pid']}/cgroup").read_text()
+
+
+def places_left(parent: str) -> list[Path]:
+    tops = {Path(mount.point) for mount in read_mounts() if mount.filesystem in ("cgroup", "cgroup2")}
+    node = Path(parent.lstrip("/")).parent
+    return [top / node for top in tops if (top / node).exists()]
+
+
+async def test_the_container_sits_in_the_tasks_cgroup_with_the_limits_that_were_asked(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    task = spec()
+    parent = await cgroups.prepare(task)
+    assert parent is not None
+
+    with Container(engine, image, parent, task, "sleep 60") as container:
+        memberships = container.own_cgroups().splitlines()
+        assert all(line.split(":", 2)[2].startswith(f"{parent}/") for line in memberships), memberships
+        effective = await cgroups.effective(TASK)
+
+    assert effective["occupied"] is True
+    written = receipt(task, kernel=effective, engine={})
+    assert written["mismatches"] == []
+    assert written["effective"] == written["asked"]
+    assert set(written["read_from"].values()) == {"kernel"}
+
+
+async def test_the_peak_stays_readable_after_the_container_and_nothing_is_left_after_removal(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    task = spec()
+    parent = await cgroups.prepare(task)
+    assert parent is not None
+    with Container(
+        engine, image, parent, task, "head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null"
+    ) as container:
+        assert container.wait() == 0
+
+    usage = await cgroups.usage(TASK)
+    await cgroups.remove(TASK)
+
+    assert usage.memory_peak_bytes is not None
+    assert 19 * MIB <= usage.memory_peak_bytes <= 64 * MIB
+    assert usage.cpu_seconds is not None
+    assert 0 < usage.cpu_seconds < 60
+    assert usage.oom_kill_count == 0
+    assert usage.pids_peak_count is None or 3 <= usage.pids_peak_count <= 40
+    assert places_left(parent) == []
+
+
+async def test_a_busy_task_is_seen_to_be_throttled(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    task = spec(cpu_milli=100)
+    parent = await cgroups.prepare(task)
+    with Container(engine, image, parent, task, "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done") as container:
+        assert container.wait() == 0
+
+    usage = await cgroups.usage(TASK)
+
+    assert usage.cpu_throttled_seconds is not None
+    assert usage.cpu_throttled_seconds > 0
+
+
+async def test_a_child_killed_for_memory_is_counted_though_the_container_exits_0(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    task = spec(memory_bytes=16 * MIB)
+    parent = await cgroups.prepare(task)
+    hog = "(head -c 100000000 /dev/zero | tail -c 100000000 >/dev/null); exit 0"
+    with Container(engine, image, parent, task, hog) as container:
+        assert container.wait() == 0
+
+    usage = await cgroups.usage(TASK)
+
+    assert usage.oom_kill_count is not None
+    assert usage.oom_kill_count >= 1
+    assert usage.memory_peak_bytes is not None
+    assert 15 * MIB <= usage.memory_peak_bytes <= 16 * MIB
+
+
+async def test_what_the_engine_left_below_goes_too(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    parent = await cgroups.prepare(spec())
+    assert parent is not None
+    tops = [Path(mount.point) for mount in read_mounts() if mount.filesystem in ("cgroup", "cgroup2")]
+    for top in tops:
+        (top / parent.lstrip("/") / "left/behind").mkdir(parents=True, exist_ok=True)
+
+    await cgroups.remove(TASK)
+
+    assert places_left(parent) == []

@@ -1,0 +1,327 @@
+"""Containers on the real engine: limits that hold, exits that are found, logs that are whole, faults that pass."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+from engine_proxy import EngineProxy
+
+from nodeservice.core.model import MIB
+from nodeservice.errors import NodeFaultError, RequestError, TransientError
+from nodeservice.ports import ContainerSpec, Mount
+from nodeservice.runtime.docker import DockerRuntime
+
+pytestmark = pytest.mark.engine
+SOON_SECONDS = 30
+NEVER_SECONDS = 3600
+
+
+@pytest.fixture
+async def runtime(engine: str, node_id: str) -> AsyncIterator[DockerRuntime]:
+    """Its list is never looked at: what it learns of exits comes from events."""
+    made = DockerRuntime(node_id=node_id, base_url=engine, relist_seconds=NEVER_SECONDS)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
+    if not engine.startswith("unix://"):
+        pytest.skip(f"the engine at {engine} has no Unix socket to put a proxy before")
+    made = EngineProxy(tmp_path / "e.sock", engine)
+    await made.up()
+    yield made
+    await made.down()
+
+
+@pytest.fixture
+async def behind_proxy(proxy: EngineProxy, node_id: str) -> AsyncIterator[DockerRuntime]:
+    made = DockerRuntime(node_id=node_id, base_url=proxy.url, relist_seconds=NEVER_SECONDS)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def spec(demo_image: str) -> ContainerSpec:
+    return ContainerSpec(
+        name=f"nodeservice.it-{uuid.uuid4().hex[:8]}.1",
+        image=demo_image,
+        argv=None,
+        shell="true",
+        env=(),
+        labels={"nodeservice.spec": uuid.uuid4().hex},
+        cpu_milli=1000,
+        memory_bytes=64 * MIB,
+        pids_limit=64,
+        mounts=(),
+        gpu_uuids=(),
+        log_max_bytes=32 * MIB,
+        grace_seconds=1,
+    )
+
+
+async def run(runtime: DockerRuntime, spec: ContainerSpec) -> str:
+    container_id = await runtime.create(spec)
+    await runtime.start(container_id)
+    return container_id
+
+
+async def read(runtime: DockerRuntime, container_id: str, *, follow: bool) -> bytes:
+    return b"".join([piece async for piece in runtime.read_log(container_id, follow=follow)])
+
+
+async def output_of(runtime: DockerRuntime, spec: ContainerSpec) -> str:
+    container_id = await run(runtime, spec)
+    await runtime.wait_exited(container_id)
+    return (await read(runtime, container_id, follow=False)).decode()
+
+
+# ---- what a container is made with ----
+
+
+async def test_every_limit_and_safeguard_stands_in_the_container(
+    runtime: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient
+) -> None:
+    container_id = await runtime.create(replace(spec, cpu_milli=250, memory_bytes=256 * MIB, log_max_bytes=4 * MIB))
+    host: dict[str, Any] = docker_client.inspect_container(container_id)["HostConfig"]
+    assert (host["CpuQuota"], host["CpuPeriod"]) == (25_000, 100_000)
+    assert host["Memory"] == host["MemorySwap"] == 256 * MIB
+    assert host["ShmSize"] == 128 * MIB
+    assert host["PidsLimit"] == 64
+    assert host["Init"] is True
+    assert host["Privileged"] is False
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert {name.removeprefix("CAP_") for name in host["CapDrop"]} == {"NET_RAW", "MKNOD", "AUDIT_WRITE"}
+    assert host["LogConfig"]["Config"]["max-size"] == str(8 * MIB)
+
+
+async def test_past_its_memory_a_task_is_killed_and_flagged(runtime: DockerRuntime, spec: ContainerSpec) -> None:
+    container_id = await run(runtime, replace(spec, shell="exec dd if=/dev/zero of=/dev/null bs=300M count=1"))
+    async with asyncio.timeout(SOON_SECONDS):
+        ended = await runtime.wait_exited(container_id)
+    assert ended is not None
+    assert (ended.exit_code, ended.oom_killed) == (137, True)
+
+
+async def test_a_fork_bomb_meets_its_pids_limit(runtime: DockerRuntime, spec: ContainerSpec) -> None:
+    shell = "for i in $(seq 40); do sleep 5 & done; echo all-started"
+    output = await output_of(runtime, replace(spec, shell=shell, pids_limit=16))
+    assert "can't fork" in output
+    assert "all-started" not in output
+
+
+async def test_a_task_without_gpus_cannot_ask_for_one_through_its_environment(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    env = (("NVIDIA_VISIBLE_DEVICES", "all"), ("CUDA_MPS_PIPE_DIRECTORY", "/tmp"), ("GREETING", "a=b c"))
+    lines = (await output_of(runtime, replace(spec, env=env, shell="env"))).splitlines()
+    assert "GREETING=a=b c" in lines
+    assert [line for line in lines if line.startswith(("NVIDIA", "CUDA"))] == ["NVIDIA_VISIBLE_DEVICES=void"]
+
+
+async def test_a_gpu_that_this_engine_cannot_give_is_a_fault_of_the_node(
+    runtime: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient
+) -> None:
+    if "nvidia" in docker_client.info().get("Runtimes", {}):
+        pytest.skip("this engine has an NVIDIA runtime")
+    container_id = await runtime.create(replace(spec, gpu_uuids=("GPU-00000000-0000-0000-0000-000000000000",)))
+    with pytest.raises(NodeFaultError) as caught:
+        await runtime.start(container_id)
+    assert caught.value.reason == "NODE_FAULT"
+
+
+async def test_a_mounted_directory_is_the_same_inside_and_read_only_when_asked(
+    runtime: DockerRuntime, spec: ContainerSpec, tmp_path: Path
+) -> None:
+    mounts = (
+        Mount(source=tmp_path, target="/results"),
+        Mount(source=tmp_path, target="/input", read_only=True),
+    )
+    shell = "echo hi > /results/a; cat /input/a; echo no > /input/b || echo refused"
+    assert "hi\n" in (text := await output_of(runtime, replace(spec, mounts=mounts, shell=shell)))
+    assert "refused" in text
+    assert (tmp_path / "a").read_text() == "hi\n"
+
+
+async def test_a_mount_whose_source_is_missing_is_refused_and_not_made(
+    runtime: DockerRuntime, spec: ContainerSpec, tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(RequestError) as caught:
+        await runtime.create(replace(spec, mounts=(Mount(source=missing, target="/x"),)))
+    assert caught.value.reason == "CREATE_FAILED"
+    assert not missing.exists()
+
+
+async def test_an_argv_keeps_each_argument_as_it_is(runtime: DockerRuntime, spec: ContainerSpec) -> None:
+    argv = ("printf", "[%s]", "a b", "$HOME", "", "ü")
+    assert await output_of(runtime, replace(spec, shell=None, argv=argv)) == "[a b][$HOME][][ü]"
+
+
+async def test_a_shell_that_exits_127_by_itself_is_not_a_command_that_was_not_found(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    container_id = await run(runtime, replace(spec, shell="no-such-program"))
+    ended = await runtime.wait_exited(container_id)
+    assert ended is not None
+    assert (ended.exit_code, ended.error) == (127, "")
+
+
+async def test_the_engine_describes_itself_in_full(runtime: DockerRuntime, docker_client: docker.APIClient) -> None:
+    facts = await runtime.facts()
+    info = docker_client.info()
+    assert facts.root_dir == Path(info["DockerRootDir"])
+    assert facts.memory_bytes == info["MemTotal"]
+    assert facts.cgroup_version in {1, 2}
+
+
+# ---- logs ----
+
+
+async def test_twenty_megabytes_of_log_come_whole_while_they_are_written(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    line = b"0123456789abcdef" * 6 + b"\n"
+    expected = (line * (20_000_000 // len(line) + 1))[:20_000_000]
+    container_id = await run(runtime, replace(spec, shell=f"yes {line.decode().strip()} | head -c 20000000"))
+    async with asyncio.timeout(60):
+        followed = await read(runtime, container_id, follow=True)
+        again = await read(runtime, container_id, follow=False)
+    assert len(followed) == len(again) == len(expected)
+    assert hashlib.sha256(followed).digest() == hashlib.sha256(expected).digest()
+    assert followed == again
+
+
+async def test_a_log_past_its_bound_is_bounded_in_the_engine_and_its_follower_ends(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    shell = "yes 0123456789012345678901234567890123456789 | head -c 12000000; echo last-line"
+    container_id = await run(runtime, replace(spec, shell=shell, log_max_bytes=MIB))
+    async with asyncio.timeout(60):
+        followed = await read(runtime, container_id, follow=True)
+        await runtime.wait_exited(container_id)
+        kept = await read(runtime, container_id, follow=False)
+    assert followed[:82] == b"0123456789012345678901234567890123456789\n" * 2
+    assert len(kept) <= 2 * MIB
+    assert kept.endswith(b"last-line\n")
+
+
+async def test_both_streams_are_in_the_log_and_lines_longer_than_the_engines_buffer_stay_whole(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    shell = "head -c 70000 /dev/zero | tr '\\0' x; echo; echo to-stderr >&2; sleep 0.2; head -c 16384 /dev/zero; echo"
+    container_id = await run(runtime, replace(spec, shell=shell))
+    followed = await read(runtime, container_id, follow=True)
+    assert followed == b"x" * 70000 + b"\nto-stderr\n" + bytes(16384) + b"\n"
+
+
+async def test_no_thread_stays_when_followers_are_dropped(runtime: DockerRuntime, spec: ContainerSpec) -> None:
+    container_id = await run(runtime, replace(spec, shell="while :; do echo x; sleep 0.05; done"))
+    for _ in range(5):
+        async for _piece in (pieces := runtime.read_log(container_id, follow=True)):
+            break
+        await pieces.aclose()  # type: ignore[attr-defined]
+    async with asyncio.timeout(SOON_SECONDS):
+        while any(thread.name == "engine-log" for thread in threading.enumerate()):
+            await asyncio.sleep(0.02)
+
+
+# ---- exits and faults of the engine ----
+
+
+async def test_an_exit_is_learnt_from_the_event_stream_by_one_thread(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    ids = [await run(runtime, replace(spec, name=f"{spec.name}{n}", shell="sleep 0.5; exit 4")) for n in range(3)]
+    async with asyncio.timeout(SOON_SECONDS):
+        ended = await asyncio.gather(*(runtime.wait_exited(id_) for id_ in ids))
+    assert [state and state.exit_code for state in ended] == [4, 4, 4]
+    assert [thread.name for thread in threading.enumerate()].count("engine-events") == 1
+
+
+async def test_an_exit_that_no_event_tells_is_found_in_the_list(
+    proxy: EngineProxy, node_id: str, spec: ContainerSpec
+) -> None:
+    proxy.hides_events = True
+    runtime = DockerRuntime(node_id=node_id, base_url=proxy.url, relist_seconds=0.2)
+    try:
+        container_id = await run(runtime, replace(spec, shell="sleep 0.5; exit 5"))
+        async with asyncio.timeout(SOON_SECONDS):
+            ended = await runtime.wait_exited(container_id)
+        assert ended is not None
+        assert ended.exit_code == 5
+        assert proxy.events_count > 0
+    finally:
+        await runtime.close()
+
+
+async def test_an_exit_while_the_event_stream_is_broken_is_learnt_when_it_is_back(
+    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient
+) -> None:
+    container_id = await run(behind_proxy, replace(spec, shell="exec sleep 300"))
+    waiter = asyncio.create_task(behind_proxy.wait_exited(container_id))
+    async with asyncio.timeout(SOON_SECONDS):
+        while not proxy.events_count:
+            await asyncio.sleep(0.01)
+        await proxy.down()
+        with pytest.raises(TransientError) as caught:
+            await behind_proxy.find(container_id)
+        assert caught.value.reason == "ENGINE_UNAVAILABLE"
+        docker_client.kill(container_id)
+        await proxy.up()
+        ended = await waiter
+    assert ended is not None
+    assert ended.exit_code == 137
+
+
+async def test_a_log_cut_in_the_middle_is_an_error_and_not_an_end(
+    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec
+) -> None:
+    container_id = await run(behind_proxy, replace(spec, shell="echo begun; exec sleep 300"))
+    pieces = behind_proxy.read_log(container_id, follow=True)
+    async with asyncio.timeout(SOON_SECONDS):
+        assert await anext(pieces) == b"begun\n"
+        proxy.cut()
+        with pytest.raises(TransientError):
+            await anext(pieces)
+
+
+async def test_a_create_whose_answer_was_lost_gives_the_container_that_was_made(
+    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec, node_id: str
+) -> None:
+    await behind_proxy.facts()
+    proxy.loses_next_create = True
+    container_id = await behind_proxy.create(spec)
+    assert [state.id for state in await behind_proxy.list_owned(node_id)] == [container_id]
+    assert not proxy.loses_next_create
+
+
+async def test_without_an_engine_every_call_is_transient_and_works_once_there_is_one(
+    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec, node_id: str
+) -> None:
+    await proxy.down()
+    for call in (
+        behind_proxy.facts(),
+        behind_proxy.create(spec),
+        behind_proxy.start("0" * 64),
+        behind_proxy.find("x1"),
+        behind_proxy.stop("0" * 64, grace_seconds=0),
+        behind_proxy.kill("0" * 64),
+        behind_proxy.remove("0" * 64),
+        behind_proxy.list_owned(node_id),
+        read(behind_proxy, "0" * 64, follow=True),
+    ):
+        with pytest.raises(TransientError) as caught:
+            await call
+        assert caught.value.reason == "ENGINE_UNAVAILABLE"
+    await proxy.up()
+    assert (await behind_proxy.facts()).name

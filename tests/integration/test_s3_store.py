@@ -1,0 +1,366 @@
+"""The S3 store against a real MinIO server, through a proxy that breaks things."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from minio import Minio
+
+from nodeservice.core.model import AttemptId, Resources, TaskSpec
+from nodeservice.errors import NodeFaultError, TransientError
+from nodeservice.ports import ResultBundle
+from nodeservice.results import manifest
+from nodeservice.results.access import MIB, S3Access
+from nodeservice.results.s3 import S3ResultStore
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fault_proxy import FaultProxy
+from minio_server import MinioServer, find_minio, free_port, minio, running_minio
+
+__all__ = ["minio"]
+
+pytestmark = pytest.mark.minio
+
+SPEC = TaskSpec(id=AttemptId("task-1", 1), image="i", request=Resources(), pids_limit=1, fingerprint="f")
+PREFIX = "task-1/1"
+PART = 5 * MIB
+
+
+@pytest.fixture
+def proxy(minio: MinioServer) -> Iterator[FaultProxy]:
+    running = FaultProxy(minio.endpoint)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def bucket() -> str:
+    return f"results-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def client(minio: MinioServer) -> Minio:
+    """Past the proxy: what is really there."""
+    return Minio(minio.endpoint, minio.access_key, minio.secret_key, secure=False)
+
+
+OpenStore = Callable[..., S3ResultStore]
+
+
+@pytest.fixture
+async def open_store(minio: MinioServer, proxy: FaultProxy, bucket: str) -> AsyncIterator[OpenStore]:
+    stores: list[S3ResultStore] = []
+
+    def open_one(**changes: object) -> S3ResultStore:
+        defaults: dict[str, object] = {"endpoint": proxy.endpoint, "part_bytes": PART, "timeout_seconds": 10.0}
+        stores.append(S3ResultStore(minio.access(bucket, **(defaults | changes))))
+        return stores[-1]
+
+    yield open_one
+    proxy.heal()
+    for store in stores:
+        await store.close()
+
+
+def bundle_of(work_dir: Path, files: dict[str, bytes]) -> ResultBundle:
+    results = work_dir / "results"
+    results.mkdir(parents=True)
+    for path, data in files.items():
+        (results / path).write_bytes(data)
+    (work_dir / "stdout.log").write_bytes(b"log\n")
+    collected, _ = manifest.collect(results, work_dir / "stdout.log", task_id="task-1", attempt=1)
+    manifest.write_local(work_dir, collected)
+    return manifest.bundle_from(work_dir, SPEC, "worker-1")
+
+
+def keys(client: Minio, bucket: str) -> set[str]:
+    return {str(item.object_name).removeprefix(f"{PREFIX}/") for item in client.list_objects(bucket, recursive=True)}
+
+
+def assert_complete(client: Minio, bucket: str, bundle: ResultBundle) -> None:
+    """Everything that the stored manifest names lies there with the right bytes, and nothing else."""
+    stored = client.get_object(bucket, f"{PREFIX}/manifest.json").data
+    assert stored == bundle.manifest_bytes
+    named = manifest.decode(stored)
+    assert keys(client, bucket) == {entry.path for entry in named.files} | {"manifest.json"}
+    for entry in named.files:
+        assert sha256(client.get_object(bucket, f"{PREFIX}/{entry.path}").data).hexdigest() == entry.sha256
+
+
+def interrupted_uploads(client: Minio, bucket: str, path: str) -> int:
+    return len(client._list_multipart_uploads(bucket, prefix=f"{PREFIX}/{path}").uploads)
+
+
+def puts(proxy: FaultProxy) -> list[str]:
+    return [path for method, path in proxy.requests if method == "PUT"]
+
+
+async def test_the_manifest_is_sent_last_of_300_files_and_repetition_sends_nothing(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {f"f{number}": b"%d" % number for number in range(300)})
+    location = await open_store().put(bundle)
+    assert location == f"s3://{bucket}/{PREFIX}"
+    assert_complete(client, bucket, bundle)
+    sent = puts(proxy)
+    assert sent[0] == f"/{bucket}"
+    assert len(sent) == 303
+    assert sent[-1].endswith("/manifest.json")
+
+    proxy.requests.clear()
+    assert await open_store().put(bundle) == location
+    assert puts(proxy) == []
+    assert len(proxy.requests) < 5
+
+
+async def test_a_large_file_travels_in_parts(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    block = secrets.token_bytes(MIB)
+    bundle = bundle_of(tmp_path, {"large": block * 70, "small": b"x"})
+    await open_store().put(bundle)
+    assert_complete(client, bucket, bundle)
+    assert len([path for path in puts(proxy) if "partNumber" in path]) == 14
+    assert client.stat_object(bucket, f"{PREFIX}/large").metadata["x-amz-meta-sha256"] == sha256(block * 70).hexdigest()
+
+
+async def test_a_store_that_fails_at_first_takes_the_results_later(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {f"f{number}": b"x" * 1000 for number in range(20)})
+    proxy.reject_first(3)
+    store = open_store()
+    failures = []
+    for _ in range(10):
+        try:
+            await store.put(bundle)
+            break
+        except TransientError as error:
+            failures.append(error.reason)
+            assert not client.bucket_exists(bucket) or "manifest.json" not in keys(client, bucket)
+    assert proxy.rejected_count == 3
+    assert 1 <= len(failures) <= 3
+    assert set(failures) == {"STORE_UNREACHABLE"}
+    assert_complete(client, bucket, bundle)
+
+
+async def test_a_connection_that_breaks_in_a_part_costs_a_retry_and_leaves_no_parts(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(12 * MIB), "small": b"x"})
+    proxy.reset_at(7 * MIB)
+    with pytest.raises(TransientError):
+        await open_store().put(bundle)
+    assert proxy.reset_count == 1
+    assert "manifest.json" not in keys(client, bucket)
+    assert "large" not in keys(client, bucket)
+    await open_store().put(bundle)
+    assert_complete(client, bucket, bundle)
+    assert interrupted_uploads(client, bucket, "large") == 0
+
+
+async def test_parts_that_a_killed_process_left_behind_are_dropped(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    client.make_bucket(bucket)
+    upload_id = client._create_multipart_upload(bucket, f"{PREFIX}/large", {})
+    client._upload_part(bucket, f"{PREFIX}/large", b"x" * PART, None, upload_id, 1)
+    assert interrupted_uploads(client, bucket, "large") == 1
+    bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(6 * MIB)})
+    await open_store().put(bundle)
+    assert_complete(client, bucket, bundle)
+    assert interrupted_uploads(client, bucket, "large") == 0
+
+
+async def test_a_bit_that_flips_on_the_way_is_never_stored(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"a": secrets.token_bytes(3 * MIB)})
+    proxy.corrupt_at(MIB)
+    with pytest.raises(TransientError):
+        await open_store(parallel_count=1).put(bundle)
+    assert proxy.corrupted_count == 1
+    assert "a" not in keys(client, bucket)
+    await open_store().put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
+async def test_a_slow_store_is_waited_for_longer_than_any_one_silence_may_last(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    """14 MiB in one part take 3.5 s at least, the limit is 2.5 s; the kernel holds back up to 4 MiB (1 s) at the end."""
+    bundle = bundle_of(tmp_path, {"a": secrets.token_bytes(14 * MIB)})
+    client.make_bucket(bucket)
+    proxy.be_slow(4 * MIB)
+    await open_store(timeout_seconds=2.5, part_bytes=16 * MIB).put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
+async def test_a_store_that_never_answers_does_not_hang_us(
+    open_store: OpenStore, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    proxy.be_silent()
+    with pytest.raises(TransientError):
+        await asyncio.wait_for(open_store(timeout_seconds=0.5).put(bundle_of(tmp_path, {"a": b"1"})), 10)
+
+
+async def test_a_store_that_is_down_takes_the_results_when_it_is_back(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"a": b"1"})
+    proxy.down()
+    store = open_store()
+    with pytest.raises(TransientError) as caught:
+        await store.put(bundle)
+    assert caught.value.reason == "STORE_UNREACHABLE"
+    proxy.up()
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
+@pytest.mark.parametrize("wrong", ["access_key", "secret_key"])
+async def test_wrong_credentials_are_a_refusal_that_never_shows_them(
+    open_store: OpenStore, tmp_path: Path, wrong: str
+) -> None:
+    store = open_store(**{wrong: "not-the-right-one"})
+    with pytest.raises(NodeFaultError) as caught:
+        await store.put(bundle_of(tmp_path, {"a": b"1"}))
+    assert caught.value.reason == "STORE_REFUSED"
+    assert "not-the-right-one" not in str(caught.value)
+
+
+async def test_a_user_who_may_not_write_is_refused(
+    open_store: OpenStore, client: Minio, minio: MinioServer, bucket: str, tmp_path: Path
+) -> None:
+    from minio import MinioAdmin
+    from minio.credentials import StaticProvider
+
+    client.make_bucket(bucket)
+    admin = MinioAdmin(
+        endpoint=minio.endpoint, credentials=StaticProvider(minio.access_key, minio.secret_key), secure=False
+    )
+    name, secret = f"reader-{secrets.token_hex(3)}", secrets.token_hex(16)
+    admin.user_add(name, secret)
+    admin.attach_policy(["readonly"], user=name)
+    with pytest.raises(NodeFaultError, match="AccessDenied"):
+        await open_store(access_key=name, secret_key=secret).put(bundle_of(tmp_path, {"a": b"1"}))
+
+
+async def test_a_bucket_that_is_removed_is_made_again(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"a": b"1"})
+    store = open_store()
+    await store.put(bundle)
+    for item in client.list_objects(bucket, recursive=True):
+        client.remove_object(bucket, str(item.object_name))
+    client.remove_bucket(bucket)
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
+async def test_an_object_that_was_lost_or_replaced_is_sent_again(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"a": b"1", "b": b"22", "c": b"333"})
+    store = open_store()
+    await store.put(bundle)
+    client.remove_object(bucket, f"{PREFIX}/b")
+    proxy.requests.clear()
+    await store.put(bundle)
+    assert puts(proxy) == [f"/{bucket}/{PREFIX}/b"]
+    assert_complete(client, bucket, bundle)
+
+
+async def test_objects_of_an_upload_that_broke_off_are_not_sent_again(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"a": b"1", "b": b"22", "stale": b"new"})
+    store = open_store()
+    await store.put(bundle)
+    client.remove_object(bucket, f"{PREFIX}/manifest.json")
+    client.remove_object(bucket, f"{PREFIX}/a")
+    import io
+
+    client.put_object(bucket, f"{PREFIX}/stale", io.BytesIO(b"old"), 3)
+    proxy.requests.clear()
+    await store.put(bundle)
+    assert sorted(path.rpartition("/")[2] for path in puts(proxy)) == ["a", "manifest.json", "stale"]
+    assert_complete(client, bucket, bundle)
+
+
+async def test_a_cancelled_put_stops_sending_and_commits_nothing(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(30 * MIB), "b": b"x"})
+    client.make_bucket(bucket)
+    proxy.be_slow(4 * MIB)
+    store = open_store()
+    put = asyncio.create_task(store.put(bundle))
+    while proxy.bytes_sent < MIB:
+        await asyncio.sleep(0.01)
+    put.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await put
+    proxy.heal()
+    await store.close()
+    assert proxy.bytes_sent < 25 * MIB
+    assert keys(client, bucket) <= {"b", "stdout.log"}
+    assert interrupted_uploads(client, bucket, "large") == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("results-s3")]
+
+
+async def test_many_attempts_share_one_store(open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path) -> None:
+    store = open_store(prefix="cluster/a")
+    bundles = [bundle_of(tmp_path / str(number), {"a": b"1"}) for number in range(2)]
+    first, second = await asyncio.gather(*(store.put(bundle) for bundle in bundles))
+    assert first == second == f"s3://{bucket}/cluster/a/{PREFIX}"
+    assert client.stat_object(bucket, f"cluster/a/{PREFIX}/manifest.json").content_type == "application/json"
+
+
+async def test_over_tls_the_servers_certificate_is_checked_and_parts_arrive(tmp_path: Path) -> None:
+    binary = find_minio()
+    if binary is None:
+        pytest.skip("no MinIO server binary")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=minio"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    arguments = ["openssl", "req", "-x509", *curve, *names, "-keyout", key, "-out", cert]
+    await asyncio.to_thread(subprocess.run, arguments, check=True, capture_output=True, timeout=30)
+    bundle = bundle_of(tmp_path / "work", {"large": secrets.token_bytes(6 * MIB), "empty": b"", "a": b"1"})
+    (tmp_path / "minio").mkdir()
+    with running_minio(binary, tmp_path / "minio", certificate=(cert, key)) as server:
+        stranger = S3ResultStore(server.access("tls", secure=True))
+        with pytest.raises(NodeFaultError, match="certificate"):
+            await stranger.put(bundle)
+        await stranger.close()
+        store = S3ResultStore(server.access("tls", secure=True, ca_file=cert, part_bytes=PART))
+        assert await store.put(bundle) == f"s3://tls/{PREFIX}"
+        assert await store.put(bundle) == f"s3://tls/{PREFIX}"
+        await store.close()
+
+
+async def test_something_that_is_not_s3_is_refused(tmp_path: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nContent-Length: 3\r\n\r\nno!")
+        await writer.drain()
+        writer.close()
+
+    port = free_port()
+    server = await asyncio.start_server(answer, "127.0.0.1", port)
+    access = S3Access(endpoint=f"127.0.0.1:{port}", bucket="abc", access_key="a", secret_key="b" * 8, secure=False)
+    store = S3ResultStore(access)
+    with pytest.raises(NodeFaultError, match="not from S3"):
+        await store.put(bundle_of(tmp_path, {"a": b"1"}))
+    await store.close()
+    server.close()
+    await server.wait_closed()

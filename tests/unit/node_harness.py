@@ -1,0 +1,179 @@
+"""A whole node in memory that can be killed after any journal write and started again on what survived."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nodeservice.clock import SystemClock
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import AttemptId, Phase, Resources, TaskRecord, TaskSpec
+from nodeservice.core.retry import Backoff
+from nodeservice.errors import TransientError
+from nodeservice.journal.codec import decode_record, encode_record
+from nodeservice.journal.memory import MemoryJournal
+from nodeservice.lifecycle.context import Context, Settings
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.logs import LogBook
+from nodeservice.lifecycle.recovery import recover
+from nodeservice.lifecycle.runner import Runner
+from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.limits.receipt import receipt
+from nodeservice.results.hand_over import Bundles
+from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids
+from nodeservice.testing.fake_runtime import FakeRuntime
+from nodeservice.testing.memory_store import MemoryResultStore
+
+NODE = Resources(cpu_milli=4000, memory_bytes=2**32, disk_bytes=2**40)
+FAST = Backoff(first_seconds=0.001, max_seconds=0.01)
+
+
+def spec(task_id: str = "t", **changes: object) -> TaskSpec:
+    plain = TaskSpec(
+        id=AttemptId(task_id),
+        image="demo",
+        request=Resources(cpu_milli=1000, memory_bytes=2**26, disk_bytes=2**20),
+        pids_limit=10,
+        fingerprint=f"f-{task_id}",
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class RecordingUplink:
+    """The master's side: what was reported, and acknowledgements that can be lost."""
+
+    def __init__(self) -> None:
+        self.reports: list[TaskRecord] = []
+        self.down = False
+
+    async def report(self, record: TaskRecord) -> None:
+        if self.down:
+            raise TransientError("master away", reason="MASTER_UNREACHABLE")
+        self.reports.append(record)
+
+
+class StoppingJournal:
+    """A journal that stops for ever after a number of writes, as a killed process does."""
+
+    def __init__(self, journal: MemoryJournal, writes: int | None, *, lost: bool) -> None:
+        self._journal = journal
+        self._left = writes
+        self._lost = lost
+        self.stopped = asyncio.Event()
+        self.write_count = 0
+
+    async def save(self, records: Sequence[TaskRecord]) -> None:
+        self.write_count += 1
+        if self._left is None or self.write_count < self._left:
+            await self._journal.save(records)
+            return
+        if self.write_count == self._left and not self._lost:
+            await self._journal.save(records)  # written, but nobody acts on it any more
+        self.stopped.set()
+        await asyncio.Event().wait()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._journal, name)
+
+
+@dataclass
+class World:
+    """What outlives a killed node: engine, journal, store, disk, master."""
+
+    path: Path
+    runtime: FakeRuntime = field(default_factory=FakeRuntime)
+    journal: MemoryJournal = field(default_factory=MemoryJournal)
+    store: MemoryResultStore = field(default_factory=MemoryResultStore)
+    kept: MemoryResultStore = field(default_factory=MemoryResultStore)
+    uplink: RecordingUplink = field(default_factory=RecordingUplink)
+    give_up_seconds: float = 3600.0
+    log_max_bytes: int = 2**20
+
+
+class LiveNode:
+    """One process's life. `kill` stops it without any farewell."""
+
+    def __init__(self, world: World, writes: int | None = None, *, lost: bool = False) -> None:
+        self.world = world
+        self.clock = SystemClock()
+        self.journal = StoppingJournal(world.journal, writes, lost=lost)
+        self.driver = Driver(
+            journal=self.journal,  # type: ignore[arg-type]
+            ledger=Ledger(NODE),
+            clock=self.clock,
+            traces=NoTraceSink(),
+        )
+        self.dirs = WorkDirs(world.path / "state")
+        self.logs = LogBook(world.runtime, max_bytes=world.log_max_bytes, tail_bytes=100)
+        self.context = Context(
+            runtime=world.runtime,
+            cgroups=NoTaskCgroups(),
+            store=world.store,
+            fallback=world.kept,
+            uplink=world.uplink,
+            clock=self.clock,
+            logs=self.logs,
+            dirs=self.dirs,
+            bundles=Bundles(worker_id="node", results_dir=world.path / "results"),
+            settings=Settings(
+                worker_id="node",
+                log_max_bytes=world.log_max_bytes,
+                upload_give_up_seconds=world.give_up_seconds,
+                step_backoff=FAST,
+                report_backoff=FAST,
+                store_backoff=FAST,
+                pull_attempt_count=3,
+            ),
+            encode_record=encode_record,
+            receipt=lambda task, kernel, engine: receipt(task, kernel=kernel, engine=engine),
+            on_pull_progress=lambda _id: None,
+        )
+        self.runner = Runner(self.context, self.driver)
+        self.driver.connect(self.runner.start)
+        self.driver.on_change(lambda record: self.logs.wake(record.id))
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> LiveNode:
+        await self.driver.open()
+        self._tasks = [
+            asyncio.create_task(self.driver.run()),
+            asyncio.create_task(recover(self.context, self.driver, decode_record)),
+        ]
+        return self
+
+    async def kill(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.runner.close()
+
+    async def assign(self, task: TaskSpec) -> TaskRecord:
+        return await self.driver.assign(task, trace=new_trace_ids(None), received_at=self.clock.now())
+
+    async def until(self, check: Callable[[], bool], seconds: float = 10.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not check():
+                await asyncio.sleep(0.002)
+
+    async def until_finished(self, id_: AttemptId) -> TaskRecord:
+        await self.until(lambda: self.phase(id_) is Phase.FINISHED)
+        record = self.driver.get(id_)
+        assert record is not None
+        return record
+
+    def phase(self, id_: AttemptId) -> Phase | None:
+        record = self.driver.get(id_)
+        return record.phase if record else None
+
+
+@contextlib.asynccontextmanager
+async def living(world: World, writes: int | None = None, *, lost: bool = False) -> AsyncIterator[LiveNode]:
+    node = await LiveNode(world, writes, lost=lost).start()
+    try:
+        yield node
+    finally:
+        await node.kill()

@@ -1,0 +1,250 @@
+"""HostCapacity: reserve, allocatable, the engine's smaller view, faults that are facts; and how it is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nodeservice.capacity.reserve import Reserve, allocatable_of, reserved_for_host
+from nodeservice.capacity.source import HostCapacity
+from nodeservice.cli.inspect_view import capacity_as_dict, human_bytes, human_cores, render_capacity
+from nodeservice.core.model import GIB, MIB, Resources
+from nodeservice.errors import TransientError
+from nodeservice.ports import CapacitySource, EngineFacts, GpuProvider, NodeCapacity
+from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
+
+ENGINE = EngineFacts(
+    name="docker",
+    version="28.0",
+    api_version="1.48",
+    root_dir=Path("/no/such/root"),
+    storage_driver="overlay2",
+    cgroup_driver="cgroupfs",
+    cgroup_version=1,
+    cpu_count=4096,
+    memory_bytes=1 << 60,
+)
+
+
+def engine(facts: EngineFacts = ENGINE) -> Callable[[], Awaitable[EngineFacts]]:
+    async def answer() -> EngineFacts:
+        return facts
+
+    return answer
+
+
+async def no_engine() -> EngineFacts:
+    raise TransientError("no engine at /run/none.sock", reason="ENGINE_UNREACHABLE", hint="start it")
+
+
+async def read(
+    state_dir: Path,
+    *,
+    ask_engine: Callable[[], Awaitable[EngineFacts]] = no_engine,
+    gpus: GpuProvider | None = None,
+    reserve: Reserve | None = None,
+) -> NodeCapacity:
+    source = HostCapacity(
+        state_dir=state_dir, engine=ask_engine, gpus=gpus or FakeGpuProvider(), reserve=reserve or Reserve()
+    )
+    try:
+        return await source.read()
+    finally:
+        await source.close()
+
+
+def test_the_default_reserve_of_a_large_host_is_bounded() -> None:
+    kept = reserved_for_host(
+        Reserve(), Resources(cpu_milli=64_000, memory_bytes=512 * GIB, disk_bytes=4096 * GIB, gpu_count=8)
+    )
+
+    assert kept == Resources(cpu_milli=739, memory_bytes=2 * GIB, disk_bytes=20 * GIB)
+
+
+def test_the_default_reserve_of_a_small_host_leaves_it_room_to_live() -> None:
+    kept = reserved_for_host(Reserve(), Resources(cpu_milli=1_000, memory_bytes=GIB, disk_bytes=8 * GIB))
+
+    assert kept == Resources(cpu_milli=109, memory_bytes=256 * MIB, disk_bytes=GIB)
+
+
+def test_a_configured_reserve_is_taken_as_it_is_and_zero_is_a_value() -> None:
+    capacity = Resources(cpu_milli=4_000, memory_bytes=8 * GIB, disk_bytes=100 * GIB)
+
+    kept = reserved_for_host(Reserve(cpu_milli=0, memory_bytes=3 * GIB, disk_bytes=0), capacity)
+
+    assert kept == Resources(cpu_milli=0, memory_bytes=3 * GIB)
+
+
+def test_more_is_never_reserved_than_there_is() -> None:
+    capacity = Resources(cpu_milli=50, memory_bytes=100 * MIB, disk_bytes=10 * MIB, gpu_count=1)
+
+    left = allocatable_of(capacity, reserve=Reserve(), disk_free_bytes=10 * MIB, gpus_usable=True)
+
+    assert left == Resources(gpu_count=1)
+
+
+def test_only_free_disk_is_given_to_tasks() -> None:
+    capacity = Resources(cpu_milli=1_000, memory_bytes=GIB, disk_bytes=100 * GIB)
+
+    def left(free: int) -> int:
+        return allocatable_of(capacity, reserve=Reserve(), disk_free_bytes=free, gpus_usable=True).disk_bytes
+
+    assert left(40 * GIB) == 35 * GIB
+    assert left(2 * GIB) == 0
+
+
+async def test_capacity_is_reserved_and_allocatable_together(tmp_path: Path) -> None:
+    found = await read(tmp_path, gpus=FakeGpuProvider(fake_gpu()))
+
+    assert found.capacity == found.reserved.plus(found.allocatable)
+    assert found.capacity.cpu_milli == found.host.cpu_usable_milli > 0
+    assert found.capacity.memory_bytes == found.host.memory_limit_bytes
+    assert found.allocatable.cpu_milli < found.capacity.cpu_milli
+    assert found.allocatable.memory_bytes < found.capacity.memory_bytes
+    assert found.allocatable.disk_bytes <= found.host.disk.free_bytes
+    assert found.allocatable.gpu_count == 1
+
+
+async def test_an_engine_in_a_smaller_place_limits_the_capacity(tmp_path: Path) -> None:
+    small = replace(ENGINE, cpu_count=1, memory_bytes=300 * MIB)
+
+    found = await read(tmp_path, ask_engine=engine(small))
+
+    assert (found.capacity.cpu_milli, found.capacity.memory_bytes) == (1_000, 300 * MIB)
+    assert found.host.cpu_usable_milli >= 1_000
+
+
+async def test_an_engine_with_a_larger_view_changes_nothing(tmp_path: Path) -> None:
+    found = await read(tmp_path, ask_engine=engine())
+
+    assert found.capacity.cpu_milli == found.host.cpu_usable_milli
+    assert found.capacity.memory_bytes == found.host.memory_limit_bytes
+    assert found.host.engine == ENGINE
+
+
+async def test_the_engines_disk_is_told_only_where_it_can_be_seen(tmp_path: Path) -> None:
+    hidden = await read(tmp_path, ask_engine=engine())
+    seen = await read(tmp_path, ask_engine=engine(replace(ENGINE, root_dir=tmp_path)))
+
+    assert hidden.host.engine_disk is None
+    assert seen.host.engine_disk is not None
+    assert seen.host.engine_disk.path == tmp_path
+
+
+async def test_an_engine_that_does_not_answer_is_a_fact(tmp_path: Path) -> None:
+    found = await read(tmp_path, ask_engine=no_engine)
+
+    assert found.host.engine is None
+    assert found.host.engine_error == "no engine at /run/none.sock (start it)"
+    assert found.allocatable.cpu_milli > 0
+
+
+async def test_gpus_of_a_faulty_driver_are_shown_and_not_promised(tmp_path: Path) -> None:
+    found = await read(tmp_path, gpus=FakeGpuProvider(fake_gpu(0), fake_gpu(1), error="GPU 1: lost"))
+
+    assert (found.capacity.gpu_count, found.allocatable.gpu_count) == (2, 0)
+
+
+async def test_a_sample_is_in_percent_and_may_be_taken_at_any_time(tmp_path: Path) -> None:
+    source: CapacitySource = HostCapacity(
+        state_dir=tmp_path / "later",
+        engine=no_engine,
+        gpus=FakeGpuProvider(fake_gpu(utilization_percent=42.0)),
+        reserve=Reserve(),
+    )
+
+    for _ in range(2):
+        sample = await source.sample()
+        assert 0 <= sample.cpu_percent <= 100
+        assert 0 < sample.memory_percent < 100
+        assert 0 < sample.disk_percent <= 100
+        assert sample.gpu_percent == 42.0
+
+
+async def test_a_sample_that_cannot_read_the_host_keeps_the_last_values(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 250 kB\n")
+    source = HostCapacity(
+        state_dir=tmp_path, engine=no_engine, gpus=FakeGpuProvider(), reserve=Reserve(), root=tmp_path
+    )
+    first = await source.sample()
+    (tmp_path / "proc/meminfo").unlink()
+
+    second = await source.sample()
+
+    assert first.memory_percent == second.memory_percent == 75.0
+    await source.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (1024**2 - 1, "1 MiB"),
+        (64 * MIB, "64 MiB"),
+        (int(23.54 * GIB), "23.5 GiB"),
+        (252 * GIB, "252 GiB"),
+        (1 << 60, "1024 PiB"),
+    ],
+)
+def test_bytes_are_shown_short(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(("milli", "text"), [(2000, "2"), (1881, "1.881"), (500, "0.5"), (0, "0"), (10_000, "10")])
+def test_cores_are_shown_without_idle_zeros(milli: int, text: str) -> None:
+    assert human_cores(milli) == text
+
+
+async def test_the_dict_is_json_with_exact_values(tmp_path: Path) -> None:
+    found = await read(
+        tmp_path, ask_engine=engine(replace(ENGINE, root_dir=tmp_path)), gpus=FakeGpuProvider(fake_gpu(3))
+    )
+    free = found.allocatable.minus(Resources(cpu_milli=100))
+
+    shown = json.loads(json.dumps(capacity_as_dict(found, free)))
+
+    assert shown["capacity"]["memory_bytes"] == found.capacity.memory_bytes
+    assert shown["free"]["cpu_milli"] == found.allocatable.cpu_milli - 100
+    assert shown["host"]["cpu"]["usable_milli"] == found.host.cpu_usable_milli
+    assert shown["host"]["disk"]["path"] == str(tmp_path)
+    assert shown["engine"]["disk"]["filesystem"] == found.host.disk.filesystem
+    assert shown["gpus"][0]["uuid"] == fake_gpu(3).uuid
+    assert (shown["engine_error"], shown["gpu_error"]) == (None, None)
+
+
+def printed(found: NodeCapacity) -> str:
+    out = io.StringIO()
+    render_capacity(found, found.allocatable, Console(file=out, width=120))
+    return out.getvalue()
+
+
+async def test_a_person_sees_that_there_is_no_driver_and_why_there_is_no_engine(tmp_path: Path) -> None:
+    text = printed(await read(tmp_path))
+
+    assert "no NVIDIA driver" in text
+    assert "no engine at /run/none.sock (start it)" in text
+    assert "allocatable" in text
+
+
+async def test_a_person_sees_the_gpus_and_their_fault(tmp_path: Path) -> None:
+    text = printed(await read(tmp_path, ask_engine=engine(), gpus=FakeGpuProvider(fake_gpu(0), error="GPU 1: lost")))
+
+    assert fake_gpu(0).uuid in text
+    assert "GPU fault: GPU 1: lost" in text
+    assert "docker 28.0" in text
+
+
+async def test_text_of_the_engine_is_not_read_as_markup(tmp_path: Path) -> None:
+    hostile = replace(ENGINE, version="[bold]28[/nonsense]")
+
+    assert "[bold]28[/nonsense]" in printed(await read(tmp_path, ask_engine=engine(hostile)))

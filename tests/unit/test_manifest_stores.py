@@ -1,0 +1,104 @@
+"""Which store a URL means, and a directory that is full."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nodeservice.errors import ConfigError
+from nodeservice.results.access import S3Access
+from nodeservice.results.choose import open_result_store
+from nodeservice.results.file import FileResultStore
+from nodeservice.results.http import HttpResultStore
+from nodeservice.results.s3 import S3ResultStore
+
+ACCESS = S3Access(endpoint="127.0.0.1:9000", bucket="", access_key="the-key", secret_key="the-secret")
+
+IN_A_FULL_DIRECTORY = """
+import asyncio, sys
+from pathlib import Path
+from nodeservice.core.model import AttemptId, Resources, TaskSpec
+from nodeservice.errors import TransientError
+from nodeservice.results import manifest
+from nodeservice.results.file import FileResultStore
+
+work, full = Path(sys.argv[1]), Path(sys.argv[2])
+collected, _ = manifest.collect(work / "results", work / "stdout.log", task_id="t", attempt=1)
+manifest.write_local(work, collected)
+spec = TaskSpec(id=AttemptId("t"), image="i", request=Resources(), pids_limit=1, fingerprint="f")
+try:
+    asyncio.run(FileResultStore(full).put(manifest.bundle_from(work, spec, "w")))
+except TransientError as error:
+    print(error.reason, [path.name for path in (full / "t").iterdir()])
+"""
+
+
+async def test_each_scheme_opens_its_store(tmp_path: Path) -> None:
+    opened = [
+        (FileResultStore, open_result_store(f"file://{tmp_path}/with%20space")),
+        (S3ResultStore, open_result_store("s3://bucket/pre/fix", s3=ACCESS)),
+        (HttpResultStore, open_result_store("http://127.0.0.1:8080/upload", http_limit_bytes=5)),
+        (HttpResultStore, open_result_store("https://master/upload")),
+    ]
+    for kind, store in opened:
+        assert type(store) is kind
+        await store.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "results",
+        "ftp://host/dir",
+        "file://host/dir",
+        "file:dir",
+        "s3://",
+        "s3://UPPER/x",
+        "s3://..",
+        "http:///upload",
+    ],
+)
+def test_a_url_that_means_no_store_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_result_store(url, s3=ACCESS)
+    assert caught.value.field == "results"
+    assert caught.value.hint
+
+
+def test_a_bucket_needs_credentials() -> None:
+    with pytest.raises(ConfigError, match="credentials"):
+        open_result_store("s3://bucket")
+
+
+def test_credentials_never_show() -> None:
+    assert "the-" not in repr(ACCESS)
+
+
+def test_choosing_a_store_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; from nodeservice.results.choose import open_result_store; open_result_store('file:///x');"
+        "print([name for name in ('minio', 'requests', 'urllib3', 'grpc') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_full_directory_is_tried_again_and_nothing_half_stays_there(tmp_path: Path) -> None:
+    """On a real file system of 1 MiB, mounted where only the child process sees it."""
+    (tmp_path / "work" / "results").mkdir(parents=True)
+    (tmp_path / "work" / "results" / "large").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "full").mkdir()
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unshare(1) and the right to mount")
+    script = f'mount -t tmpfs -o size=1m none {tmp_path}/full && exec "$@"'
+    arguments = [sys.executable, "-c", IN_A_FULL_DIRECTORY, tmp_path / "work", tmp_path / "full"]
+    child = subprocess.run(
+        [unshare, "-m", "sh", "-c", script, "sh", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert child.stdout == "STORE_FULL []\n", child.stderr
