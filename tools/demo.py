@@ -114,7 +114,7 @@ def port_of(process: subprocess.Popen[bytes], log: Path) -> int:
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
                 if str(event.get("event", "")).endswith(".ready"):
-                    return int(event["port"])
+                    return int(event.get("port") or str(event["address"]).rpartition(":")[2])
         time.sleep(0.05)
     raise SystemExit(f"{log.stem} did not start:\n{log.read_text()}")
 

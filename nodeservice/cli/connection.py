@@ -58,7 +58,7 @@ class Connection:
 
         channel = self._channel()
         try:
-            yield pb_grpc.MasterWorkerStub(channel)  # type: ignore[no-untyped-call]
+            yield pb_grpc.MasterWorkerStub(channel)
         except grpc.RpcError as error:
             raise self._ended(error) from error
         finally:

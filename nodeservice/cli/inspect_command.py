@@ -29,7 +29,7 @@ def inspect(
     from nodeservice.daemon import look
 
     flags = {"state_dir": state_dir} if state_dir is not None else {}
-    capacity, free = asyncio.run(look(load_config(config, flags, os.environ)))
+    capacity, free = asyncio.run(look(load_config(config, flags, os.environ, serving=False)))
     if as_json:
         sys.stdout.write(json.dumps(capacity_as_dict(capacity, free), indent=2) + "\n")
     else:

@@ -141,7 +141,7 @@ def _config(id_: str, results: str | None, minio: str | None, otlp_endpoint: str
         flags["result_store"] = "file"
         if results is not None:
             flags["results_dir"] = Path(results.removeprefix("file://"))
-    return load_config(None, flags, os.environ)
+    return load_config(None, flags, os.environ, serving=False)
 
 
 async def _run(config: NodeConfig, spec: TaskSpec, view: _View) -> Finished:

@@ -43,7 +43,6 @@ def serve(
     from nodeservice.telemetry.logs import configure_logging
 
     settings = load_config(config, flags, os.environ)
-    settings.check_transport()
     configure_logging(settings.log_level, settings.log_format)
 
     from nodeservice import daemon

@@ -45,7 +45,8 @@ def of_exit(*, exit_code: int, oom_killed: bool, error: str, stop: StopRequest |
         )
     message = f"Exited with code {exit_code}."
     if _SIGNAL_BASE < exit_code <= _SIGNAL_BASE + _HIGHEST_SIGNAL:
-        message = f"Exited with code {exit_code}, which may mean signal {exit_code - _SIGNAL_BASE}; it was not sent by this service."
+        signal = exit_code - _SIGNAL_BASE
+        message = f"Exited with code {exit_code}, which may mean signal {signal}; this service did not send it."
     if error:
         message = f"{message} The engine says: {error}"
     return Verdict(outcome=Outcome.FAILED, reason=Reason.EXIT_NONZERO, message=message, exit_code=exit_code)

@@ -1,0 +1,297 @@
+"""The commands that talk to a master: submit, ps, show, logs, wait, cancel, nodes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nodeservice.cli.connection import (
+    CALL_SECONDS,
+    DEFAULT_MASTER,
+    AsJson,
+    Connection,
+    Insecure,
+    Master,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    say,
+)
+from nodeservice.errors import RequestError
+
+if TYPE_CHECKING:
+    from nodeservice.wire import master_worker_pb2 as pb
+
+_POLL_SECONDS = 0.5
+
+TaskId = Annotated[str, typer.Argument(metavar="ID", help="The task's id.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (submit, ps, show, logs, wait, cancel, nodes):
+        app.command(command.__name__)(command)
+
+
+def submit(
+    *,
+    image: Annotated[str, typer.Argument(help="Image to run.")],
+    command: Annotated[list[str] | None, typer.Argument(help="Command, after --. Default: the image's own.")] = None,
+    shell: Annotated[str, typer.Option(help="Run this with /bin/sh -c instead of a command.")] = "",
+    cpus: Annotated[str, typer.Option(help="Cores, such as 0.5.")] = "1",
+    memory: Annotated[str, typer.Option(help="Memory, such as 64m or 2g; hard, with swap off.")] = "512m",
+    disk: Annotated[str, typer.Option(help="Disk that the task may need.")] = "1g",
+    gpus: Annotated[int, typer.Option(min=0, help="Number of whole GPUs.")] = 0,
+    timeout: Annotated[str | None, typer.Option(help="Running time, such as 20s or 1h30m.")] = None,
+    grace: Annotated[str | None, typer.Option(help="From SIGTERM to SIGKILL.")] = None,
+    pids: Annotated[int | None, typer.Option(min=1, help="Most processes and threads.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE; a bare NAME: this shell's value.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="A name for people.")] = "",
+    task_id: Annotated[str, typer.Option(help="Id. Default: the master makes one up.")] = "",
+    attempt: Annotated[int | None, typer.Option(min=1, help="A retry of an ended task is a higher attempt.")] = None,
+    pull: Annotated[str, typer.Option(help="always, if-not-present or never.")] = "",
+    target: Annotated[str, typer.Option(help="Only on the node with this worker id.")] = "",
+    user: Annotated[str, typer.Option(help="On whose behalf.")] = "",
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """Queue a task and print its id. Exit code 75 when it is refused."""
+    from nodeservice.cli.submission import Submission, traceparent
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    try:
+        task = Submission(
+            image=image, argv=tuple(command or ()), shell=shell, cpus=cpus, memory=memory, disk=disk, gpus=gpus,
+            timeout=timeout, grace=grace, pids=pids, env=tuple(env or ()), name=name, task_id=task_id, attempt=attempt,
+            pull=pull, target=target, user=user,
+        ).task()  # fmt: skip
+        with link.open() as stub:
+            ack = stub.SubmitTask(task, timeout=CALL_SECONDS, metadata=traceparent())
+    except RequestError as error:
+        _submitted(as_json, success=False, task_id=task_id, reason=error.reason, message=str(error))
+        return
+    _submitted(as_json, success=ack.success, task_id=ack.task_id, reason=ack.reason, message=ack.message)
+
+
+def _submitted(as_json: bool, *, success: bool, task_id: str, reason: str, message: str) -> None:
+    from nodeservice.cli.exit_codes import ExitCode
+
+    if as_json:
+        outcome = None if success else "REJECTED"
+        _print_json(
+            {
+                "task_id": task_id or None,
+                "accepted": success,
+                "outcome": outcome,
+                "reason": reason or None,
+                "message": message,
+            }
+        )
+    elif success:
+        sys.stdout.write(f"{task_id}\n")
+    if not success:
+        say(f"rejected: {message} [{reason}]")
+        raise typer.Exit(ExitCode.REJECTED)
+
+
+def ps(
+    *,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="The newest so many.")] = 100,
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """List tasks, newest first."""
+    from nodeservice.cli.task_json import task_summary
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    with link.open() as stub:
+        answer = stub.ListTasks(pb.ListTasksRequest(limit=limit), timeout=CALL_SECONDS)
+    tasks = [task_summary(view) for view in answer.tasks]
+    if as_json:
+        _print_json(tasks)
+    else:
+        from nodeservice.cli.render import show_tasks
+
+        show_tasks(tasks)
+
+
+def show(
+    *,
+    task_id: TaskId,
+    attempt: Annotated[int, typer.Option(min=0, help="Default: the newest.")] = 0,
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """Tell the full story of a task: outcome, reason, phases, usage, limits, results, trace."""
+    from nodeservice.cli.task_json import task_document
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    with link.open() as stub:
+        document = task_document(_get(stub, task_id, attempt))
+    if as_json:
+        _print_json(document)
+    else:
+        from nodeservice.cli.render import show_task
+
+        show_task(document)
+
+
+def logs(
+    *,
+    task_id: TaskId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False,
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """Print a task's log, both streams in their order. With --json, one object a line."""
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    with link.open() as stub:
+        for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow)):
+            if as_json:
+                _print_json(_chunk(chunk), indent=None)
+            elif not chunk.is_complete:
+                sys.stdout.write(f"{chunk.content}\n")
+            else:
+                say(f"the task {chunk.status}")
+            sys.stdout.flush()
+
+
+def _chunk(chunk: pb.LogChunk) -> dict[str, object]:
+    if chunk.is_complete:
+        return {"task_id": chunk.task_id, "is_complete": True, "status": chunk.status}
+    return {"task_id": chunk.task_id, "timestamp": chunk.timestamp, "content": chunk.content}
+
+
+def wait(
+    *,
+    task_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tasks.")],
+    timeout: Annotated[str | None, typer.Option(help="Give up after, such as 5m.")] = None,
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """Wait until all have ended. Exit code 0 only if all succeeded; a single task's own code; 1 for several; 124 in time."""
+    import time
+
+    from nodeservice.cli.exit_codes import ExitCode, exit_code_of
+    from nodeservice.cli.task_json import FINAL_STATES, task_summary
+    from nodeservice.cli.units import parse_seconds
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    end = None if timeout is None else time.monotonic() + parse_seconds(timeout)
+    open_ids, ended = list(dict.fromkeys(task_ids)), {}
+    order = list(open_ids)
+    with link.open() as stub:
+        while open_ids:
+            for task_id in list(open_ids):
+                view = _get(stub, task_id, 0)
+                if view.state in FINAL_STATES:
+                    ended[task_id] = view
+                    open_ids.remove(task_id)
+                    say(f"{task_id} {view.state} {view.reason}: {view.message}".rstrip(": "))
+            if open_ids and end is not None and time.monotonic() >= end:
+                break
+            if open_ids:
+                time.sleep(_POLL_SECONDS)
+    if as_json:
+        _print_json([task_summary(ended[task_id]) for task_id in order if task_id in ended])
+    if open_ids:
+        say(f"still not ended: {' '.join(open_ids)}")
+        raise typer.Exit(ExitCode.DEADLINE)
+    codes = [
+        exit_code_of(
+            outcome=view.state,
+            reason=view.reason,
+            exit_code=view.result.exit_code if view.result.HasField("exit_code") else None,
+        )
+        for view in ended.values()
+    ]
+    if any(codes):
+        raise typer.Exit(codes[0] if len(codes) == 1 else 1)
+
+
+def cancel(
+    *,
+    task_id: TaskId,
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """Cancel a task. Exit code 75 when it has ended already."""
+    from nodeservice.cli.exit_codes import ExitCode
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    with link.open() as stub:
+        ack = stub.CancelTask(pb.TaskID(task_id=task_id), timeout=CALL_SECONDS)
+    if as_json:
+        reason = ack.reason if ack.HasField("reason") and ack.reason else None
+        _print_json({"task_id": task_id, "success": ack.success, "reason": reason, "message": ack.message})
+    say(f"{task_id}: {ack.message}")
+    if not ack.success:
+        raise typer.Exit(ExitCode.REJECTED)
+
+
+def nodes(
+    *,
+    as_json: AsJson = False,
+    master: Master = DEFAULT_MASTER,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+) -> None:
+    """List the nodes: state, what is assigned of what tasks may have, last heartbeat."""
+    from nodeservice.cli.task_json import node_document
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    with link.open() as stub:
+        answer = stub.ListNodes(pb.ListNodesRequest(), timeout=CALL_SECONDS)
+    documents = [node_document(view) for view in answer.nodes]
+    if as_json:
+        _print_json(documents)
+    else:
+        from nodeservice.cli.render import show_nodes
+
+        show_nodes(documents)
+
+
+def _get(stub: Any, task_id: str, attempt: int) -> pb.TaskView:
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    view: pb.TaskView = stub.GetTask(pb.TaskID(task_id=task_id, attempt=attempt), timeout=CALL_SECONDS)
+    return view
+
+
+def _print_json(document: object, *, indent: int | None = 2) -> None:
+    sys.stdout.write(json.dumps(document, indent=indent, ensure_ascii=False) + "\n")

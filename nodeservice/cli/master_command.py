@@ -1,0 +1,183 @@
+"""`nodeservice master`: the reference master."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from nodeservice.errors import ConfigError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from nodeservice.master.settings import MasterSettings
+
+_TABLE = "master"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Keys of the file become defaults: an option and its environment variable win."""
+    if path is None:
+        return None
+    import tomllib
+
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}", field="config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}", field="config") from error
+    keys = document.get(_TABLE, {})
+    if not isinstance(keys, dict):
+        raise ConfigError(f"[{_TABLE}] in {path} is not a table", field=_TABLE)
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    for key in keys:
+        if key not in known:
+            raise ConfigError(
+                f"[{_TABLE}] in {path} has an unknown key {key!r}",
+                field=key,
+                hint=f"known are {', '.join(sorted(filter(None, known)))}",
+            )
+    context.default_map = {**(context.default_map or {}), **keys}
+    return path
+
+
+def register(app: typer.Typer) -> None:
+    app.command("master")(master)
+
+
+def master(
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="NODESERVICE_CONFIG",
+            is_eager=True,
+            callback=_read_config,
+            help="TOML file; its table [master] has these options.",
+        ),
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(envvar="NODESERVICE_LISTEN", help="HOST:PORT to serve on.")
+    ] = "127.0.0.1:50051",
+    state_dir: Annotated[
+        Path, typer.Option(envvar="NODESERVICE_STATE_DIR", help="The queue, and by default the results.")
+    ] = Path("/var/lib/nodeservice/master"),
+    results_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="NODESERVICE_RESULTS_DIR", help="Results that nodes push. Default: in the state directory."
+        ),
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NODESERVICE_DATABASE_URL",
+            help="postgresql+psycopg://…, best from the environment. Default: SQLite in the state directory.",
+        ),
+    ] = None,
+    http_listen: Annotated[
+        str | None,
+        typer.Option(envvar="NODESERVICE_HTTP_LISTEN", help="HOST:PORT for results by HTTP POST to /upload."),
+    ] = None,
+    http_limit: Annotated[
+        str, typer.Option(envvar="NODESERVICE_HTTP_LIMIT", help="What one POST may carry.")
+    ] = "50000000",
+    node: Annotated[
+        list[str] | None,
+        typer.Option(envvar="NODESERVICE_NODE", help="HOST:PORT of a node that waits to be called; repeatable."),
+    ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(envvar="NODESERVICE_ADVERTISE", help="HOST:PORT that those nodes dial.")
+    ] = None,
+    heartbeat_timeout: Annotated[
+        str, typer.Option(envvar="NODESERVICE_HEARTBEAT_TIMEOUT", help="A node silent for so long is inactive.")
+    ] = "30s",
+    gone_after: Annotated[
+        str, typer.Option(envvar="NODESERVICE_GONE_AFTER", help="A node silent for so long is given up.")
+    ] = "10m",
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="NODESERVICE_TLS_CERT", help="PEM certificate of this master.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(envvar="NODESERVICE_TLS_KEY", help="PEM key of this master.")] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(envvar="NODESERVICE_TLS_CA", help="PEM certificates that nodes and clients must be signed by."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", envvar="NODESERVICE_INSECURE", help="Plain text, no authentication.")
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(envvar="NODESERVICE_LOG_LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+    log_format: Annotated[
+        Literal["json", "console"], typer.Option(envvar="NODESERVICE_LOG_FORMAT", help="Of the log.")
+    ] = "json",
+) -> None:
+    """Run the reference master until SIGTERM: a durable queue, placement over several nodes, results."""
+    import asyncio
+
+    from nodeservice.cli.units import parse_bytes, parse_seconds
+    from nodeservice.telemetry.logs import configure_logging
+
+    transport = _transport(tls_cert, tls_key, tls_ca, insecure=insecure)
+    configure_logging(log_level, log_format)
+    daemon, settings_type = _import_master()
+    settings = settings_type(
+        listen=listen,
+        state_dir=state_dir,
+        results_dir=results_dir,
+        database_url=database_url,
+        http_listen=http_listen,
+        http_limit_bytes=parse_bytes(http_limit, option="--http-limit"),
+        heartbeat_timeout_seconds=parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
+        gone_after_seconds=parse_seconds(gone_after, option="--gone-after"),
+        nodes=tuple(node or ()),
+        advertise=advertise,
+        http_tls=_http_tls(tls_cert, tls_key) if http_listen and not insecure else None,
+        **transport,
+    )
+    asyncio.run(daemon.serve_master(settings))
+
+
+def _import_master() -> tuple[Any, type[MasterSettings]]:
+    try:
+        from nodeservice.master import daemon
+        from nodeservice.master.settings import MasterSettings
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the master needs the package {error.name}", hint="install nodeservice[master], or [master,postgresql]"
+        ) from error
+    return daemon, MasterSettings
+
+
+def _transport(cert: Path | None, key: Path | None, ca: Path | None, *, insecure: bool) -> dict[str, Any]:
+    if insecure:
+        if cert or key or ca:
+            raise ConfigError("--insecure and --tls-… exclude each other", field="insecure", hint="drop one of them")
+        return {}
+    if cert is None or key is None:
+        raise ConfigError(
+            "the master has no certificate",
+            field="tls_cert",
+            hint="give --tls-cert and --tls-key, or --insecure for plain text",
+        )
+    from nodeservice.rpc.tls import channel_credentials, server_credentials
+
+    return {
+        "server_credentials": server_credentials(cert, key, ca),
+        "dial_credentials": channel_credentials(ca, cert, key),
+    }
+
+
+def _http_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """Nodes show no certificate when they POST results, so none is asked for here."""
+    if cert is None or key is None:
+        return None
+    import ssl
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    return context

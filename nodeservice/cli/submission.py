@@ -1,0 +1,95 @@
+"""Makes the wire's Task from what was typed."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
+from nodeservice.errors import RequestError
+
+if TYPE_CHECKING:
+    from nodeservice.wire import master_worker_pb2 as pb
+
+_GIB = 1024**3
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """Options of `submit` as they were typed; empty or None is left to the node."""
+
+    image: str
+    argv: tuple[str, ...] = ()
+    shell: str = ""
+    cpus: str
+    memory: str
+    disk: str
+    gpus: int
+    timeout: str | None = None
+    grace: str | None = None
+    pids: int | None = None
+    env: tuple[str, ...] = ()
+    name: str = ""
+    task_id: str = ""
+    attempt: int | None = None
+    pull: str = ""
+    target: str = ""
+    user: str = ""
+
+    def task(self) -> pb.Task:
+        """Old and exact fields, filled with the same amounts. Raises RequestError naming the option."""
+        from nodeservice.wire import master_worker_pb2 as pb
+
+        if self.shell and self.argv:
+            raise RequestError(
+                "--shell and a command after -- exclude each other", reason="INVALID_REQUEST", field="shell"
+            )
+        cpu_milli = parse_cpus(self.cpus)
+        memory_bytes = parse_bytes(self.memory, option="--memory")
+        disk_bytes = parse_bytes(self.disk, option="--disk")
+        task = pb.Task(
+            task_id=self.task_id,
+            docker_image=self.image,
+            command=self.shell,
+            req_cpu=cpu_milli / 1000,
+            req_memory=memory_bytes / _GIB,
+            req_storage=disk_bytes / _GIB,
+            req_gpu=float(self.gpus),
+            target_worker_id=self.target,
+            user_id=self.user,
+            task_name=self.name,
+            argv=self.argv,
+            env=[pb.EnvVar(name=name, value=value) for name, value in map(_variable, self.env)],
+            cpu_milli=cpu_milli,
+            memory_bytes=memory_bytes,
+            disk_bytes=disk_bytes,
+        )
+        if self.timeout is not None:
+            task.timeout_seconds = parse_seconds(self.timeout, option="--timeout")
+        if self.grace is not None:
+            task.grace_seconds = parse_seconds(self.grace, option="--grace")
+        if self.pids is not None:
+            task.pids_limit = self.pids
+        if self.pull:
+            task.pull_policy = self.pull
+        if self.attempt is not None:
+            task.attempt = self.attempt
+        return task
+
+
+def traceparent() -> tuple[tuple[str, str], ...]:
+    """gRPC metadata that joins the task to the trace of whoever called us (TRACEPARENT), if any."""
+    value = os.environ.get("TRACEPARENT", "")
+    return (("traceparent", value),) if _TRACEPARENT.fullmatch(value) else ()
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, mark, value = text.partition("=")
+    if not name:
+        raise RequestError(
+            f"--env is {text[:40]!r}", reason="INVALID_REQUEST", field="env", hint="give NAME=VALUE or NAME"
+        )
+    return (name, value) if mark else (name, os.environ.get(name, ""))

@@ -1,0 +1,128 @@
+"""The master's views as plain objects: what the client commands print with `--json`."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nodeservice.wire import master_worker_pb2 as pb
+
+Document = dict[str, object]
+
+FINAL_STATES = ("SUCCEEDED", "FAILED", "CANCELLED", "REJECTED")
+
+_USAGE = (
+    "memory_peak_bytes",
+    "cpu_seconds",
+    "cpu_throttled_seconds",
+    "pids_peak_count",
+    "log_bytes",
+    "result_bytes",
+    "result_file_count",
+)
+
+
+def task_summary(view: pb.TaskView) -> Document:
+    """One task in a list. Instants ISO 8601 or null; `outcome` is null while the task has not ended."""
+    final = view.state in FINAL_STATES
+    result = view.result
+    return {
+        "task_id": view.task.task_id,
+        "attempt": view.task.attempt or 1,
+        "name": view.task.task_name,
+        "image": view.task.docker_image,
+        "state": view.state,
+        "phase": view.phase or None,
+        "worker_id": view.worker_id or None,
+        "outcome": view.state if final else None,
+        "reason": view.reason or None,
+        "message": view.message or None,
+        "exit_code": result.exit_code if result.HasField("exit_code") else None,
+        "submitted_at": _instant_ms(view.submitted_at_unix_ms),
+        "assigned_at": _instant_ms(view.assigned_at_unix_ms),
+        "finished_at": _instant_ms(view.finished_at_unix_ms),
+        "result_location": result.result_location or None,
+        "trace_id": result.trace_id or None,
+    }
+
+
+def task_document(view: pb.TaskView) -> Document:
+    """The whole story of one task, with the keys of `run --json`. Durations in seconds, sizes in bytes."""
+    task, result = view.task, view.result
+    return task_summary(view) | {
+        "command": task.command or None,
+        "argv": list(task.argv),
+        "env": [variable.name for variable in task.env],
+        "request": {
+            "cpu_milli": task.cpu_milli if task.HasField("cpu_milli") else round(task.req_cpu * 1000),
+            "memory_bytes": task.memory_bytes if task.HasField("memory_bytes") else round(task.req_memory * 1024**3),
+            "disk_bytes": task.disk_bytes if task.HasField("disk_bytes") else round(task.req_storage * 1024**3),
+            "gpu_count": round(task.req_gpu),
+            "timeout_seconds": task.timeout_seconds if task.HasField("timeout_seconds") else None,
+        },
+        "image_digest": result.image_digest or None,
+        "limits": _limits(result),
+        "usage": {name: getattr(result.usage, name) if result.usage.HasField(name) else None for name in _USAGE},
+        "phases": [
+            {
+                "name": phase.name,
+                "start": _instant_ms(phase.started_at_unix_ns // 1_000_000),
+                "duration": phase.duration_ns / 1e9,
+            }
+            for phase in result.phases
+        ],
+        "output_files": list(result.output_files),
+        "manifest": {"sha256": result.manifest_sha256} if result.manifest_sha256 else None,
+        "remarks": list(result.remarks),
+        "gpu_uuids": list(result.gpu_uuids),
+    }
+
+
+def node_document(view: pb.NodeView) -> Document:
+    return {
+        "worker_id": view.worker_id,
+        "address": view.address,
+        "state": view.state,
+        "capacity": _amounts(view.capacity),
+        "allocatable": _amounts(view.allocatable),
+        "assigned": _amounts(view.assigned),
+        "last_heartbeat_at": _instant_ms(view.last_heartbeat_unix_ms),
+        "cpu_usage_percent": view.cpu_usage_percent,
+        "memory_usage_percent": view.memory_usage_percent,
+        "storage_usage_percent": view.storage_usage_percent,
+        "gpus": [
+            {"uuid": gpu.uuid, "name": gpu.name, "memory_total_bytes": gpu.memory_total_bytes} for gpu in view.gpus
+        ],
+        "running_tasks": [
+            {"task_id": task.task_id, "attempt": task.attempt or 1, "phase": task.phase or task.status}
+            for task in view.running_tasks
+        ],
+    }
+
+
+def _amounts(message: pb.Resources) -> Document:
+    return {
+        "cpu_milli": message.cpu_milli,
+        "memory_bytes": message.memory_bytes,
+        "disk_bytes": message.disk_bytes,
+        "gpu_count": message.gpu_count,
+    }
+
+
+def _limits(result: pb.TaskResult) -> object:
+    try:
+        return json.loads(result.limits_json or "{}")
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _instant_ms(unix_ms: int) -> str | None:
+    """Nodes can send anything; an instant that no calendar has is shown as none."""
+    if unix_ms <= 0:
+        return None
+    try:
+        return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        return None
