@@ -57,5 +57,5 @@ lock: setup ## Write requirements/*.txt anew from pyproject.toml
 	@tools/lock.sh
 
 clean: ## Remove everything that make put into this folder
-	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

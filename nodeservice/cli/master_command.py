@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from nodeservice.master.settings import MasterSettings
 
-_TABLE = "master"
-
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Keys of the file become defaults: an option and its environment variable win."""
@@ -24,19 +22,16 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     import tomllib
 
     try:
-        document = tomllib.loads(path.read_text())
+        keys = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}", field="config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}", field="config") from error
-    keys = document.get(_TABLE, {})
-    if not isinstance(keys, dict):
-        raise ConfigError(f"[{_TABLE}] in {path} is not a table", field=_TABLE)
     known = {parameter.name for parameter in context.command.params} - {"config"}
     for key in keys:
         if key not in known:
             raise ConfigError(
-                f"[{_TABLE}] in {path} has an unknown key {key!r}",
+                f"{path} has an unknown key {key!r}",
                 field=key,
                 hint=f"known are {', '.join(sorted(filter(None, known)))}",
             )
@@ -53,10 +48,9 @@ def master(
     config: Annotated[
         Path | None,
         typer.Option(
-            envvar="NODESERVICE_CONFIG",
             is_eager=True,
             callback=_read_config,
-            help="TOML file; its table [master] has these options.",
+            help="TOML file; every option here is also a key there.",
         ),
     ] = None,
     listen: Annotated[

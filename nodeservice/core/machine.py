@@ -192,9 +192,15 @@ def _lost(record: TaskRecord, event: ev.ContainerLost) -> Step:
 
 
 def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
+    skipped = event.collected.skipped
+    remarks = record.remarks
+    if skipped:
+        what = f"{len(skipped)} paths were left out or renamed, as the manifest tells, such as {skipped[0]}"
+        remarks = (*remarks, what)
     collected = replace(
         record,
         collected=event.collected,
+        remarks=remarks,
         usage=event.usage,
         compute_released=True,
     )

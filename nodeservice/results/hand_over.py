@@ -29,7 +29,12 @@ class Bundles:
             with contextlib.suppress(FileExistsError, FileNotFoundError):
                 os.link(log_path, work_dir / LOG_NAME)
             frozen, _files = manifest.collect(
-                work_dir / RESULTS_DIR, work_dir / LOG_NAME, task_id=spec.id.task_id, attempt=spec.id.attempt
+                work_dir / RESULTS_DIR,
+                work_dir / LOG_NAME,
+                task_id=spec.id.task_id,
+                attempt=spec.id.attempt,
+                # More than the disk holds can only be a sparse file, which would be read for years.
+                limit_bytes=shutil.disk_usage(work_dir).total,
             )
             manifest.write_local(work_dir, frozen)
         return self.reopen(spec, work_dir)

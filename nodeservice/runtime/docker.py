@@ -150,10 +150,9 @@ class DockerRuntime:
                     await changed.wait()
 
     async def read_log(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
-        is_docker = (await self._profile()).facts.name == "docker"
-        async with aclosing(
-            read_log(self._connection, container_id, follow=follow, mends_end=is_docker and follow)
-        ) as pieces:
+        profile = await self._profile()
+        reading = read_log(self._connection, container_id, follow=follow, mends_lines=profile.log_driver == "local")
+        async with aclosing(reading) as pieces:
             async for piece in pieces:
                 yield piece
 

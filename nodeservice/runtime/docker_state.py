@@ -38,13 +38,17 @@ def read_state(inspected: Mapping[str, Any]) -> ContainerState:
     config = inspected.get("Config") or {}
     status = read_status(str(state.get("Status", "")))
     ended = status in {"exited", "dead"}
+    started_at, finished_at = read_instant(state.get("StartedAt")), read_instant(state.get("FinishedAt"))
+    if started_at is not None and finished_at is not None:
+        # The engine notes the start after the fact; of a very short run it may have noted the end before.
+        finished_at = max(started_at, finished_at)
     return ContainerState(
         id=str(inspected["Id"]),
         name=str(inspected.get("Name", "")).removeprefix("/"),
         status=status,
         pid=int(state.get("Pid") or 0) or None,
-        started_at=read_instant(state.get("StartedAt")),
-        finished_at=read_instant(state.get("FinishedAt")) if ended else None,
+        started_at=started_at,
+        finished_at=finished_at if ended else None,
         exit_code=int(state.get("ExitCode") or 0) if ended else None,
         oom_killed=bool(state.get("OOMKilled")),
         error=str(state.get("Error") or ""),

@@ -1,58 +1,27 @@
-"""Takes the engine's log frames apart and remembers where the reading got to; pure."""
+"""Takes the engine's log frames apart into the bytes that the container wrote; pure."""
 
 from __future__ import annotations
 
 import http.client
-import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from zlib import crc32
 
 _HEADER_BYTES = 8
-_MAX_STAMP_BYTES = 40
-_REMEMBERED_COUNT = 1024
-_STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})(Z|[+-]\d\d:\d\d)")
+_NEWLINE = 10
+_WHOLE_BUFFER_BYTES = 16384
+"""The engine cuts lines that are longer than this into records of this size; the last one is always shorter."""
 
 
-class LogPosition:
-    """The times of the latest records that were read, from which a later reading can go on without gap or repetition.
+def read_frames(chunks: Iterable[bytes], *, mends_lines: bool = False) -> Iterator[bytes]:
+    """The bytes of the records, joined per chunk. Raises IncompleteRead when the last frame is cut.
 
-    Records of the two streams may be out of order by microseconds, hence more than one.
-    """
-
-    def __init__(self) -> None:
-        self._stamps: deque[bytes] = deque(maxlen=_REMEMBERED_COUNT)
-
-    def passed(self, stamp: bytes) -> None:
-        self._stamps.append(stamp)
-
-    def resume(self) -> tuple[str, int]:
-        """The engine's `since` (inclusive; "0" is the beginning), and how many records to leave out from there."""
-        if not self._stamps:
-            return "0", 0
-        last = nanoseconds(self._stamps[-1])
-        seconds, rest = divmod(last, 1_000_000_000)
-        return f"{seconds}.{rest:09d}", sum(nanoseconds(stamp) >= last for stamp in self._stamps)
-
-
-def nanoseconds(stamp: bytes) -> int:
-    """Since 1970, of an RFC 3339 instant with nine digits. Raises ValueError."""
-    match = _STAMP.fullmatch(stamp)
-    if match is None:
-        raise ValueError(f"not an instant of the engine's: {stamp!r}")
-    zone = "+00:00" if match[3] == b"Z" else match[3].decode()
-    return int(datetime.fromisoformat(match[1].decode() + zone).timestamp()) * 1_000_000_000 + int(match[2])
-
-
-def read_frames(
-    chunks: Iterable[bytes], *, position: LogPosition | None = None, skip_count: int = 0
-) -> Iterator[bytes]:
-    """The records' bytes, joined per chunk, without the first `skip_count` records.
-
-    A frame is a byte for the stream, three of zero, four for the length, then one record. With `position`, records start
-    with their time and a space, which are taken off and noted. Raises IncompleteRead when the last frame is cut.
+    A frame is a byte for the stream, three of zero, four for the length, then one record: a line with its end, or a part of
+    one. Docker's driver `local` loses the end of a line that it had to cut. `mends_lines` puts it back: a record without a
+    line end that follows one of full size in its stream, and is shorter itself, is the last of its line. The one case that
+    cannot be told apart is a stream whose very last line is that long and has no end; it gets one.
     """
     rest = b""
+    cut_streams: set[int] = set()
     for chunk in chunks:
         data = rest + chunk if rest else chunk
         start, size = 0, len(data)
@@ -62,19 +31,49 @@ def read_frames(
             end = begin + int.from_bytes(data[start + 4 : begin], "big")
             if end > size:
                 break
+            records.append(data[begin:end])
+            if mends_lines:
+                stream = data[start]
+                if end > begin and data[end - 1] == _NEWLINE:
+                    if cut_streams:
+                        cut_streams.discard(stream)
+                elif end - begin == _WHOLE_BUFFER_BYTES:
+                    cut_streams.add(stream)
+                elif stream in cut_streams:
+                    cut_streams.discard(stream)
+                    records.append(b"\n")
             start = end
-            if position is not None:
-                space = data.find(b" ", begin, begin + _MAX_STAMP_BYTES)
-                if space < 0:
-                    raise http.client.HTTPException("a record of the log has no time")
-                position.passed(data[begin:space])
-                begin = space + 1
-            if skip_count:
-                skip_count -= 1
-            else:
-                records.append(data[begin:end])
         rest = data[start:]
         if records:
             yield b"".join(records)
     if rest:
         raise http.client.IncompleteRead(rest)
+
+
+class Reread:
+    """Finds what one reading of a log has missed at its end by a second one, without keeping the first."""
+
+    def __init__(self) -> None:
+        self._size_bytes = 0
+        self._checksum = 0
+
+    def noted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass the first reading on."""
+        for piece in pieces:
+            self._size_bytes += len(piece)
+            self._checksum = crc32(piece, self._checksum)
+            yield piece
+
+    def missed(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """What the second reading has after the bytes of the first. Nothing if it does not begin with them: it lost its
+        beginning to the size limit, and where the first ended cannot be told."""
+        left, checksum = self._size_bytes, 0
+        for piece in pieces:
+            known = piece[:left]
+            if known:
+                checksum = crc32(known, checksum)
+                left -= len(known)
+            if len(piece) > len(known):
+                if checksum != self._checksum:
+                    return
+                yield piece[len(known) :]

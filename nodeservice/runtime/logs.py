@@ -5,34 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.errors import engine_unavailable
-from nodeservice.runtime.frames import LogPosition, read_frames
+from nodeservice.runtime.frames import Reread, read_frames
 from nodeservice.runtime.streams import EngineStream, StreamRefusedError
 
 _BUFFER_BYTES = 1024 * 1024
 
 
 async def read_log(
-    connection: EngineConnection, container_id: str, *, follow: bool, mends_end: bool
+    connection: EngineConnection, container_id: str, *, follow: bool, mends_lines: bool
 ) -> AsyncGenerator[bytes, None]:
     """See `ports.ContainerRuntime.read_log`. Raises NodeFaultError (CONTAINER_LOST) if there is no such container.
 
-    Reads ahead by 1 MiB at most; what piles up meanwhile is yielded in one piece. Docker up to 20.10 and later can end a
-    followed log without its last records: the follower waits for either more bytes or the end of the writer, and takes the
-    latter though the former is there as well. With `mends_end`, what is missing is fetched by its time afterwards.
+    Reads ahead by 1 MiB at most; what piles up meanwhile is yielded in one piece. Docker can end a followed log without its
+    last records: at the end of what is written, its follower waits for either more bytes or the end of the writer, and may
+    take the latter though the former are there as well. So a followed log is read once more at its end (milliseconds for
+    small logs), and what was missed is added; only for a log that outgrew its bound in the engine that is not possible.
+    For `mends_lines` see `frames.read_frames`.
     """
     buffer = _HandOver(asyncio.get_running_loop())
     stream = connection.stream()
-    threading.Thread(
-        target=_pump,
-        args=(connection, container_id, follow, mends_end, stream, buffer),
-        name="engine-log",
-        daemon=True,
-    ).start()
+    reading = _Reading(connection, container_id, follow=follow, mends_lines=mends_lines, stream=stream, buffer=buffer)
+    threading.Thread(target=reading.run, name="engine-log", daemon=True).start()
     try:
         while data := await buffer.take():
             yield data
@@ -41,30 +39,51 @@ async def read_log(
         stream.abort()  # the thread, wherever it blocks, ends by itself now
 
 
-def _pump(
-    connection: EngineConnection, container_id: str, follow: bool, mends: bool, stream: EngineStream, buffer: _HandOver
-) -> None:
-    position = LogPosition() if mends else None
-    query = {"stdout": "1", "stderr": "1", "tail": "all", "timestamps": "1" if mends else "0"}
-    try:
-        path = connection.api_path(f"/containers/{container_id}/logs")
-        stream.open("GET", path, query={**query, "follow": "1" if follow else "0"})
-        for data in read_frames(stream.chunks(), position=position):
-            if not buffer.put(data):
-                return
-        if follow and position is not None:
-            since, skip_count = position.resume()
-            stream.close()
-            stream.open("GET", path, query={**query, "follow": "0", "since": since})
-            for data in read_frames(stream.chunks(), position=position, skip_count=skip_count):
-                if not buffer.put(data):
-                    return
-        buffer.end(None)
-    except Exception as error:
-        buffer.end(_translated(container_id, error))
-    finally:
-        with contextlib.suppress(OSError):
-            stream.close()
+class _Reading:
+    """What the thread does."""
+
+    def __init__(
+        self,
+        connection: EngineConnection,
+        container_id: str,
+        *,
+        follow: bool,
+        mends_lines: bool,
+        stream: EngineStream,
+        buffer: _HandOver,
+    ) -> None:
+        self._connection = connection
+        self._container_id = container_id
+        self._follow = follow
+        self._mends_lines = mends_lines
+        self._stream = stream
+        self._buffer = buffer
+
+    def run(self) -> None:
+        try:
+            if self._follow:
+                reread = Reread()
+                if self._hand_over(reread.noted(self._read(follow=True))):
+                    self._hand_over(reread.missed(self._read(follow=False)))
+            else:
+                self._hand_over(self._read(follow=False))
+            self._buffer.end(None)
+        except Exception as error:
+            self._buffer.end(_translated(self._container_id, error))
+
+    def _read(self, *, follow: bool) -> Iterator[bytes]:
+        query = {"stdout": "1", "stderr": "1", "tail": "all", "follow": "1" if follow else "0"}
+        try:
+            path = self._connection.api_path(f"/containers/{self._container_id}/logs")
+            self._stream.open("GET", path, query=query)
+            yield from read_frames(self._stream.chunks(), mends_lines=self._mends_lines)
+        finally:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+
+    def _hand_over(self, pieces: Iterator[bytes]) -> bool:
+        """False: the reader has gone."""
+        return all(self._buffer.put(piece) for piece in pieces)
 
 
 def _translated(container_id: str, error: Exception) -> NodeServiceError:

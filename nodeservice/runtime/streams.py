@@ -14,7 +14,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 from nodeservice.runtime.endpoint import Endpoint
@@ -33,7 +33,7 @@ class StreamRefusedError(Exception):
 
 
 class EngineStream:
-    """Blocking; used by one thread, `abort` by any. Raises OSError or http.client.HTTPException when the stream breaks."""
+    """Blocking; used by one thread, `abort` by any. May be opened again after `close`, never after `abort`. Raises OSError or http.client.HTTPException when the stream breaks."""
 
     def __init__(self, endpoint: Endpoint, *, connect_timeout_seconds: float) -> None:
         self._endpoint = endpoint
@@ -64,8 +64,9 @@ class EngineStream:
         fields = {"Host": "localhost", "Connection": "close", "Content-Length": "0", **(headers or {})}
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
         connection.sendall("\r\n".join(lines).encode("ascii"))
-        self._reader = connection.makefile("rb", buffering=_READ_BYTES)
-        status = self._read_head(self._reader)
+        reader = cast("io.BufferedReader", connection.makefile("rb", buffering=_READ_BYTES))
+        self._reader = reader
+        status = self._read_head(reader)
         if status >= 400:
             raise StreamRefusedError(status, _message_of(b"".join(self.chunks())[:_MAX_ERROR_BYTES]))
 

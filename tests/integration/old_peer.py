@@ -78,9 +78,7 @@ def _messages() -> dict[str, Any]:
                 row.type, row.type_name = row.TYPE_MESSAGE, f".cluster.{kind}"
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"cluster.{name}")) for name in TABLE
-    }
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"cluster.{name}")) for name in TABLE}
 
 
 OLD: dict[str, Any] = _messages()
@@ -102,9 +100,7 @@ class OldMaster:
 
     async def start(self, port: int = 0) -> OldMaster:
         def unary(method: Any, request: str, reply: str) -> grpc.RpcMethodHandler:
-            return grpc.unary_unary_rpc_method_handler(
-                method, OLD[request].FromString, OLD[reply].SerializeToString
-            )
+            return grpc.unary_unary_rpc_method_handler(method, OLD[request].FromString, OLD[reply].SerializeToString)
 
         handlers = {
             "RegisterWorker": unary(self._register, "WorkerInfo", "RegisterAck"),
@@ -188,10 +184,17 @@ class OldClient:
         return await call(request, timeout=timeout)
 
     async def register(self, address: str) -> Any:
-        return await self._call("MasterRegister", OLD["MasterInfo"](master_id="m", master_address=address), "RegisterAck")
+        return await self._call(
+            "MasterRegister", OLD["MasterInfo"](master_id="m", master_address=address), "RegisterAck"
+        )
 
     async def assign(self, **fields: Any) -> Any:
-        fields = {"docker_image": "nodeservice/demo", "req_cpu": 0.1, "req_memory": 0.03125, "req_storage": 0.001} | fields
+        fields = {
+            "docker_image": "nodeservice/demo",
+            "req_cpu": 0.1,
+            "req_memory": 0.03125,
+            "req_storage": 0.001,
+        } | fields
         return await self._call("AssignTask", OLD["Task"](**fields), "TaskAck")
 
     async def cancel(self, task_id: str) -> Any:

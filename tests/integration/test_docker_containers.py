@@ -215,13 +215,24 @@ async def test_a_log_past_its_bound_is_bounded_in_the_engine_and_its_follower_en
     assert kept.endswith(b"last-line\n")
 
 
-async def test_both_streams_are_in_the_log_and_lines_longer_than_the_engines_buffer_stay_whole(
-    runtime: DockerRuntime, spec: ContainerSpec
+@pytest.mark.parametrize(
+    ("shell", "expected"),
+    [
+        ("head -c 16383 /dev/zero; echo; echo x", bytes(16383) + b"\nx\n"),
+        ("head -c 16384 /dev/zero; echo; echo x", bytes(16384) + b"\nx\n"),
+        ("head -c 16385 /dev/zero; echo; echo x", bytes(16385) + b"\nx\n"),
+        ("head -c 16384 /dev/zero; echo", bytes(16384) + b"\n"),
+        ("head -c 16384 /dev/zero", bytes(16384)),
+        ("head -c 70000 /dev/zero; echo; printf end", bytes(70000) + b"\nend"),
+        ("echo out; sleep 0.2; echo err >&2; sleep 0.2; printf '\\n\\nend'", b"out\nerr\n\n\nend"),
+    ],
+)
+async def test_lines_of_any_length_from_both_streams_keep_every_byte(
+    runtime: DockerRuntime, spec: ContainerSpec, shell: str, expected: bytes
 ) -> None:
-    shell = "head -c 70000 /dev/zero | tr '\\0' x; echo; echo to-stderr >&2; sleep 0.2; head -c 16384 /dev/zero; echo"
     container_id = await run(runtime, replace(spec, shell=shell))
-    followed = await read(runtime, container_id, follow=True)
-    assert followed == b"x" * 70000 + b"\nto-stderr\n" + bytes(16384) + b"\n"
+    assert await read(runtime, container_id, follow=True) == expected
+    assert await read(runtime, container_id, follow=False) == expected
 
 
 async def test_no_thread_stays_when_followers_are_dropped(runtime: DockerRuntime, spec: ContainerSpec) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nodeservice.cli.exit_codes import ExitCode
+from nodeservice.config.settings import CREDENTIALS, NodeConfig
 from nodeservice.core import events as ev
 from nodeservice.core import machine
 from nodeservice.core.model import (
@@ -181,6 +183,46 @@ def test_the_diagram_in_the_docs_is_the_transition_table() -> None:
 def test_the_manual_explains_every_outcome_and_reason() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
     assert not [name for name in (*Outcome, *Reason) if f"`{name.value}`" not in text]
+
+
+def written(default: object) -> str:
+    match default:
+        case None:
+            return "–"
+        case bool():
+            return f"`{str(default).lower()}`"
+        case float() if default.is_integer():
+            return f"`{int(default)}`"
+        case _:
+            return f"`{default}`"
+
+
+def test_the_manual_lists_every_setting_with_its_default() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    configuration = text.partition("## Configuration")[2].partition("## Outcomes")[0]
+    listed = dict(re.findall(r"^\| `([a-z_0-9]+)` \| (.+?) \|", configuration, re.MULTILINE))
+    settings = {name: field for name, field in NodeConfig.model_fields.items() if name not in CREDENTIALS}
+    assert set(listed) == set(settings)
+    fixed = {name: written(field.default) for name, field in settings.items() if field.default_factory is None}
+    assert {name: listed[name] for name in fixed} == fixed
+
+
+def test_the_manual_explains_every_exit_code() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)} == {0, *map(int, ExitCode)}
+
+
+def test_the_manual_names_only_log_events_that_exist() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    named = {
+        event
+        for line in text.splitlines()
+        if line.startswith("| log ")
+        for event in re.findall(r"`([a-z_]+\.[a-z_]+)`", line.split("|")[1])
+    }
+    code = "".join(path.read_text() for path in own_modules())
+    assert len(named) > 5
+    assert not [event for event in named if f'"{event}"' not in code]
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
