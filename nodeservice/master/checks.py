@@ -11,7 +11,6 @@ from nodeservice.wire import master_worker_pb2 as pb
 
 TASK_MAX_BYTES = 1024**2
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 _LABEL = re.compile(r"[^\x00-\x1f\x7f/\\]{1,128}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
@@ -132,7 +131,7 @@ def _check_texts(task: pb.Task) -> None:
     if task.target_worker_id:
         check_id("target_worker_id", task.target_worker_id)
     for field, text in (("task_name", task.task_name), ("task_type", task.task_type), ("user_id", task.user_id)):
-        if text and not (_NAME if field == "task_name" else _LABEL).fullmatch(text):
+        if text and not _LABEL.fullmatch(text):
             raise invalid(field, f"{shown(text)} has characters that it may not have or is longer than 128")
     if "\0" in task.command or any("\0" in word for word in task.argv):
         raise invalid("command", "contains a NUL character")

@@ -8,6 +8,7 @@ from zlib import crc32
 
 _HEADER_BYTES = 8
 _NEWLINE = 10
+_MAX_STAMP_BYTES = 40
 _WHOLE_BUFFER_BYTES = 16384
 """The engine cuts lines that are longer than this into records of this size; the last one is always shorter."""
 
@@ -18,7 +19,8 @@ def read_frames(chunks: Iterable[bytes], *, mends_lines: bool = False) -> Iterat
     A frame is a byte for the stream, three of zero, four for the length, then one record: a line with its end, or a part of
     one. Docker's driver `local` loses the end of a line that it had to cut. `mends_lines` puts it back: a record without a
     line end that follows one of full size in its stream, and is shorter itself, is the last of its line. The one case that
-    cannot be told apart is a stream whose very last line is that long and has no end; it gets one.
+    cannot be told apart is a stream whose very last line is that long and has no end; it gets one. Mending wants frames with
+    a time and a space before each record, which are taken off: without them the engine does not send records that are empty.
     """
     rest = b""
     cut_streams: set[int] = set()
@@ -31,6 +33,10 @@ def read_frames(chunks: Iterable[bytes], *, mends_lines: bool = False) -> Iterat
             end = begin + int.from_bytes(data[start + 4 : begin], "big")
             if end > size:
                 break
+            if mends_lines:
+                begin = data.find(b" ", begin, min(end, begin + _MAX_STAMP_BYTES)) + 1
+                if not begin:
+                    raise http.client.HTTPException("a record of the log has no time")
             records.append(data[begin:end])
             if mends_lines:
                 stream = data[start]

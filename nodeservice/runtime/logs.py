@@ -72,7 +72,13 @@ class _Reading:
             self._buffer.end(_translated(self._container_id, error))
 
     def _read(self, *, follow: bool) -> Iterator[bytes]:
-        query = {"stdout": "1", "stderr": "1", "tail": "all", "follow": "1" if follow else "0"}
+        query = {
+            "stdout": "1",
+            "stderr": "1",
+            "tail": "all",
+            "follow": "01"[follow],
+            "timestamps": "01"[self._mends_lines],
+        }
         try:
             path = self._connection.api_path(f"/containers/{self._container_id}/logs")
             self._stream.open("GET", path, query=query)

@@ -33,7 +33,10 @@ class StreamRefusedError(Exception):
 
 
 class EngineStream:
-    """Blocking; used by one thread, `abort` by any. May be opened again after `close`, never after `abort`. Raises OSError or http.client.HTTPException when the stream breaks."""
+    """Blocking; used by one thread, `abort` by any. May be opened again after `close`, never after `abort`.
+
+    Raises OSError or http.client.HTTPException when the stream breaks.
+    """
 
     def __init__(self, endpoint: Endpoint, *, connect_timeout_seconds: float) -> None:
         self._endpoint = endpoint

@@ -1,0 +1,161 @@
+"""Who runs containers, and what they are made from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from nodeservice.core.model import PullPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What the engine says of itself. `root_dir` holds its images and writable layers."""
+
+    name: str
+    version: str
+    api_version: str
+    root_dir: Path
+    storage_driver: str
+    cgroup_driver: str
+    cgroup_version: int
+    cpu_count: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledImage:
+    """`digest` is what to create from and what to report: `name@sha256:…` if the registry gave one, else the image id."""
+
+    digest: str
+    image_id: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    source: Path
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerSpec:
+    """Everything a container is made from. `argv` None means the image's own command; `shell` wraps `/bin/sh -c`.
+
+    `gpu_uuids` empty means that no GPU may be visible. Memory is hard, with swap off. `log_max_bytes` bounds what the
+    engine itself keeps of the log.
+    """
+
+    name: str
+    image: str
+    argv: tuple[str, ...] | None
+    shell: str | None
+    env: tuple[tuple[str, str], ...]
+    labels: Mapping[str, str]
+    cpu_milli: int
+    memory_bytes: int
+    pids_limit: int
+    mounts: tuple[Mount, ...]
+    gpu_uuids: tuple[str, ...]
+    log_max_bytes: int
+    grace_seconds: float
+    cgroup_parent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerState:
+    """One look at a container. `status` is created, running, exited or dead (others are mapped onto these)."""
+
+    id: str
+    name: str
+    status: str
+    pid: int | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    exit_code: int | None
+    oom_killed: bool
+    error: str
+    labels: Mapping[str, str]
+    limits: Mapping[str, object] = field(default_factory=dict)
+    """The limits as the engine holds them: cpu_milli, memory_bytes, memory_swap_bytes, pids_limit."""
+
+    @property
+    def has_run(self) -> bool:
+        return self.started_at is not None
+
+    @property
+    def is_running(self) -> bool:
+        return self.status == "running"
+
+
+PullProgress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in total so far known), from any thread."""
+
+
+class ContainerRuntime(Protocol):
+    """Who runs containers.
+
+    All methods raise TransientError when the engine cannot be reached or does not answer in time, and NodeFaultError when
+    it answers that it is broken.
+    """
+
+    async def facts(self) -> EngineFacts: ...
+
+    async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None = None) -> PulledImage:
+        """Make the image present. One pull per image, however many wait; cancelling the last waiter ends the pull.
+
+        Raises RequestError (IMAGE_NOT_FOUND, IMAGE_ACCESS_DENIED), TransientError (IMAGE_PULL_FAILED: retried by the
+        caller; IMAGE_PULL_TIMEOUT: the inactivity or total limit passed).
+        """
+        ...
+
+    async def create(self, spec: ContainerSpec) -> str:
+        """Create, and return the id. A container of that name with the same labels is returned as it is.
+
+        Raises RequestError (CREATE_FAILED, IMAGE_NOT_FOUND).
+        """
+        ...
+
+    async def start(self, container_id: str) -> ContainerState:
+        """Start. One that runs or ran already is success. Raises RequestError (COMMAND_NOT_FOUND, START_FAILED)."""
+        ...
+
+    async def find(self, name_or_id: str) -> ContainerState | None:
+        """The container now, or None if there is none."""
+        ...
+
+    async def wait_exited(self, container_id: str) -> ContainerState | None:
+        """Return once it is not running (with its final state), or None once it does not exist. Never times out.
+
+        An engine that goes away is waited for: the wait goes on when it is back.
+        """
+        ...
+
+    def read_log(self, container_id: str, *, follow: bool) -> AsyncIterator[bytes]:
+        """Both streams, in the order that the engine recorded, from the first byte; ends at exit when following.
+
+        Raises TransientError when the stream breaks. A repeated read gives the same bytes from the start.
+        """
+        ...
+
+    async def stop(self, container_id: str, *, grace_seconds: float) -> None:
+        """Send SIGTERM, wait, send SIGKILL. A container already gone or ended is success."""
+        ...
+
+    async def kill(self, container_id: str) -> None:
+        """Send SIGKILL. A container already gone or ended is success."""
+        ...
+
+    async def remove(self, container_id: str) -> None:
+        """Remove with its writable layer, killing it if it runs. A container already gone is success."""
+        ...
+
+    async def list_owned(self, node_id: str) -> Sequence[ContainerState]:
+        """All containers, running or not, whose labels name this node."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,111 @@
+"""The host: its facts, its GPUs, its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from nodeservice.core.model import Resources
+from nodeservice.ports.containers import EngineFacts
+
+
+class Clock(Protocol):
+    """Time as the lifecycle sees it."""
+
+    def now(self) -> datetime:
+        """The present instant, aware UTC."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One NVIDIA GPU, named by its UUID. Optional values are None where the driver does not tell."""
+
+    uuid: str
+    name: str
+    memory_total_bytes: int
+    memory_used_bytes: int | None = None
+    utilization_percent: float | None = None
+    pci_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuInventory:
+    """`error` is set when a driver is there but does not work; no driver at all is an empty list and no error."""
+
+    gpus: tuple[Gpu, ...] = ()
+    driver_version: str | None = None
+    error: str | None = None
+
+
+class GpuProvider(Protocol):
+    async def inventory(self) -> GpuInventory:
+        """What is there now. Never raises for a missing or broken driver: that is in the answer."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskFacts:
+    path: Path
+    filesystem: str
+    device: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFacts:
+    """What this host has and what of it can be used from here (affinity, cpuset and cgroup limits respected)."""
+
+    hostname: str
+    kernel: str
+    cgroup_version: int
+    cpu_model: str
+    cpu_logical_count: int
+    """What the board has."""
+    cpu_physical_count: int
+    cpu_usable_milli: int
+    """What processes here can use: the smallest of affinity, cpuset and quota."""
+    memory_total_bytes: int
+    memory_limit_bytes: int
+    """The smaller of the total and the cgroup limits above us."""
+    memory_available_bytes: int
+    disk: DiskFacts
+    """Of the state directory."""
+    engine_disk: DiskFacts | None
+    """Of the engine's root, None without an engine."""
+    engine: EngineFacts | None
+    engine_error: str | None
+    gpus: GpuInventory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCapacity:
+    """capacity ⊇ allocatable; `reserved` is the difference, kept for the host."""
+
+    host: HostFacts
+    capacity: Resources
+    reserved: Resources
+    allocatable: Resources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageSample:
+    """Load of the whole host in percent 0–100."""
+
+    cpu_percent: float
+    memory_percent: float
+    disk_percent: float
+    gpu_percent: float
+
+
+class CapacitySource(Protocol):
+    async def read(self) -> NodeCapacity: ...
+
+    async def sample(self) -> UsageSample: ...

@@ -1,0 +1,72 @@
+"""Where results become durable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from nodeservice.core.model import Manifest, ManifestEntry, TaskSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultFile:
+    """A collected file and where it lies on this host."""
+
+    entry: ManifestEntry
+    source: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultBundle:
+    """The frozen output of one attempt, ready to be stored. `manifest_bytes` is the canonical `manifest.json`."""
+
+    spec: TaskSpec
+    worker_id: str
+    files: tuple[ResultFile, ...]
+    manifest: Manifest
+    manifest_bytes: bytes
+
+    @property
+    def prefix(self) -> str:
+        """`<task_id>/<attempt>`: a zombie attempt can never overwrite a newer one."""
+        return f"{self.spec.id.task_id}/{self.spec.id.attempt}"
+
+
+class ResultStore(Protocol):
+    """Where results become durable."""
+
+    async def put(self, bundle: ResultBundle) -> str:
+        """Store every file, verify, store the manifest last, and return the location (a URL).
+
+        When it returns, all can be read. Repeating is safe; what is already there and verified is not sent again.
+        Raises TransientError (try again), NodeFaultError (the store refuses us: credentials, policy), RequestError
+        (RESULT_TOO_LARGE for this kind of store).
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Bundles(Protocol):
+    """How output on this host becomes a bundle. All methods block; call them from a thread."""
+
+    def collect(self, spec: TaskSpec, work_dir: Path, log_path: Path) -> ResultBundle:
+        """Freeze a work directory; one that is frozen already is taken as it is. Raises NodeFaultError (COLLECT_FAILED)."""
+        ...
+
+    def reopen(self, spec: TaskSpec, work_dir: Path) -> ResultBundle:
+        """The bundle of a frozen work directory."""
+        ...
+
+    def kept(self, spec: TaskSpec) -> ResultBundle:
+        """The bundle of results that were kept on this host since the store did not take them."""
+        ...
+
+    def discard_kept(self, spec: TaskSpec, location: str) -> None:
+        """Drop the kept copy, leaving a pointer to where it is now. Repeating is harmless."""
+        ...
+
+    def digest(self, bundle: ResultBundle) -> str:
+        """sha256 of the bundle's manifest, in hex."""
+        ...

@@ -1,0 +1,216 @@
+"""One suite over both databases of the master: SQLite in a file, and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from postgresql import Cluster, running_postgresql, why_not
+
+from nodeservice.errors import ConfigError, TransientError
+from nodeservice.master import schema
+from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow
+from nodeservice.master.store import ORPHANS_KEPT, MasterStore, sqlite_url
+from nodeservice.wire import master_worker_pb2 as pb
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with running_postgresql() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path)
+    running: Cluster = request.getfixturevalue("cluster")
+    name = f"t{uuid.uuid4().hex}"
+    engine = sa.create_engine(running.url(), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return running.url(name)
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[MasterStore]:
+    opened = MasterStore(url)
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+def row(task_id: str = "t", attempt: int = 1, sequence: int = 1, **fields: object) -> TaskRow:
+    task = pb.Task(task_id=task_id, docker_image="busybox", env=[pb.EnvVar(name="A", value="\u00e4\0")])
+    return TaskRow(task_id=task_id, attempt=attempt, sequence=sequence, task=task, submitted_at_ms=5, **fields)  # type: ignore[arg-type]
+
+
+async def test_a_task_comes_back_as_it_was_saved(store: MasterStore) -> None:
+    saved = row(
+        state=State.FAILED, worker_id="w", accepted=True, cancel_requested=True, phase="RUNNING", reason="DEADLINE",
+        message="Zeit \u00fcber", traceparent="00-1", assigned_at_ms=2**40, finished_at_ms=2**41,
+        result=pb.TaskResult(task_id="t", worker_id="w", logs="tail", attempt=1, exit_code=0),
+    )  # fmt: skip
+    await store.save_tasks([saved])
+    assert await store.find_task("t") == saved
+
+
+async def test_saving_again_replaces_and_finding_gives_the_newest_attempt(store: MasterStore) -> None:
+    await store.save_tasks([row(), row(attempt=2, sequence=2)])
+    await store.save_tasks([row(state=State.CANCELLED)])
+    newest = await store.find_task("t")
+    assert newest is not None
+    assert newest.attempt == 2
+    first = await store.find_task("t", 1)
+    assert first is not None
+    assert first.state is State.CANCELLED
+    assert await store.find_task("t", 3) is None
+    assert await store.find_task("nobody") is None
+
+
+async def test_open_tasks_come_in_the_order_of_the_queue_and_lists_newest_first(store: MasterStore) -> None:
+    await store.save_tasks([row("c", sequence=3), row("a", sequence=1, state=State.SUCCEEDED), row("b", sequence=2)])
+    assert [found.task_id for found in await store.open_tasks()] == ["b", "c"]
+    assert [found.task_id for found in await store.newest_tasks(2)] == ["c", "b"]
+    assert await store.last_sequence() == 3
+
+
+async def test_a_call_that_fails_stores_nothing(store: MasterStore) -> None:
+    await store.save_tasks([row("a", sequence=1)])
+    with pytest.raises(TransientError) as caught:
+        await store.save_tasks([row("b", sequence=2), row("c", sequence=1)])
+    assert caught.value.reason == "STORE_UNAVAILABLE"
+    assert await store.find_task("b") is None
+
+
+async def test_what_was_saved_is_there_for_the_next_process(url: str) -> None:
+    first = MasterStore(url)
+    await first.open()
+    await first.save_tasks([row()])
+    await first.save_node(NodeRow(worker_id="w", address="h:1", registered_at_ms=1, heard_at_ms=2))
+    await first.close()
+    second = MasterStore(url)
+    await second.open()
+    try:
+        assert await second.find_task("t") == row()
+        assert [node.address for node in await second.load_nodes()] == ["h:1"]
+    finally:
+        await second.close()
+
+
+async def test_a_node_is_replaced_by_its_name(store: MasterStore) -> None:
+    info = pb.WorkerInfo(worker_id="w", total_cpu=2)
+    await store.save_node(NodeRow(worker_id="w", address="h:1", registered_at_ms=1, heard_at_ms=1))
+    changed = NodeRow(worker_id="w", address="h:2", info=info, registered_at_ms=1, heard_at_ms=2)
+    await store.save_node(changed)
+    assert await store.load_nodes() == [changed]
+
+
+async def test_orphans_are_kept_once_each_and_only_the_newest(
+    store: MasterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeservice.master.store.ORPHANS_KEPT", 3)
+    for number in range(6):
+        for _ in range(2):
+            result = pb.TaskResult(task_id=f"t{number}")
+            await store.save_orphan(
+                OrphanRow(task_id=f"t{number}", attempt=1, worker_id="w", result=result, received_at_ms=number)
+            )
+    assert await store.count_orphans() == 3
+    assert ORPHANS_KEPT == 1000
+
+
+async def test_a_message_with_a_nul_character_is_stored_without_it(store: MasterStore) -> None:
+    await store.save_tasks([row(message="a\0b", reason="\0", phase="\0")])
+    found = await store.find_task("t")
+    assert found is not None
+    assert found.message == "a\ufffdb"
+
+
+async def test_many_calls_at_once_run_one_after_the_other_in_the_named_thread(store: MasterStore) -> None:
+    await asyncio.gather(*(store.save_tasks([row(f"t{n}", sequence=n + 1)]) for n in range(50)))
+    assert len(await store.open_tasks()) == 50
+    assert [t.name for t in threading.enumerate() if t.name.startswith("master-store")] == ["master-store_0"]
+
+
+async def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
+    first = MasterStore(url)
+    await first.open()
+    await first.close()
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(schema.schema_version.update().values(version=schema.VERSION + 1))
+    second = MasterStore(url)
+    with pytest.raises(ConfigError, match="schema 2"):
+        await second.open()
+    await second.close()
+    with engine.begin() as connection:
+        assert connection.execute(sa.select(schema.schema_version.c.version)).scalars().all() == [schema.VERSION + 1]
+    engine.dispose()
+
+
+async def test_a_restart_of_postgresql_costs_a_reconnect(cluster: Cluster, request: pytest.FixtureRequest) -> None:
+    store = MasterStore(cluster.url())
+    await store.open()
+    try:
+        await store.save_tasks([row()])
+        await asyncio.to_thread(cluster.stop)
+        with pytest.raises(TransientError):
+            await store.save_tasks([row(sequence=2)])
+        await asyncio.to_thread(cluster.start)
+        await store.save_tasks([row(sequence=3)])
+        assert await store.last_sequence() == 3
+    finally:
+        await store.close()
+
+
+async def test_sqlite_runs_with_a_write_ahead_log_and_full_sync(tmp_path: Path) -> None:
+    store = MasterStore(sqlite_url(tmp_path))
+    await store.open()
+    try:
+        engine = store._live()
+
+        def pragmas() -> tuple[object, object]:
+            with engine.connect() as connection:
+                return (
+                    connection.exec_driver_sql("PRAGMA journal_mode").scalar(),
+                    connection.exec_driver_sql("PRAGMA synchronous").scalar(),
+                )
+
+        assert await store._run(pragmas) == ("wal", 2)
+    finally:
+        await store.close()
+    with sqlite3.connect(tmp_path / "master.sqlite") as connection:
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(1,)]
+    connection.close()
+
+
+@pytest.mark.parametrize("bad", ["", "nonsense", "mysql://x/y", "sqlite+nodriver:///x"])
+async def test_a_url_that_means_nothing_is_a_configuration_error(bad: str) -> None:
+    store = MasterStore(bad)
+    with pytest.raises(ConfigError) as caught:
+        await store.open()
+    assert caught.value.field == "database_url"
+    await store.close()
+
+
+async def test_a_database_that_is_not_there_is_told_and_may_come_later(tmp_path: Path) -> None:
+    store = MasterStore(sqlite_url(tmp_path / "missing"))
+    with pytest.raises(TransientError):
+        await store.open()
+    (tmp_path / "missing").mkdir()
+    await store.open()
+    await store.save_tasks([replace(row(), message="later")])
+    await store.close()

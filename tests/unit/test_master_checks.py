@@ -1,0 +1,172 @@
+"""What the master refuses before it does anything with it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodeservice.errors import RequestError
+from nodeservice.master.amounts import GIB, Amounts
+from nodeservice.master.checks import check_address, check_task, check_traceparent, is_id
+from nodeservice.master.dialing import node_address
+from nodeservice.master.incoming import check_path, read_manifest
+from nodeservice.master.nodes import amounts_of
+from nodeservice.wire import master_worker_pb2 as pb
+
+
+def task(**fields: object) -> pb.Task:
+    return pb.Task(**{"task_id": "t-1", "docker_image": "busybox", **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "..", "a/b", "../x", "a..b", "-a", "a" * 129, "ä", "a b", "a\n", "a\0b", "10 MB" * 10**6]
+)
+def test_hostile_ids_are_refused(text: str) -> None:
+    assert not is_id(text)
+
+
+@given(st.text())
+def test_an_id_is_always_safe_as_one_component_of_a_path(text: str) -> None:
+    if is_id(text):
+        assert "/" not in text
+        assert text not in (".", "..")
+        assert text.isascii()
+        assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"task_id": "../../etc"}, "task_id"),
+        ({"docker_image": ""}, "docker_image"),
+        ({"docker_image": "--privileged"}, "docker_image"),
+        ({"docker_image": "a b"}, "docker_image"),
+        ({"command": "ls", "argv": ["ls"]}, "argv"),
+        ({"req_cpu": math.nan}, "req_cpu"),
+        ({"req_cpu": math.inf}, "req_cpu"),
+        ({"req_memory": -1.0}, "req_memory"),
+        ({"req_storage": 1e300}, "req_storage"),
+        ({"req_gpu": 0.5}, "req_gpu"),
+        ({"memory_bytes": -5}, "memory_bytes"),
+        ({"memory_bytes": GIB, "req_memory": 2.0}, "memory_bytes"),
+        ({"cpu_milli": 2**62}, "cpu_milli"),
+        ({"attempt": 0}, "attempt"),
+        ({"attempt": -1}, "attempt"),
+        ({"timeout_seconds": math.nan}, "timeout_seconds"),
+        ({"timeout_seconds": -1.0}, "timeout_seconds"),
+        ({"grace_seconds": math.inf}, "grace_seconds"),
+        ({"pull_policy": "sometimes"}, "pull_policy"),
+        ({"pids_limit": 0}, "pids_limit"),
+        ({"sla_multiplier": math.nan}, "sla_multiplier"),
+        ({"submitted_at": -1}, "submitted_at"),
+        ({"submitted_at": 2**62}, "submitted_at"),
+        ({"target_worker_id": "../w"}, "target_worker_id"),
+        ({"task_name": "../name"}, "task_name"),
+        ({"user_id": "a\nb"}, "user_id"),
+        ({"command": "a\0b"}, "command"),
+        ({"env": [pb.EnvVar(name="A=B", value="")]}, "env"),
+        ({"env": [pb.EnvVar(name="A", value="\0")]}, "env"),
+        ({"command": "x" * 2**20}, "task"),
+    ],
+)
+def test_a_hostile_task_is_refused_with_the_field_named(fields: dict[str, object], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_task(task(**fields))
+    assert caught.value.reason == "INVALID_REQUEST"
+    assert caught.value.field == field
+    assert len(str(caught.value)) < 500
+
+
+def test_old_fields_count_cores_and_gib() -> None:
+    amounts = check_task(task(req_cpu=0.5, req_memory=1.5, req_storage=2, req_gpu=1))
+    assert amounts == Amounts(cpu_milli=500, memory_bytes=3 * GIB // 2, disk_bytes=2 * GIB, gpu_count=1)
+
+
+def test_an_exact_field_wins_over_a_rounded_old_one() -> None:
+    assert check_task(task(req_memory=0.0625, memory_bytes=64 * 1024**2 + 5)).memory_bytes == 64 * 1024**2 + 5
+    assert check_task(task(memory_bytes=7)).memory_bytes == 7
+
+
+def test_a_broken_trace_context_is_dropped_and_not_an_error() -> None:
+    good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert check_traceparent(good) == good
+    for bad in ("", "x", good + "0", good.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32), good + "\n"):
+        assert check_traceparent(bad) == ""
+
+
+# ---- addresses --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("info", "peer", "expected"),
+    [
+        ({}, "ipv4:10.0.0.7:41234", "10.0.0.7:50052"),
+        ({"listen_address": "0.0.0.0:7000"}, "ipv4:10.0.0.7:41234", "10.0.0.7:7000"),
+        ({"listen_address": ":7000"}, "ipv4:10.0.0.7:41234", "10.0.0.7:7000"),
+        ({"listen_address": "[::]:7000"}, "ipv6:%5Bfe80::1%5D:41234", "[fe80::1]:7000"),
+        ({"worker_ip": "node-7.example"}, "ipv4:10.0.0.7:1", "node-7.example:50052"),
+        ({"worker_ip": "10.1.1.1", "listen_address": ":7000"}, "ipv4:10.0.0.7:1", "10.1.1.1:7000"),
+        ({"worker_ip": "10.1.1.1:9", "listen_address": ":7000"}, "ipv4:10.0.0.7:1", "10.1.1.1:9"),
+        ({"worker_ip": "fe80::2"}, "ipv4:10.0.0.7:1", "[fe80::2]:50052"),
+    ],
+)
+def test_the_advertised_address_wins_else_the_peer_with_the_listening_port(
+    info: dict[str, str], peer: str, expected: str
+) -> None:
+    assert node_address(pb.WorkerInfo(**info), peer) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["unix:/etc/x", "dns:///evil", "a b:1", "host:0", "host:70000", "host:x", "", "a" * 300, "h\n:1"]
+)
+def test_what_is_not_an_address_is_refused(text: str) -> None:
+    with pytest.raises(RequestError):
+        check_address("worker_ip", text, default_port=50052)
+
+
+# ---- what nodes have --------------------------------------------------------------------------------------------------
+
+
+def test_a_node_of_the_old_protocol_offers_its_totals() -> None:
+    capacity, allocatable = amounts_of(pb.WorkerInfo(total_cpu=2, total_memory=4, total_storage=10, total_gpu=1))
+    assert capacity == allocatable == Amounts(cpu_milli=2000, memory_bytes=4 * GIB, disk_bytes=10 * GIB, gpu_count=1)
+
+
+def test_the_exact_allocatable_amounts_win() -> None:
+    info = pb.WorkerInfo(total_cpu=2, allocatable=pb.Resources(cpu_milli=1500), capacity=pb.Resources(cpu_milli=2000))
+    assert amounts_of(info) == (Amounts(cpu_milli=2000), Amounts(cpu_milli=1500))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"total_cpu": math.nan}, {"total_memory": -1.0}, {"total_storage": 1e300}, {"total_gpu": math.inf}]
+)
+def test_a_node_with_impossible_amounts_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(RequestError):
+        amounts_of(pb.WorkerInfo(**fields))  # type: ignore[arg-type]
+
+
+# ---- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "../a", "a/../b", "a//b", "a/", "./a", "a\0b", "a\nb", "x" * 256, "d/" * 600 + "f"]
+)
+def test_a_hostile_path_is_refused(path: str) -> None:
+    with pytest.raises(RequestError):
+        check_path(path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_manifest_or_a_request_error(data: bytes) -> None:
+    with pytest.raises(RequestError):
+        read_manifest(data, task_id="t", attempt=1)
+
+
+def test_a_manifest_of_another_attempt_is_refused() -> None:
+    data = b'{"attempt":1,"files":[],"skipped":[],"task_id":"t","version":1}'
+    assert read_manifest(data, task_id="t", attempt=1) == ()
+    with pytest.raises(RequestError, match="another attempt"):
+        read_manifest(data, task_id="t", attempt=2)
