@@ -50,7 +50,8 @@ log = structlog.get_logger(__name__)
 DEFAULT_REGION = "us-east-1"
 JOURNAL_NAME = "journal.sqlite"
 MASTER_NOTE = "master_address"
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 1.0
+"""For calls that are under way at the end; followers of logs are cut off then and ask again."""
 _SERVER_OPTIONS = (
     # Masters may ping as often as they like: without these a busy one is sent away with "too_many_pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -27,7 +27,7 @@ _INSTANT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d
 _INIT_FAILURE = re.compile(
     rb"\[FATAL tini \(\d+\)\] exec (.{0,4096}) failed: (No such file or directory|Permission denied|Exec format error"
     rb"|Is a directory|Not a directory)\n?|"
-    rb"ERROR \(catatonit:\d+\): failed to exec pid1: (.{0,200})\n?",
+    rb"ERROR \(catatonit:\d+\): failed to exec pid1: ([^\n]{0,200})\n?",
     re.DOTALL,
 )
 

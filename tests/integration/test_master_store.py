@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from postgresql import Cluster, running_postgresql, why_not
 
 from nodeservice.errors import ConfigError, TransientError
 from nodeservice.master import schema
 from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow
 from nodeservice.master.store import ORPHANS_KEPT, MasterStore, sqlite_url
 from nodeservice.wire import master_worker_pb2 as pb
+from tests.integration.postgresql import Cluster, running_postgresql, why_not
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     engine.dispose()
 
 
-async def test_a_restart_of_postgresql_costs_a_reconnect(cluster: Cluster, request: pytest.FixtureRequest) -> None:
+async def test_a_restart_of_postgresql_costs_a_reconnect(cluster: Cluster) -> None:
     store = MasterStore(cluster.url())
     await store.open()
     try:
