@@ -56,3 +56,13 @@ def node_id(docker_client: docker.APIClient) -> Iterator[str]:
     yield node
     for entry in docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
         docker_client.remove_container(entry["Id"], force=True, v=True)
+    for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node}.node"):
+        remove_cgroup(cgroup)
+
+
+def remove_cgroup(directory: Path) -> None:
+    """Remove an empty cgroup and those below it."""
+    for child in directory.iterdir():
+        if child.is_dir():
+            remove_cgroup(child)
+    directory.rmdir()

@@ -7,12 +7,14 @@ Path, size and digest come from the manifest; file names in headers are not beli
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import structlog
-from aiohttp import BodyPartReader, web
+from aiohttp import BodyPartReader, ClientError, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError
 from nodeservice.master.checks import check_id, invalid
@@ -65,12 +67,9 @@ class UploadEndpoint:
     async def _receive(self, request: web.Request) -> str:
         if not request.content_type.startswith("multipart/form-data"):
             raise invalid("Content-Type", "is not multipart/form-data")
-        try:
-            parts = _parts(request)
-            texts = {name: (await self._small(parts, name, _TEXT_MAX_BYTES)).decode() for name in _TEXT_PARTS}
-            manifest = await self._small(parts, "manifest", self._limit_bytes)
-        except (ValueError, KeyError) as error:
-            raise invalid("body", f"is not the multipart form that was agreed: {error}") from error
+        parts = _parts(request)
+        texts = {name: _decoded(name, await self._small(parts, name, _TEXT_MAX_BYTES)) for name in _TEXT_PARTS}
+        manifest = await self._small(parts, "manifest", self._limit_bytes)
         return await self._files(parts, texts, manifest)
 
     async def _files(self, parts: AsyncIterator[BodyPartReader], texts: dict[str, str], manifest: bytes) -> str:
@@ -94,8 +93,6 @@ class UploadEndpoint:
                 raise invalid("file", "there are more parts than the manifest names")
             await self._uploads.run(lambda: _put(incoming, MANIFEST, manifest))
             target = await self._uploads.run(incoming.commit)
-        except (ValueError, EOFError) as error:
-            raise invalid("body", "ends or breaks in the middle") from error
         finally:
             await self._uploads.run(incoming.abort)
         log.info("results.stored", task_id=task_id, attempt=attempt, file_count=len(entries), total_bytes=total)
@@ -103,7 +100,7 @@ class UploadEndpoint:
 
     async def _stream(self, part: BodyPartReader, incoming: Incoming, size_bytes: int) -> None:
         left = size_bytes
-        while block := await part.read_chunk(_BLOCK_BYTES):
+        while block := await _block(part):
             left -= len(block)
             if left < 0:
                 raise invalid("file", "part is longer than the manifest says")
@@ -112,7 +109,7 @@ class UploadEndpoint:
     async def _small(self, parts: AsyncIterator[BodyPartReader], name: str, limit: int) -> bytes:
         part = await _next(parts, name)
         data = bytearray()
-        while block := await part.read_chunk(_BLOCK_BYTES):
+        while block := await _block(part):
             data += block
             if len(data) > limit:
                 raise self._too_large() if name == "manifest" else invalid(name, f"is longer than {limit} bytes")
@@ -127,14 +124,37 @@ class UploadEndpoint:
 
 
 async def _parts(request: web.Request) -> AsyncIterator[BodyPartReader]:
-    reader = await request.multipart()
+    with _parsing():
+        reader = await request.multipart()
     while True:
-        part = await reader.next()
+        with _parsing():
+            part = await reader.next()
         if part is None:
             return
         if not isinstance(part, BodyPartReader):
             raise invalid("body", "has a multipart within the multipart")
         yield part
+
+
+async def _block(part: BodyPartReader) -> bytes:
+    with _parsing():
+        return bytes(await part.read_chunk(_BLOCK_BYTES))
+
+
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    """What aiohttp raises for a body that is malformed or that breaks off; some of it is plain assertions."""
+    try:
+        yield
+    except (HttpProcessingError, ClientError, web.RequestPayloadError, ValueError, AssertionError, EOFError) as error:
+        raise invalid("body", f"is not a complete multipart form ({type(error).__name__})") from error
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise invalid(name, "is not UTF-8") from error
 
 
 async def _next(parts: AsyncIterator[BodyPartReader], name: str) -> BodyPartReader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nodeservice.core.model import GIB, Phase
 from nodeservice.lifecycle.driver import Driver
@@ -24,8 +24,12 @@ class NodeStatus:
     async def registration(self) -> pb.WorkerInfo:
         """A fresh look at the host. The old `total_*` fields carry the allocatable amounts, since masters place on them."""
         node = await self.capacity.read()
-        self.driver.ledger.resize(node.allocatable, [gpu.uuid for gpu in node.host.gpus.gpus])
-        allocatable, engine = node.allocatable, node.host.engine
+        ledger, engine = self.driver.ledger, node.host.engine
+        allocatable = node.allocatable
+        if ledger.leased.disk_bytes:
+            # What tasks have written is missing from the free disk, and is leased: it must not count twice.
+            allocatable = replace(allocatable, disk_bytes=ledger.allocatable.disk_bytes)
+        ledger.resize(allocatable, [gpu.uuid for gpu in node.host.gpus.gpus])
         return pb.WorkerInfo(
             worker_id=self.worker_id,
             worker_ip=self.advertise,
@@ -35,7 +39,7 @@ class NodeStatus:
             total_gpu=float(allocatable.gpu_count),
             capacity=convert.resources(node.capacity),
             allocatable=convert.resources(allocatable),
-            free=convert.resources(self.driver.ledger.free),
+            free=convert.resources(ledger.free),
             gpus=[convert.gpu_info(gpu) for gpu in node.host.gpus.gpus],
             kernel=node.host.kernel,
             cgroup_version=node.host.cgroup_version,

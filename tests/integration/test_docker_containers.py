@@ -13,12 +13,12 @@ from typing import Any
 
 import docker
 import pytest
-from engine_proxy import EngineProxy
 
 from nodeservice.core.model import MIB
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ContainerSpec, Mount
 from nodeservice.runtime.docker import DockerRuntime
+from tests.integration.engine_proxy import EngineProxy
 
 pytestmark = pytest.mark.engine
 SOON_SECONDS = 30
@@ -240,7 +240,7 @@ async def test_no_thread_stays_when_followers_are_dropped(runtime: DockerRuntime
     for _ in range(5):
         async for _piece in (pieces := runtime.read_log(container_id, follow=True)):
             break
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
     async with asyncio.timeout(SOON_SECONDS):
         while any(thread.name == "engine-log" for thread in threading.enumerate()):
             await asyncio.sleep(0.02)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import docker
 import pytest
-from engine_proxy import EngineProxy
-from fault_proxy import FaultProxy
-from registry import Registry, refusing_registry, running_registry
 
 from nodeservice.core.model import PullPolicy
 from nodeservice.errors import RequestError, TransientError
 from nodeservice.runtime.docker import DockerRuntime
+from tests.integration.engine_proxy import EngineProxy
+from tests.integration.fault_proxy import FaultProxy
+from tests.integration.registry import Registry, refusing_registry, running_registry
 
 pytestmark = pytest.mark.engine
 SOON_SECONDS = 30

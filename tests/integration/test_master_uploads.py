@@ -1,0 +1,331 @@
+"""Results that nodes push to the master, by gRPC and by HTTP: complete, verified and in place, or nothing at all."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import grpc.aio
+import pytest
+
+from nodeservice.core.model import AttemptId, Manifest, ManifestEntry, Resources, TaskSpec
+from nodeservice.errors import NodeFaultError
+from nodeservice.master.daemon import Master
+from nodeservice.master.settings import MasterSettings
+from nodeservice.ports import ResultBundle, ResultFile
+from nodeservice.results.http import HttpResultStore
+from nodeservice.results.manifest import encode
+from nodeservice.rpc.result_push import MasterPushResultStore
+from nodeservice.wire import master_worker_pb2 as pb
+from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+from tests.integration.scripted_node import ScriptedNode
+
+FILES = {"stdout.log": b"hi\n", "empty": b"", 'deep/er/\u00e4 %"\\.bin': bytes(range(256)) * 20_000}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> MasterSettings:
+    return MasterSettings(listen="127.0.0.1:0", http_listen="127.0.0.1:0", state_dir=tmp_path / "master")
+
+
+@pytest.fixture
+async def master(settings: MasterSettings) -> AsyncIterator[Master]:
+    running = Master(settings)
+    await running.start()
+    yield running
+    await running.stop()
+
+
+@pytest.fixture
+async def stub(master: Master) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(master.address) as channel:
+        yield pb_grpc.MasterWorkerStub(channel)
+
+
+@pytest.fixture
+def results(master: Master) -> Path:
+    return master._results_dir
+
+
+def manifest_of(files: dict[str, bytes], task_id: str = "t1", attempt: int = 1) -> bytes:
+    entries = [ManifestEntry(path=p, size_bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for p, d in files.items()]
+    return encode(Manifest(task_id=task_id, attempt=attempt, files=tuple(entries)))
+
+
+def bundle(tmp_path: Path, files: dict[str, bytes], task_id: str = "t1") -> ResultBundle:
+    sources = []
+    for number, (path, data) in enumerate(sorted(files.items())):
+        source = tmp_path / f"source-{number}"
+        source.write_bytes(data)
+        entry = ManifestEntry(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        sources.append(ResultFile(entry=entry, source=source))
+    manifest = Manifest(task_id=task_id, attempt=1, files=tuple(file.entry for file in sources))
+    spec = TaskSpec(id=AttemptId(task_id), image="busybox", request=Resources(), pids_limit=1, fingerprint="f")
+    return ResultBundle(
+        spec=spec, worker_id="w1", files=tuple(sources), manifest=manifest, manifest_bytes=encode(manifest)
+    )
+
+
+def stored(results: Path, task_id: str = "t1", attempt: int = 1) -> dict[str, bytes]:
+    root = results / task_id / str(attempt)
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def nothing_left(results: Path) -> bool:
+    """Neither results nor any rest of an upload."""
+    return [path for path in results.rglob("*") if path.name != ".incoming"] == []
+
+
+# ---- the node's own senders -------------------------------------------------------------------------------------------
+
+
+async def test_what_a_node_pushes_by_grpc_is_stored_byte_for_byte(stub: Any, results: Path, tmp_path: Path) -> None:
+    store = MasterPushResultStore(lambda: stub)
+    sent = bundle(tmp_path, FILES)
+    for _ in range(2):
+        assert await store.put(sent) == "master://t1/1"
+    assert stored(results) == FILES | {"manifest.json": sent.manifest_bytes}
+    await store.close()
+
+
+async def test_what_a_node_posts_by_http_is_stored_byte_for_byte(master: Master, results: Path, tmp_path: Path) -> None:
+    store = HttpResultStore(f"http://{master.http_address}/upload")
+    sent = bundle(tmp_path, FILES)
+    for _ in range(2):
+        assert await store.put(sent) == (results / "t1" / "1").as_uri()
+    assert stored(results) == FILES | {"manifest.json": sent.manifest_bytes}
+    await store.close()
+
+
+async def test_other_results_of_a_stored_attempt_are_refused_by_both_ways(
+    master: Master, stub: Any, results: Path, tmp_path: Path
+) -> None:
+    by_http = HttpResultStore(f"http://{master.http_address}/upload")
+    by_grpc = MasterPushResultStore(lambda: stub)
+    await by_grpc.put(bundle(tmp_path, {"a": b"first"}))
+    before = stored(results)
+    with pytest.raises(NodeFaultError) as http:
+        await by_http.put(bundle(tmp_path, {"a": b"other"}))
+    assert http.value.reason == "RESULT_CONFLICT"
+    with pytest.raises(NodeFaultError) as refused:
+        await by_grpc.put(bundle(tmp_path, {"a": b"other"}))
+    assert refused.value.reason == "STORE_REFUSED"
+    assert stored(results) == before
+    await by_http.close()
+    await by_grpc.close()
+
+
+async def test_an_attempt_that_another_node_holds_takes_no_results(
+    master: Master, stub: Any, results: Path, tmp_path: Path
+) -> None:
+    async with ScriptedNode(master.address, "w2") as node:
+        await node.register()
+        task = pb.Task(task_id="t1", docker_image="busybox", req_cpu=1, req_memory=1)
+        assert (await stub.SubmitTask(task, timeout=10)).success
+        await node.got("t1")
+        by_http = HttpResultStore(f"http://{master.http_address}/upload")
+        with pytest.raises(NodeFaultError):
+            await by_http.put(bundle(tmp_path, {"a": b"zombie"}))
+        with pytest.raises(NodeFaultError):
+            await MasterPushResultStore(lambda: stub).put(bundle(tmp_path, {"a": b"zombie"}))
+        await by_http.close()
+    assert nothing_left(results)
+
+
+# ---- chunks -----------------------------------------------------------------------------------------------------------
+
+
+def chunk(path: str, data: bytes = b"", *, last: bool = True, end: bool = False, **fields: Any) -> pb.FileChunk:
+    return pb.FileChunk(
+        **{"task_id": "t1", "file_path": path, "data": data, "is_last_chunk": last, "is_last_file": end, **fields}
+    )
+
+
+async def push(stub: Any, chunks: Iterable[pb.FileChunk]) -> pb.FileUploadAck:
+    return await stub.UploadTaskFiles(iter(list(chunks)), timeout=20)
+
+
+async def test_a_sender_of_the_old_protocol_needs_no_manifest_and_no_attempt(stub: Any, results: Path) -> None:
+    ack = await push(stub, [chunk("a", b"1", last=False), chunk("a", b"2"), chunk("b/c"), chunk("d", b"x", end=True)])
+    assert (ack.success, ack.files_received) == (True, 3)
+    assert stored(results) == {"a": b"12", "b/c": b"", "d": b"x"}
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [],
+        [chunk("../../escape", b"x", end=True)],
+        [chunk("/etc/escape", b"x", end=True)],
+        [chunk("a\0b", b"x", end=True)],
+        [chunk("", b"x", end=True)],
+        [chunk("a", b"x", end=True, task_id="../t1")],
+        [chunk("a", b"x", end=True, attempt=-1)],
+        [chunk("a", b"x", end=True, worker_id="../w")],
+        [chunk("a", b"x"), chunk("a", b"y", end=True)],
+        [chunk("a", b"x"), chunk("a/b", b"y", end=True)],
+        [chunk("a/b", b"x"), chunk("a", b"y", end=True)],
+        [chunk("a", b"x", last=False), chunk("b", b"y", end=True)],
+        [chunk("a", b"x"), chunk("b", b"y", end=True, task_id="t2")],
+        [chunk("a", b"x", end=True), chunk("b", b"y", end=True)],
+        [chunk("a", b"x")],
+        [chunk("a", b"x", last=False, end=True)],
+        [chunk("a", b"x"), chunk("manifest.json", b"{", end=True)],
+        [chunk("a", b"x"), chunk("manifest.json", manifest_of({"a": b"y"}), end=True)],
+        [chunk("a", b"x"), chunk("manifest.json", manifest_of({}), end=True)],
+        [chunk("manifest.json", manifest_of({"a": b"x"}), end=True)],
+        [chunk("a", b"x"), chunk("manifest.json", manifest_of({"a": b"x"}, attempt=2), end=True)],
+    ],
+)
+async def test_a_hostile_or_broken_stream_is_refused_and_leaves_nothing(
+    stub: Any, results: Path, chunks: list[pb.FileChunk]
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await push(stub, chunks)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert nothing_left(results)
+    assert not list(results.parent.parent.rglob("escape"))
+
+
+async def test_a_sender_that_breaks_off_leaves_nothing(stub: Any, results: Path) -> None:
+    call = stub.UploadTaskFiles(timeout=20)
+    await call.write(chunk("a", b"x" * 100_000, last=False))
+    async with asyncio.timeout(20):
+        while nothing_left(results):
+            await asyncio.sleep(0.01)
+        call.cancel()
+        while not nothing_left(results):
+            await asyncio.sleep(0.01)
+
+
+async def test_the_rest_of_an_upload_is_swept_at_the_next_start(settings: MasterSettings) -> None:
+    rest = settings.state_dir / "results" / ".incoming" / "x"
+    rest.mkdir(parents=True)
+    (rest / "part").write_bytes(b"x")
+    master = Master(settings)
+    await master.start()
+    await master.stop()
+    assert not rest.exists()
+
+
+# ---- forms ------------------------------------------------------------------------------------------------------------
+
+
+def form(
+    files: dict[str, bytes], manifest: bytes | None = None, drop: str = "", **texts: str
+) -> aiohttp.MultipartWriter:
+    writer = aiohttp.MultipartWriter("form-data")
+
+    def add(name: str, data: bytes, **parameters: str) -> None:
+        if name != drop:
+            part = writer.append(data, {"Content-Type": "application/octet-stream"})  # type: ignore[arg-type]
+            part.set_content_disposition("form-data", name=name, **parameters)
+
+    defaults = {"task_id": "t1", "attempt": "1", "worker_id": "w1", "user_id": "", "task_name": "", "submitted_at": "0"}
+    for name, value in (defaults | texts).items():
+        add(name, value.encode())
+    add("manifest", manifest_of(files) if manifest is None else manifest)
+    for path, data in files.items():
+        add("file", data, filename=path)
+    return writer
+
+
+async def post(master: Master, data: Any, **options: Any) -> tuple[int, dict[str, Any]]:
+    url = f"http://{master.http_address}/upload"
+    async with aiohttp.ClientSession() as session, session.post(url, data=data, **options) as response:
+        return response.status, json.loads(await response.text())
+
+
+async def test_a_well_formed_form_is_stored(master: Master, results: Path) -> None:
+    status, answer = await post(master, form({"a": b"x"}))
+    assert (status, answer["success"]) == (200, True)
+    assert stored(results)["a"] == b"x"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"files": {"a": b"x"}, "task_id": "../t1"},
+        {"files": {"a": b"x"}, "worker_id": "../w"},
+        {"files": {"a": b"x"}, "attempt": "1e3"},
+        {"files": {"a": b"x"}, "attempt": "-1"},
+        {"files": {"a": b"x"}, "attempt": "9" * 5000},
+        {"files": {"a": b"x"}, "user_id": "x" * 5000},
+        {"files": {"a": b"x"}, "drop": "worker_id"},
+        {"files": {"a": b"x"}, "drop": "manifest"},
+        {"files": {"a": b"x"}, "drop": "file"},
+        {"files": {"a": b"x"}, "manifest": b"[]"},
+        {"files": {"a": b"x"}, "manifest": manifest_of({"a": b"y"})},
+        {"files": {"a": b"xx"}, "manifest": manifest_of({"a": b"x"})},
+        {"files": {"a": b"x"}, "manifest": manifest_of({})},
+        {"files": {"../escape": b"x"}},
+        {"files": {"/tmp/escape": b"x"}},
+        {"files": {"a": b"x", "a/b": b"y"}},
+        {"files": {"a": b"x"}, "manifest": manifest_of({"a": b"x"}, task_id="t2")},
+    ],
+)
+async def test_a_hostile_or_broken_form_is_refused_with_400_and_leaves_nothing(
+    master: Master, results: Path, data: dict[str, Any]
+) -> None:
+    status, answer = await post(master, form(**data))
+    assert (status, answer["success"]) == (400, False)
+    assert answer["message"]
+    assert nothing_left(results)
+    assert not list(results.parent.parent.rglob("escape"))
+
+
+async def test_a_body_that_is_no_form_is_refused(master: Master, results: Path) -> None:
+    assert (await post(master, b"x"))[0] == 400
+    headers = {"Content-Type": "multipart/form-data"}
+    assert (await post(master, b"x", headers=headers))[0] == 400
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert (await post(master, b"--b\r\nbroken", headers=headers))[0] == 400
+    assert nothing_left(results)
+
+
+async def test_a_post_that_breaks_off_leaves_nothing(master: Master, results: Path) -> None:
+    host, _, port = str(master.http_address).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = form({"a": b"x" * 500_000})
+    head = (
+        f"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: {body.size}\r\nContent-Type: {body.content_type}\r\n\r\n"
+    )
+
+    class Pipe:
+        async def write(self, data: bytes) -> None:
+            writer.write(data[: len(data) - 100_000] if len(data) > 100_000 else data)
+            if len(data) > 100_000:
+                await writer.drain()
+                raise EOFError
+
+    writer.write(head.encode())
+    with pytest.raises(EOFError):
+        await body.write(Pipe())  # type: ignore[arg-type]
+    async with asyncio.timeout(20):
+        while nothing_left(results):
+            await asyncio.sleep(0.01)
+        writer.close()
+        while not nothing_left(results):
+            await asyncio.sleep(0.01)
+    reader.feed_eof()
+
+
+async def test_more_than_the_limit_is_refused_with_413_and_leaves_nothing(settings: MasterSettings) -> None:
+    master = Master(replace(settings, http_limit_bytes=1000))
+    await master.start()
+    try:
+        assert (await post(master, form({"a": b"x" * 2000})))[0] == 413
+        lying = form({"a": b"x" * 2000}, manifest=manifest_of({"a": b"x"}))
+        assert (await post(master, lying))[0] == 400
+        assert (await post(master, form({}, manifest=b"x" * 2000)))[0] == 413
+        assert nothing_left(master._results_dir)
+        assert (await post(master, form({"a": b"x"})))[0] == 200
+    finally:
+        await master.stop()
