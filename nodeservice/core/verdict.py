@@ -9,6 +9,8 @@ from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest, Verd
 
 _SIGNAL_BASE = 128
 _HIGHEST_SIGNAL = 64
+_NOT_EXECUTED = (126, 127)
+"""What shells and the engine's init program exit with for a command that cannot be, or is not found (POSIX 2.8.2)."""
 
 
 def of_stop(stop: StopRequest, *, exit_code: int | None = None) -> Verdict:
@@ -36,6 +38,13 @@ def of_exit(*, exit_code: int, oom_killed: bool, error: str, stop: StopRequest |
         return of_stop(stop, exit_code=exit_code)
     if exit_code == 0:
         return Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="Exited with code 0.", exit_code=0)
+    if error and exit_code in _NOT_EXECUTED:
+        return Verdict(
+            outcome=Outcome.FAILED,
+            reason=Reason.COMMAND_NOT_FOUND,
+            message=f"The command could not be executed: {error}",
+            exit_code=exit_code,
+        )
     if oom_killed:
         return Verdict(
             outcome=Outcome.FAILED,

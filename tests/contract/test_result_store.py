@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import secrets
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,7 @@ from nodeservice.rpc.result_push import MasterPushResultStore
 from nodeservice.testing.memory_store import MemoryResultStore
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-from minio_server import MinioServer, minio
+from tests.integration.minio_server import MinioServer, minio
 
 __all__ = ["minio"]
 

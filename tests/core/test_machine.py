@@ -236,6 +236,18 @@ def test_exit_137_without_the_kernels_word_is_not_a_memory_kill() -> None:
     assert record.verdict.reason is Reason.EXIT_NONZERO
 
 
+def test_an_engine_that_could_not_execute_the_command_is_not_the_tasks_own_127() -> None:
+    running = in_phase(Phase.RUNNING)
+    engine = ev.ContainerExited(at=at(9), exit_code=127, oom_killed=False, error="exec nope: No such file or directory")
+    own = ev.ContainerExited(at=at(9), exit_code=127, oom_killed=False)
+    reasons = [
+        step.record.verdict.reason
+        for event in (engine, own)
+        if (step := machine.advance(running, event)).record.verdict
+    ]
+    assert reasons == [Reason.COMMAND_NOT_FOUND, Reason.EXIT_NONZERO]
+
+
 def test_a_childs_memory_kill_beside_exit_0_is_a_success_with_a_remark() -> None:
     record = machine.advance(in_phase(Phase.RUNNING), ev.ContainerExited(at=at(9), exit_code=0, oom_killed=True)).record
     assert record.verdict is not None

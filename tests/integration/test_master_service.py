@@ -222,7 +222,7 @@ async def test_a_draining_node_gets_nothing(client: Client, node: ScriptedNode) 
     await node.got("t1")
 
 
-async def test_a_thousand_submissions_at_once_are_all_kept_and_none_overcommits(
+async def test_hundreds_of_submissions_at_once_are_all_kept_and_none_overcommits(
     client: Client, node: ScriptedNode
 ) -> None:
     acks = await asyncio.gather(*(client.submit(f"t{n}") for n in range(300)))
@@ -235,7 +235,7 @@ async def test_a_thousand_submissions_at_once_are_all_kept_and_none_overcommits(
         for task_id in done:
             await node.report(task_id)
         await eventually(lambda expected=before + 4: len(node.assigned) == expected)
-    assert node.ids() == [f"t{n}" for n in range(16)] or len(set(node.ids())) == 16
+    assert len(set(node.ids())) == 16
 
 
 # ---- refusals and silence ---------------------------------------------------------------------------------------------
@@ -247,8 +247,6 @@ async def test_a_refusal_for_want_of_room_puts_the_task_back_and_it_is_tried_aga
     node.refuse_with = "INSUFFICIENT_DISK"
     await client.submit("t1")
     await eventually(lambda: len(node.assigned) >= 2)
-    view = await client.get("t1")
-    assert "not here" in view.message or view.state == "ASSIGNED"
     node.refuse_with = None
     await eventually(lambda: _answered(master, "t1"))
     await node.report("t1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from hashlib import sha256
@@ -20,10 +19,8 @@ from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest
 from nodeservice.results.access import MIB, S3Access
 from nodeservice.results.s3 import S3ResultStore
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fault_proxy import FaultProxy
-from minio_server import MinioServer, find_minio, free_port, minio, running_minio
+from tests.integration.fault_proxy import FaultProxy
+from tests.integration.minio_server import MinioServer, find_minio, free_port, minio, running_minio
 
 __all__ = ["minio"]
 
