@@ -189,7 +189,7 @@ async def test_a_child_killed_for_memory_is_counted_though_the_container_exits_0
 ) -> None:
     task = spec(memory_bytes=16 * MIB)
     parent = await cgroups.prepare(task)
-    hog = "(head -c 100000000 /dev/zero | tail -c 100000000 >/dev/null); exit 0"
+    hog = "(echo 1000 >/proc/self/oom_score_adj; head -c 100000000 /dev/zero | tail -c 100000000 >/dev/null); exit 0"
     with Container(engine, image, parent, task, hog) as container:
         assert container.wait() == 0
 
