@@ -103,11 +103,14 @@ def _spec(
         argv=tuple(command),
         env=tuple(_variable(text) for text in env),
         request=Resources(
-            cpu_milli=parse_cpus(cpus), memory_bytes=parse_bytes(memory), disk_bytes=parse_bytes(disk), gpu_count=gpus
+            cpu_milli=parse_cpus(cpus),
+            memory_bytes=parse_bytes(memory),
+            disk_bytes=parse_bytes(disk, option="--disk"),
+            gpu_count=gpus,
         ),
         pids_limit=pids,
         timeout_seconds=parse_seconds(timeout) if timeout else None,
-        grace_seconds=parse_seconds(grace),
+        grace_seconds=parse_seconds(grace, option="--grace"),
         pull_policy=policy,
         task_name=name,
         fingerprint=id_,

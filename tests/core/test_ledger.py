@@ -33,7 +33,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(actions)
 def test_no_sequence_overcommits_or_grants_a_gpu_twice(sequence: list[tuple[str, int, Resources | None]]) -> None:
     ledger = Ledger(NODE, GPUS)

@@ -217,6 +217,7 @@ def dead_endpoint(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_a_dead_collector_costs_only_spans(dead_endpoint: str) -> None:
     with structlog.testing.capture_logs() as logs:
         sink = open_trace_sink(dead_endpoint, insecure=False, worker_id="node-1")
@@ -236,6 +237,7 @@ def test_a_dead_collector_costs_only_spans(dead_endpoint: str) -> None:
     close(sink)
 
 
+@pytest.mark.slow
 def test_a_collector_that_comes_back_is_used_again_and_the_outage_is_told_once(receiver: OtlpReceiver) -> None:
     receiver.stop()
     with structlog.testing.capture_logs() as logs:
