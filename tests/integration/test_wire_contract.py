@@ -172,6 +172,22 @@ async def test_the_same_assignment_a_hundred_times_in_parallel_runs_once(client:
     assert master.count(task_id) == 1
 
 
+async def test_a_thousand_assignments_at_once_on_a_full_node_are_refused_and_the_running_task_goes_on(
+    client: OldClient, master: OldMaster
+) -> None:
+    await master.until(lambda: bool(master.heartbeats))
+    whole, running = master.registrations[0].total_cpu, fresh("full")
+    assert (await client.assign(task_id=running, command="sleep 600", req_cpu=whole)).success
+    acks = await asyncio.gather(*(client.assign(task_id=fresh(), command="true", req_cpu=1.0) for _ in range(1000)))
+    assert not any(ack.success for ack in acks)
+    assert all("CPU" in ack.message for ack in acks)
+    beats = len(master.heartbeats)
+    await master.until(lambda: len(master.heartbeats) > beats)
+    assert [task.task_id for task in master.heartbeats[-1].running_tasks] == [running]
+    assert (await client.cancel(running)).success
+    assert (await master.report_of(running)).status == "cancelled"
+
+
 async def test_an_image_that_is_nowhere_and_one_without_a_shell_fail_with_their_reason(
     client: OldClient, master: OldMaster
 ) -> None:
