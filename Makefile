@@ -45,7 +45,7 @@ lint: setup ## Style, types and import layers
 	@$(BIN)/lint-imports --no-logo || { echo "lint-imports: see .importlinter for the layers"; exit 1; }
 
 test-fast: setup ## Tests without engine or servers, offline, in seconds
-	@$(BIN)/pytest -q -m "not engine and not minio and not crash and not slow" tests/core tests/unit tests/contract
+	@$(BIN)/pytest -q -m "not engine and not minio and not crash and not slow" --hypothesis-profile=fast tests/core tests/unit tests/contract
 
 test: setup engine image minio test-deps lint ## Everything: installs what is missing, lints, runs all tests
 	@$(WITH_ENGINE) $(BIN)/pytest -q

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import docker
 import pytest
+from hypothesis import settings
 
 from nodeservice.runtime.endpoint import resolve_endpoint
+
+settings.register_profile("fast", max_examples=15)  # for make test-fast; the whole run uses the default
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_IMAGE = "nodeservice/demo:latest"
