@@ -22,13 +22,15 @@ log = structlog.get_logger(__name__)
 
 _MARKER = "\n[nodeservice: log cut here, at the limit of {limit} bytes]\n"
 _COMPLETE_MEMORY = 4_096
-_RESUME_SECONDS = 1.0
 
 
 class LogBook:
     """The logs of all attempts on this node."""
 
-    def __init__(self, runtime: ContainerRuntime, *, max_bytes: int, tail_bytes: int) -> None:
+    def __init__(
+        self, runtime: ContainerRuntime, *, max_bytes: int, tail_bytes: int, resume_seconds: float = 1.0
+    ) -> None:
+        self._resume_seconds = resume_seconds
         self._runtime = runtime
         self._max_bytes = max_bytes
         self._tail_bytes = tail_bytes
@@ -73,7 +75,7 @@ class LogBook:
                 if error.reason == Reason.CONTAINER_LOST:
                     return  # whoever waits for the container tells how it ended
                 log.warning("log.interrupted", task_id=id_.task_id, attempt=id_.attempt, error=str(error))
-                await asyncio.sleep(_RESUME_SECONDS)
+                await asyncio.sleep(self._resume_seconds)
             else:
                 return
 

@@ -108,7 +108,7 @@ class LiveNode:
             traces=NoTraceSink(),
         )
         self.dirs = WorkDirs(world.path / "state")
-        self.logs = LogBook(world.runtime, max_bytes=world.log_max_bytes, tail_bytes=100)
+        self.logs = LogBook(world.runtime, max_bytes=world.log_max_bytes, tail_bytes=100, resume_seconds=0.01)
         self.context = Context(
             runtime=world.runtime,
             cgroups=NoTaskCgroups(),
