@@ -172,3 +172,27 @@ async def test_results_stay_here_when_the_store_stays_down_and_go_there_when_it_
     assert not (kept / "a.txt").exists()
     assert (kept / "MOVED").read_text() == f"s3://{bucket}/{task_id}/1\n"
     assert master.count(task_id) == 1
+
+
+@pytest.mark.crash
+async def test_a_node_killed_in_the_middle_of_an_upload_stores_all_and_reports_once(
+    node: NodeProcess, master: ReadingMaster, proxy: FaultProxy
+) -> None:
+    proxy.be_slow(40_000)
+    task_id = f"task-{uuid.uuid4().hex[:8]}"
+    async with OldClient(node.address) as caller:
+        assert (await caller.assign(task_id=task_id, command=COMMAND)).success
+        for _ in range(3):
+            await master.until(
+                lambda: any(
+                    task.status == "uploading" for beat in master.heartbeats[-1:] for task in beat.running_tasks
+                )
+            )
+            await node.kill()
+            master.heartbeats.clear()
+            await node.start()
+        proxy.heal()
+        report = await master.report_of(task_id)
+    assert report.status == "success"
+    verify(master, task_id)
+    assert master.count(task_id) == 1

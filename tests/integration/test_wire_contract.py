@@ -289,3 +289,53 @@ async def test_a_node_killed_at_any_moment_reports_every_task_once(
     assert sum(master.count(task_id) for task_id in ids) <= len(ids) + 1
     left = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
     assert left == []
+
+
+@pytest.mark.crash
+async def test_a_node_killed_while_it_pulls_goes_on_pulling_and_can_be_cancelled(
+    node: NodeProcess, client: OldClient, master: OldMaster
+) -> None:
+    async def silence(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        writer.close()
+
+    registry = await asyncio.start_server(silence, "127.0.0.1", 0)
+    port = registry.sockets[0].getsockname()[1]
+    task_id = fresh("pulling")
+    assert (await client.assign(task_id=task_id, docker_image=f"127.0.0.1:{port}/never")).success
+    for _ in range(2):
+        await node.kill()
+        await node.start()
+    await master.until(
+        lambda: any(
+            task.task_id == task_id and task.status == "pulling"
+            for beat in master.heartbeats[-1:]
+            for task in beat.running_tasks
+        )
+    )
+    assert (await client.cancel(task_id)).success
+    assert (await master.report_of(task_id)).status == "cancelled"
+    registry.close()
+    await asyncio.sleep(1.0)
+    assert master.count(task_id) == 1
+
+
+@pytest.mark.crash
+async def test_a_node_killed_while_the_master_is_away_reports_once_when_it_is_back(
+    node: NodeProcess, client: OldClient, master: OldMaster
+) -> None:
+    task_id = fresh("late")
+    await master.until(lambda: bool(master.heartbeats))
+    await master.stop()
+    assert (await client.assign(task_id=task_id, command="echo done")).success
+    _, status = await lines_of(client.logs(task_id, follow=True))
+    assert status == "completed"
+    for _ in range(2):
+        await node.kill()
+        await node.start()
+    await master.start(master.port)
+    report = await master.report_of(task_id)
+    assert (report.status, report.logs) == ("success", "done\n")
+    await asyncio.sleep(1.0)
+    assert master.count(task_id) == 1
