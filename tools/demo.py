@@ -24,6 +24,7 @@ import grpc
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from nodeservice.testing.otlp import OtlpReceiver, ReceivedSpan
@@ -38,6 +39,8 @@ START_SECONDS = 60.0
 BATCH_SECONDS = 300.0
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "REJECTED"})
 OTHERS_MEMORY = 48 * MIB
+WIDE_COLUMNS = 90
+"""From here on there is room for more space between the columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,8 @@ def main() -> int:
         show_results(console, views, verdicts)
         show_trace(console, views[0], receiver.spans)
     failed = [fault for fault in verdicts if fault]
-    console.print(
-        f"\n{len(verdicts) - len(failed)} of {len(verdicts)} tasks ended as they should, manifests verified, "
-        f"in {time.monotonic() - began:.1f} s. Results: {HOME / 'results'}"
-    )
+    good = f"{len(verdicts) - len(failed)} of {len(verdicts)} tasks ended as they should, their manifests verified"
+    console.print(f"\n{good}, in {time.monotonic() - began:.1f} s")
     return 1 if failed else 0
 
 
@@ -155,9 +156,9 @@ def show_node(console: Console, client: pb_grpc.MasterWorkerStub) -> None:
         if nodes:
             amount = nodes[0].allocatable
             console.print(
-                f"node [bold]{nodes[0].worker_id}[/] registered: {amount.cpu_milli / 1000:g} cores, "
-                f"{amount.memory_bytes / 2**30:.1f} GiB memory, {amount.disk_bytes / 2**30:.1f} GiB disk, "
-                f"{amount.gpu_count} GPUs for tasks"
+                f"node [bold]{nodes[0].worker_id}[/] registered; for tasks it has\n"
+                f"  {amount.cpu_milli / 1000:g} cores, {amount.memory_bytes / 2**30:.1f} GiB memory, "
+                f"{amount.disk_bytes / 2**30:.1f} GiB disk, {amount.gpu_count} GPUs\n"
             )
             return
         time.sleep(0.05)
@@ -212,17 +213,30 @@ def check(item: Expected, view: pb.TaskView) -> str:
 
 
 def show_results(console: Console, views: list[pb.TaskView], faults: list[str]) -> None:
-    table = Table("task", "outcome", "reason", "run s", "total s", "peak MiB", "result", "verified", box=None)
+    """All columns are as wide as their longest text, which together fit into 80; what is wrong stands below the table."""
+    gap = 2 if console.width >= WIDE_COLUMNS else 1
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for header in ("task", "outcome", "reason"):
+        table.add_column(header, overflow="fold")
+    for header in ("run\ns", "total\ns", "peak\nMiB"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    table.add_column("hash\nok")
+    top = (HOME / "results").as_uri() + "/"
     for view, fault in zip(views, faults, strict=True):
         result = view.result
         seconds = {phase.name: phase.duration_ns / 1e9 for phase in result.phases}
         peak = f"{result.usage.memory_peak_bytes / MIB:.1f}" if result.usage.HasField("memory_peak_bytes") else "?"
-        short = result.result_location.replace((HOME / "results").as_uri(), "…")
         table.add_row(
             view.task.task_id, result.outcome, result.reason, f"{seconds.get('run', 0):.2f}",
-            f"{sum(seconds.values()):.2f}", peak, short, f"[red]{fault}" if fault else "[green]yes",
+            f"{sum(seconds.values()):.2f}", peak, result.result_location.removeprefix(top),
+            "[red]NO" if fault else "[green]yes",
         )  # fmt: skip
     console.print(table)
+    console.print(f"results are below {unquote(urlsplit(top).path)}", soft_wrap=True, highlight=False)
+    for view, fault in zip(views, faults, strict=True):
+        if fault:
+            console.print(Text(f"{view.task.task_id}: {fault}", style="red"))
 
 
 def trace_of(view: pb.TaskView, spans: Sequence[ReceivedSpan]) -> Sequence[ReceivedSpan] | None:
@@ -239,6 +253,7 @@ def show_trace(console: Console, view: pb.TaskView, spans: Sequence[ReceivedSpan
     tree = Tree(f"trace [bold]{root.trace_id}[/] of {view.task.task_id}: {milliseconds(root):.0f} ms")
     for span in sorted((span for span in found if span.parent_span_id == root.span_id), key=lambda span: span.start_ns):
         tree.add(f"{span.name:<15} +{(span.start_ns - root.start_ns) / 1e6:6.0f} ms {milliseconds(span):6.0f} ms")
+    console.print()
     console.print(tree)
 
 

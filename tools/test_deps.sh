@@ -1,13 +1,13 @@
 #!/bin/sh
-# Installs what only the tests need: a registry, a database server, certificates, a compiler. Never fails: says what is missing.
+# Installs what only the tests need: a registry, a database server, Podman, certificates, a compiler. Never fails: says what is missing.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . tools/debian.sh
 
-packages="docker-registry postgresql openssl gcc libc6-dev"
+packages="docker-registry podman catatonit postgresql openssl gcc libc6-dev"
 
 if [ ! -r /etc/debian_version ]; then
-	for tool in docker-registry openssl gcc; do
+	for tool in docker-registry podman openssl gcc; do
 		command -v "$tool" >/dev/null 2>&1 || say "MISSING: $tool. The tests that need it will be skipped."
 	done
 	exit 0

@@ -12,7 +12,7 @@ from nodeservice.errors import ConfigError, NodeServiceError
 
 def build_app() -> typer.Typer:
     """All commands. Each module imports what it needs when its command runs, so that none pays for another."""
-    from nodeservice.cli import client, inspect_command, master_command, run_command, serve_command
+    from nodeservice.cli import client, doctor_command, inspect_command, master_command, run_command, serve_command
 
     app = typer.Typer(
         name="nodeservice",
@@ -23,7 +23,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for module in (serve_command, run_command, inspect_command, master_command, client):
+    for module in (serve_command, run_command, inspect_command, doctor_command, master_command, client):
         module.register(app)
     return app
 

@@ -20,6 +20,17 @@ from nodeservice.cli.connection import (
     TlsKey,
     say,
 )
+from nodeservice.cli.task_options import (
+    ExclusiveCpus,
+    OpenFiles,
+    PullTimeout,
+    ReadRate,
+    StopSignal,
+    TotalTimeout,
+    WaitTimeout,
+    WriteRate,
+    limits_given,
+)
 from nodeservice.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,11 +53,19 @@ def submit(
     shell: Annotated[str, typer.Option(help="Run this with /bin/sh -c instead of a command.")] = "",
     cpus: Annotated[str, typer.Option(help="Cores, such as 0.5.")] = "1",
     memory: Annotated[str, typer.Option(help="Memory, such as 64m or 2g; hard, with swap off.")] = "512m",
-    disk: Annotated[str, typer.Option(help="Disk that the task may need.")] = "1g",
+    disk: Annotated[str, typer.Option(help="Most that the task may write: layer, /results, log.")] = "1g",
     gpus: Annotated[int, typer.Option(min=0, help="Number of whole GPUs.")] = 0,
     timeout: Annotated[str | None, typer.Option(help="Running time, such as 20s or 1h30m.")] = None,
     grace: Annotated[str | None, typer.Option(help="From SIGTERM to SIGKILL.")] = None,
     pids: Annotated[int | None, typer.Option(min=1, help="Most processes and threads.")] = None,
+    wait_timeout: WaitTimeout = None,
+    pull_timeout: PullTimeout = None,
+    total_timeout: TotalTimeout = None,
+    stop_signal: StopSignal = None,
+    exclusive_cpus: ExclusiveCpus = False,
+    open_files: OpenFiles = None,
+    read_rate: ReadRate = None,
+    write_rate: WriteRate = None,
     env: Annotated[
         list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE; a bare NAME: this shell's value.")
     ] = None,
@@ -72,6 +91,11 @@ def submit(
             image=image, argv=tuple(command or ()), shell=shell, cpus=cpus, memory=memory, disk=disk, gpus=gpus,
             timeout=timeout, grace=grace, pids=pids, env=tuple(env or ()), name=name, task_id=task_id, attempt=attempt,
             pull=pull, target=target, user=user,
+            limits=limits_given(
+                wait_timeout=wait_timeout, pull_timeout=pull_timeout, total_timeout=total_timeout,
+                stop_signal=stop_signal, exclusive_cpus=exclusive_cpus, open_files=open_files, read_rate=read_rate,
+                write_rate=write_rate,
+            ),
         ).task()  # fmt: skip
         with link.open() as stub:
             ack = stub.SubmitTask(task, timeout=CALL_SECONDS, metadata=traceparent())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ CALL_SECONDS = 40.0
 """Above 30 s, since a master may pass a call on to a node."""
 
 _MAX_ANSWER_BYTES = 64 * 1024**2
+_HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe", "closed unexpectedly")
 
 Master = Annotated[str, typer.Option("--master", envvar="NODESERVICE_MASTER", help="HOST:PORT of the master.")]
 TlsCert = Annotated[Path | None, typer.Option(envvar="NODESERVICE_TLS_CERT", help="PEM certificate to show.")]
@@ -52,6 +54,8 @@ class Connection:
         A call that fails inside ends the command with one line on stderr: code 69 where the master doesn't answer, 75
         where it refuses. Raises ConfigError for options that contradict each other.
         """
+        # gRPC prints failed handshakes itself; what they mean is said below.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import grpc
 
         from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
@@ -88,11 +92,34 @@ class Connection:
         code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
         details = (error.details() or "") if isinstance(error, grpc.Call) else str(error)
         if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            remedy = "" if self.insecure else "; a master without TLS needs --insecure"
-            say(f"the master at {self.master} does not answer ({code.name}: {details[:300]}){remedy}")
+            say(f"{self._cause(details)} ({code.name}: {details[:300]})")
             return typer.Exit(ExitCode.UNAVAILABLE)
         say(f"the master refused: {details[:2000]} ({code.name})")
         return typer.Exit(ExitCode.REJECTED)
+
+    def _cause(self, details: str) -> str:
+        """What a call that got no answer means, with the remedy.
+
+        Who refuses a certificate only hangs up (in TLS 1.3 after the client's handshake has ended), so what is said then
+        depends on what was shown.
+        """
+        at = f"the master at {self.master}"
+        if "failed to connect" in details and any(sign in details for sign in _HUNG_UP):
+            if self.insecure:
+                return (
+                    f"{at} hung up at once: it may want TLS (give --tls-ca, --tls-cert and --tls-key, not --insecure)"
+                )
+            if self.tls_cert is None:
+                return f"{at} hung up: it may want a client certificate (give --tls-cert and --tls-key)"
+            return f"{at} hung up: it may not trust the certificate {self.tls_cert} (have its authority sign one)"
+        if "CERTIFICATE_VERIFY_FAILED" in details:
+            trusted = f"--tls-ca {self.tls_ca}" if self.tls_ca else "the public roots (give --tls-ca)"
+            return f"{at} shows a certificate that is not signed by {trusted}"
+        if "WRONG_VERSION_NUMBER" in details:
+            return f"{at} does not speak TLS (--insecure is for a master without TLS)"
+        if "peer name" in details.lower() or "hostname verification" in details.lower():
+            return f"{at} shows a certificate for another name (dial a name that stands in it)"
+        return f"{at} does not answer"
 
 
 def say(text: str) -> None:

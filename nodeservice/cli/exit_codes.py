@@ -1,4 +1,4 @@
-"""What the exit code of `run` and `wait` tells.
+"""What the exit code of `run` and `wait` tells, and that of `doctor`.
 
 0 is success and a task that failed by its own code ends with that code. The others follow what is usual: `timeout` (124),
 the shell (126, 127, 128 + signal) and sysexits.h (64–78).
@@ -29,6 +29,17 @@ class ExitCode(IntEnum):
     COMMAND_NOT_FOUND = 127
     CANCELLED = 130
     MEMORY_LIMIT = 137
+
+
+class DoctorCode(IntEnum):
+    """What the exit code of `doctor` tells."""
+
+    SOUND = 0
+    """Every limit is hard or watched."""
+    NOT_KEPT = 1
+    """At least one is missing or failed."""
+    NOT_EXAMINED = 2
+    """Nothing could be tried: no engine, no image."""
 
 
 _BY_REASON = {

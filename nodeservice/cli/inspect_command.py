@@ -27,10 +27,14 @@ def inspect(
     from nodeservice.cli.inspect_view import capacity_as_dict, render_capacity
     from nodeservice.config import load_config
     from nodeservice.daemon import look
+    from nodeservice.telemetry.logs import configure_logging
 
+    configure_logging("error", "console")  # what there is to warn of stands in the answer
     flags = {"state_dir": state_dir} if state_dir is not None else {}
-    capacity, free = asyncio.run(look(load_config(config, flags, os.environ, serving=False)))
+    seen = asyncio.run(look(load_config(config, flags, os.environ, serving=False)))
     if as_json:
-        sys.stdout.write(json.dumps(capacity_as_dict(capacity, free), indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps(capacity_as_dict(seen.capacity, seen.free, degraded=seen.degraded), indent=2) + "\n"
+        )
     else:
-        render_capacity(capacity, free, Console())
+        render_capacity(seen.capacity, seen.free, Console(), degraded=seen.degraded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,8 +14,11 @@ from nodeservice.ports import DiskFacts, EngineFacts, Gpu, HostFacts, NodeCapaci
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def capacity_as_dict(capacity: NodeCapacity, free: Resources) -> dict[str, object]:
-    """JSON-able; exact values, the unit in every name. `free` is allocatable less what is leased."""
+def capacity_as_dict(capacity: NodeCapacity, free: Resources, *, degraded: Sequence[str] = ()) -> dict[str, object]:
+    """JSON-able; exact values, the unit in every name. `free` is allocatable less what is leased.
+
+    `degraded` tells in sentences what tasks do without on this engine.
+    """
     host = capacity.host
     return {
         "host": {
@@ -35,7 +38,7 @@ def capacity_as_dict(capacity: NodeCapacity, free: Resources) -> dict[str, objec
             },
             "disk": _disk_dict(host.disk),
         },
-        "engine": _engine_dict(host.engine, host.engine_disk),
+        "engine": _engine_dict(host.engine, host.engine_disk, degraded),
         "engine_error": host.engine_error,
         "gpus": [_gpu_dict(gpu) for gpu in host.gpus.gpus],
         "gpu_driver_version": host.gpus.driver_version,
@@ -47,10 +50,10 @@ def capacity_as_dict(capacity: NodeCapacity, free: Resources) -> dict[str, objec
     }
 
 
-def render_capacity(capacity: NodeCapacity, free: Resources, console: Console) -> None:
+def render_capacity(capacity: NodeCapacity, free: Resources, console: Console, *, degraded: Sequence[str] = ()) -> None:
     """Print the tables. Text from host and engine is shown as it is, never read as markup."""
     console.print(_facts("Host", _host_rows(capacity.host)))
-    console.print(_facts("Engine", _engine_rows(capacity.host)))
+    console.print(_facts("Engine", _engine_rows(capacity.host, degraded)))
     console.print(_resources(capacity, free))
     found = capacity.host.gpus
     if found.gpus:
@@ -88,7 +91,7 @@ def _host_rows(host: HostFacts) -> Iterable[tuple[str, str]]:
     yield "state disk", _disk_text(host.disk)
 
 
-def _engine_rows(host: HostFacts) -> Iterable[tuple[str, str]]:
+def _engine_rows(host: HostFacts, degraded: Sequence[str]) -> Iterable[tuple[str, str]]:
     engine = host.engine
     if engine is None:
         yield "fault", host.engine_error or "no engine"
@@ -99,6 +102,8 @@ def _engine_rows(host: HostFacts) -> Iterable[tuple[str, str]]:
     yield "sees", f"{engine.cpu_count} CPUs, {human_bytes(engine.memory_bytes)} memory"
     if host.engine_disk is not None:
         yield "disk", _disk_text(host.engine_disk)
+    for sentence in degraded:
+        yield "degraded", sentence
 
 
 def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
@@ -158,7 +163,9 @@ def _disk_dict(disk: DiskFacts) -> dict[str, object]:
     }
 
 
-def _engine_dict(engine: EngineFacts | None, disk: DiskFacts | None) -> dict[str, object] | None:
+def _engine_dict(
+    engine: EngineFacts | None, disk: DiskFacts | None, degraded: Sequence[str]
+) -> dict[str, object] | None:
     if engine is None:
         return None
     return {
@@ -172,6 +179,7 @@ def _engine_dict(engine: EngineFacts | None, disk: DiskFacts | None) -> dict[str
         "cpu_count": engine.cpu_count,
         "memory_bytes": engine.memory_bytes,
         "disk": _disk_dict(disk) if disk is not None else None,
+        "degraded": list(degraded),
     }
 
 

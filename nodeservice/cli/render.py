@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nodeservice.cli.receipt_view import other_limits, receipt_rows, receipt_summary
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -88,11 +90,20 @@ def show_task(task: Mapping[str, Any]) -> None:
     for name, value in task["usage"].items():
         if value is not None:
             facts.add_row(*_usage_row(name, value))
-    for name, value in _flat(task["limits"]):
+    for name, value in _flat(other_limits(task["limits"])):
         facts.add_row(f"limit {name}", _text(value))
     for remark in task["remarks"]:
         facts.add_row("remark", _text(remark))
     console.print(facts)
+    rows_of_receipt = list(receipt_rows(task["limits"]))
+    if rows_of_receipt:
+        receipt = _table("LIMIT", "ASKED", "IN FORCE", "KEPT", "READ FROM")
+        for cells in rows_of_receipt:
+            receipt.add_row(*(_text(cell) for cell in cells))
+        console.print(receipt)
+    for sentence in receipt_summary(task["limits"]):
+        if sentence.startswith("limit not"):
+            console.print(_text(sentence), style="red")
     if task["phases"]:
         phases = _table("PHASE", "START", "SECONDS")
         for phase in task["phases"]:

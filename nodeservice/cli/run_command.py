@@ -5,9 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from nodeservice.cli.task_options import (
+    ExclusiveCpus,
+    OpenFiles,
+    PullTimeout,
+    ReadRate,
+    StopSignal,
+    TotalTimeout,
+    WaitTimeout,
+    WriteRate,
+    limits_given,
+)
 
 if TYPE_CHECKING:
     from nodeservice.config import NodeConfig
@@ -27,11 +39,19 @@ def run(
     command: list[str] = typer.Argument(None, help="Command and arguments, after --. Default: the image's own."),
     cpus: str = typer.Option("1", help="Cores, such as 0.5."),
     memory: str = typer.Option("512m", help="Memory, such as 64m or 2g; hard, with swap off."),
-    disk: str = typer.Option("1g", help="Disk that the task may need."),
+    disk: str = typer.Option("1g", help="Most that the task may write: layer, /results and log together."),
     gpus: int = typer.Option(0, help="Number of whole GPUs."),
     timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default: none."),
     grace: str = typer.Option("10s", help="From SIGTERM to SIGKILL."),
     pids: int = typer.Option(4096, help="Most processes and threads."),
+    wait_timeout: WaitTimeout = None,
+    pull_timeout: PullTimeout = None,
+    total_timeout: TotalTimeout = None,
+    stop_signal: StopSignal = None,
+    exclusive_cpus: ExclusiveCpus = False,
+    open_files: OpenFiles = None,
+    read_rate: ReadRate = None,
+    write_rate: WriteRate = None,
     env: list[str] = typer.Option([], "--env", "-e", help="NAME=VALUE; a bare NAME takes this shell's value."),
     name: str = typer.Option("", help="A name for people."),
     task_id: str = typer.Option(None, help="Id. Default: made up."),
@@ -62,6 +82,11 @@ def run(
         spec = _spec(
             id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk, gpus=gpus,
             timeout=timeout, grace=grace, pids=pids, env=env, name=name, pull=pull,
+            limits=limits_given(
+                wait_timeout=wait_timeout, pull_timeout=pull_timeout, total_timeout=total_timeout,
+                stop_signal=stop_signal, exclusive_cpus=exclusive_cpus, open_files=open_files, read_rate=read_rate,
+                write_rate=write_rate,
+            ),
         )  # fmt: skip
         config = _config(id_, results, minio, otlp_endpoint)
         finished = asyncio.run(_run(config, spec, view))
@@ -85,7 +110,7 @@ def run(
 
 def _spec(
     *, id_: str, image: str, command: list[str], cpus: str, memory: str, disk: str, gpus: int, timeout: str | None,
-    grace: str, pids: int, env: list[str], name: str, pull: str,
+    grace: str, pids: int, env: list[str], name: str, pull: str, limits: dict[str, Any],
 ) -> TaskSpec:  # fmt: skip
     from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
     from nodeservice.core.model import AttemptId, PullPolicy, Resources, TaskSpec
@@ -114,6 +139,7 @@ def _spec(
         pull_policy=policy,
         task_name=name,
         fingerprint=id_,
+        **limits,
     )
 
 
@@ -201,6 +227,10 @@ class _View:
         verdict = record.verdict
         if verdict is not None:
             self.say(f"{verdict.outcome} ({verdict.reason}): {verdict.message}")
+        from nodeservice.cli.receipt_view import receipt_summary
+
+        for line in receipt_summary(record.limits):
+            self.say(line)
         for remark in record.remarks:
             self.say(f"remark: {remark}")
         if record.result_location:

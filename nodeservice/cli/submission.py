@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
 from nodeservice.errors import RequestError
@@ -38,6 +39,8 @@ class Submission:
     pull: str = ""
     target: str = ""
     user: str = ""
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    """As `task_options.limits_given` gives them."""
 
     def task(self) -> pb.Task:
         """Old and exact fields, filled with the same amounts. Raises RequestError naming the option."""
@@ -66,6 +69,7 @@ class Submission:
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
             disk_bytes=disk_bytes,
+            **self.limits,
         )
         if self.timeout is not None:
             task.timeout_seconds = parse_seconds(self.timeout, option="--timeout")

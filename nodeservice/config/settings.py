@@ -136,6 +136,10 @@ class NodeConfig(BaseSettings):
     reserve_memory_bytes: int | None = Field(None, ge=0, description="bytes")
     reserve_disk_bytes: int | None = Field(None, ge=0, description="bytes")
 
+    keep_free_disk_bytes: int = Field(
+        512 * _MIB, ge=0, description="bytes; with less free disk no task is taken, with half of it one is ended"
+    )
+
     # times and bounds
     heartbeat_seconds: Seconds = Field(5.0, description="seconds, more than 0; masters give a node up after 30")
     call_deadline_seconds: Seconds = Field(35.0, description="seconds for a call to the master; it may hold one for 30")

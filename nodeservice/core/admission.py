@@ -6,7 +6,7 @@ Ids become names of containers, directories and objects, so they are held to a n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nodeservice.core.ledger import Ledger, Shortfall
@@ -27,6 +27,11 @@ _MIN_CPU_MILLI = 10
 """The kernel's least quota is 1 ms in a period of 100 ms."""
 _DAY_SECONDS = 86_400.0
 _MAX_SECONDS = 366 * _DAY_SECONDS
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL")
+_MAX_OPEN_FILES = 1_048_576
+"""Linux's fs.nr_open unless the host raised it."""
+_MIN_BYTES_PER_SECOND = 4096
+"""One block a second: less would never end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +109,24 @@ def _check_amounts(spec: TaskSpec) -> None:
         raise _invalid("timeout_seconds", f"is {spec.timeout_seconds:g}", "use more than 0 and at most a year")
     if not 0 <= spec.grace_seconds <= _DAY_SECONDS:
         raise _invalid("grace_seconds", f"is {spec.grace_seconds:g}", "use 0 to a day")
+    _check_details(spec)
+
+
+def _check_details(spec: TaskSpec) -> None:
+    for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds"):
+        seconds: float | None = getattr(spec, field)
+        if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
+            raise _invalid(field, f"is {seconds:g}", "use more than 0 and at most a year")
+    if spec.stop_signal not in STOP_SIGNALS:
+        raise _invalid("stop_signal", f"is {_shown(spec.stop_signal)}", f"use one of {', '.join(STOP_SIGNALS)}")
+    if not 16 <= spec.open_files_limit <= _MAX_OPEN_FILES:
+        raise _invalid("open_files_limit", f"is {spec.open_files_limit}", f"use 16 to {_MAX_OPEN_FILES}")
+    if spec.exclusive_cpus and spec.request.cpu_milli % 1000:
+        raise _invalid("exclusive_cpus", f"goes with {spec.request.cpu_milli / 1000:g} cores", "ask for whole cores")
+    for field in ("read_bytes_per_second", "write_bytes_per_second"):
+        rate: int | None = getattr(spec, field)
+        if rate is not None and rate < _MIN_BYTES_PER_SECOND:
+            raise _invalid(field, f"is {rate}", f"use at least {_MIN_BYTES_PER_SECOND} bytes per second")
 
 
 def admit(
@@ -112,10 +135,14 @@ def admit(
     known: Callable[[TaskSpec], TaskRecord | None],
     ledger: Ledger,
     draining: bool,
+    conditions: Mapping[str, str],
     live_count: int,
     max_live_count: int,
 ) -> Admitted:
-    """Decide. Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError (INSUFFICIENT_…, NODE_DRAINING)."""
+    """Decide. Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError.
+
+    Reasons of the latter: INSUFFICIENT_…, NODE_DRAINING, or the name of a condition of this node.
+    """
     check(spec)
     existing = known(spec)
     if existing is not None:
@@ -129,13 +156,17 @@ def admit(
         )
     if draining:
         raise CapacityError("this node takes no new tasks", reason="NODE_DRAINING", hint="assign it elsewhere")
+    for name, words in conditions.items():
+        raise CapacityError(
+            f"this node is not well: {words}", reason=name, hint="assign it elsewhere, and look after this node"
+        )
     if live_count >= max_live_count:
         raise CapacityError(
             f"this node already holds {live_count} unfinished tasks",
             reason="INSUFFICIENT_SLOTS",
             hint="assign it elsewhere",
         )
-    missing = ledger.shortfall(spec.request)
+    missing = ledger.shortfall(spec.request, exclusive_cpus=spec.exclusive_cpus)
     if missing is not None:
         raise _no_room(missing)
     return Admitted()
@@ -146,6 +177,7 @@ _RESOURCES = {
     "memory_bytes": ("INSUFFICIENT_MEMORY", "req_memory", "memory"),
     "disk_bytes": ("INSUFFICIENT_STORAGE", "req_storage", "storage"),
     "gpu_count": ("INSUFFICIENT_GPU", "req_gpu", "GPU"),
+    "cpu_ids": ("INSUFFICIENT_CPU", "exclusive_cpus", "exclusive cores"),
 }
 
 

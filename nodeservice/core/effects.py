@@ -37,14 +37,14 @@ class CancelStep(Effect):
 
 @dataclass(frozen=True, slots=True)
 class StopContainer(Effect):
-    """SIGTERM, grace, SIGKILL. The end itself is reported by WatchContainer."""
+    """The stop signal, grace, SIGKILL; SIGKILL at once for what broke a limit. The end is reported by WatchContainer."""
 
 
 @dataclass(frozen=True, slots=True)
 class CollectResults(Effect):
     """Make sure no container of the attempt runs, drain its log, read its usage, freeze its output.
 
-    Ends in ResultsCollected or CollectFailed.
+    Ends in ResultsCollected or CollectFailed; tells ContainerStuck on the way when something can't be ended.
     """
 
 

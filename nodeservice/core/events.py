@@ -47,6 +47,8 @@ class ContainerStarted(Event):
 
     started_at: datetime
     limits: Mapping[str, object] = field(default_factory=dict)
+    not_enforced: tuple[str, ...] = ()
+    """The limits that were read back and are not as promised, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +57,27 @@ class ContainerExited(Event):
 
     exit_code: int
     oom_killed: bool
+    """A process of it was killed at the attempt's own memory limit."""
+    host_oom_killed: bool = False
+    """A process of it was killed for lack of memory elsewhere: on the host, or in all tasks together."""
     error: str = ""
     """The engine's error, when the process could not be run at all."""
+    finished_at: datetime | None = None
+    """The engine's own instant of the end."""
+    observed: Usage = field(default_factory=Usage)
+    """What could only be seen while it ran."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerLost(Event):
     """The container is gone and its exit status can no longer be had."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerStuck(Event):
+    """SIGKILL was sent and something of the attempt still lives. It is tried again until it is gone."""
 
     message: str
 

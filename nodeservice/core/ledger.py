@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nodeservice.core.cpus import Cpu, pick_cpus
 from nodeservice.core.model import AttemptId, Lease, Phase, Resources, TaskRecord
 from nodeservice.errors import InvariantError
 
@@ -42,8 +43,9 @@ class _Holding:
 class Ledger:
     """Mutable, owned by the one driver; plain arithmetic, no I/O."""
 
-    def __init__(self, allocatable: Resources, gpu_uuids: Sequence[str] = ()) -> None:
+    def __init__(self, allocatable: Resources, gpu_uuids: Sequence[str] = (), cpus: Sequence[Cpu] = ()) -> None:
         self._allocatable = allocatable
+        self._cpus = tuple(cpus)
         self._gpu_uuids = tuple(gpu_uuids)
         self._holdings: dict[AttemptId, _Holding] = {}
 
@@ -67,7 +69,16 @@ class Ledger:
     def free(self) -> Resources:
         return self._allocatable.minus(self.leased).clamped()
 
-    def shortfall(self, request: Resources) -> Shortfall | None:
+    @property
+    def shared_cpu_ids(self) -> tuple[int, ...]:
+        """CPUs for the tasks without exclusive ones; empty while nobody has any, which means all."""
+        taken = self._taken_cpus()
+        return tuple(cpu.id for cpu in self._cpus if cpu.id not in taken) if taken else ()
+
+    def _taken_cpus(self) -> set[int]:
+        return {cpu for holding in self._holdings.values() if holding.compute for cpu in holding.lease.cpu_ids}
+
+    def shortfall(self, request: Resources, *, exclusive_cpus: bool = False) -> Shortfall | None:
         """None when the request fits now."""
         free = self.free
         for resource in ("cpu_milli", "memory_bytes", "disk_bytes", "gpu_count"):
@@ -78,20 +89,33 @@ class Ledger:
                 return Shortfall(resource=resource, asked=asked, available=limit, ever=False)
             if asked > available:
                 return Shortfall(resource=resource, asked=asked, available=available, ever=True)
+        if exclusive_cpus:
+            # One CPU stays for the host and for everybody else.
+            whole, most = request.cpu_milli // 1000, len(self._cpus) - 1
+            left = most - len(self._taken_cpus())
+            if whole > left:
+                return Shortfall(resource="cpu_ids", asked=whole, available=max(0, left), ever=whole <= most)
         return None
 
-    def grant(self, owner: AttemptId, request: Resources) -> Lease:
+    def grant(self, owner: AttemptId, request: Resources, *, exclusive_cpus: bool = False) -> Lease:
         """Lease all of it. Call `shortfall` first: granting what does not fit is an InvariantError."""
         if owner in self._holdings:
             raise InvariantError(f"{owner} already holds a lease")
-        missing = self.shortfall(request)
+        missing = self.shortfall(request, exclusive_cpus=exclusive_cpus)
         if missing is not None:
             raise InvariantError(f"{owner} was granted more {missing.resource} than is free")
         taken = {uuid for h in self._holdings.values() if h.compute for uuid in h.lease.gpu_uuids}
         gpus = [uuid for uuid in self._gpu_uuids if uuid not in taken][: request.gpu_count]
         if len(gpus) < request.gpu_count:
             raise InvariantError(f"{owner} was granted {request.gpu_count} GPUs, but only {len(gpus)} are free")
-        lease = Lease(granted=request, gpu_uuids=tuple(gpus))
+        cpu_ids: tuple[int, ...] = ()
+        if exclusive_cpus:
+            taken_cpus = self._taken_cpus()
+            free = [cpu.id for cpu in self._cpus if cpu.id not in taken_cpus]
+            cpu_ids = pick_cpus(self._cpus, free, request.cpu_milli // 1000) or ()
+            if not cpu_ids:
+                raise InvariantError(f"{owner} was granted exclusive cores, but none fit")
+        lease = Lease(granted=request, gpu_uuids=tuple(gpus), cpu_ids=cpu_ids)
         self._holdings[owner] = _Holding(lease)
         return lease
 

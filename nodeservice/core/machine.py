@@ -22,6 +22,8 @@ from nodeservice.core.model import (
     Phase,
     PhaseTiming,
     Reason,
+    StopCause,
+    StopRequest,
     TaskRecord,
     TaskSpec,
     TraceIds,
@@ -66,11 +68,13 @@ class Step:
 
 def accept(*, spec: TaskSpec, lease: Lease, trace: TraceIds, received_at: datetime, accepted_at: datetime) -> Step:
     """The first record of an admitted attempt."""
+    limit = spec.total_timeout_seconds
     record = TaskRecord(
         spec=spec,
         lease=lease,
         trace=trace,
         accepted_at=accepted_at,
+        expires_at=None if limit is None else accepted_at + timedelta(seconds=limit),
         phase=Phase.PULLING,
         timings=(
             PhaseTiming(name=ADMIT, started_at=received_at, ended_at=accepted_at),
@@ -170,25 +174,40 @@ def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
     started = replace(
         record, started_at=event.started_at, deadline_at=deadline, limits={**record.limits, **event.limits}
     )
+    if event.not_enforced and record.stop is None:
+        message = f"Killed, because a limit does not hold: {'; '.join(event.not_enforced)}."
+        stop = StopRequest(cause=StopCause.LIMIT_NOT_ENFORCED, requested_at=event.started_at, message=message)
+        started = replace(started, stop=stop)
     step = _enter(started, Phase.RUNNING, event.at)
-    if record.stop is not None:
+    if started.stop is not None:
         return replace(step, effects=(*step.effects, fx.StopContainer()))
     return step
 
 
 def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
-    verdict = verdicts.of_exit(
-        exit_code=event.exit_code, oom_killed=event.oom_killed, error=event.error, stop=record.stop
+    facts = verdicts.ExitFacts(
+        exit_code=event.exit_code,
+        oom_killed=event.oom_killed,
+        host_oom_killed=event.host_oom_killed,
+        error=event.error,
+        finished_at=event.finished_at,
+        stop=record.stop,
     )
-    remark = verdicts.exit_remark(exit_code=event.exit_code, oom_killed=event.oom_killed)
-    remarks = record.remarks if remark is None else (*record.remarks, remark)
-    return _enter(replace(record, verdict=verdict, remarks=remarks), Phase.COLLECTING, event.at)
+    remarks = (*record.remarks, *verdicts.exit_remarks(facts))
+    ended = replace(record, verdict=verdicts.of_exit(facts), remarks=remarks, usage=event.observed, stuck=False)
+    return _enter(ended, Phase.COLLECTING, event.at)
 
 
 def _lost(record: TaskRecord, event: ev.ContainerLost) -> Step:
     lost = verdicts.of_failure(Reason.CONTAINER_LOST, event.message)
     verdict = verdicts.of_stop(record.stop) if record.stop is not None else lost
     return _give_up(record, event.at, verdict)
+
+
+def _stuck(record: TaskRecord, event: ev.ContainerStuck) -> Step:
+    if record.stuck:
+        return Step(record, changed=False)
+    return Step(replace(record, stuck=True, remarks=(*record.remarks, event.message)))
 
 
 def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
@@ -202,6 +221,7 @@ def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
         collected=event.collected,
         remarks=remarks,
         usage=event.usage,
+        stuck=False,
         compute_released=True,
     )
     return _enter(collected, Phase.UPLOADING, event.at, fx.ReleaseCompute())
@@ -214,6 +234,7 @@ def _collect_failed(record: TaskRecord, event: ev.CollectFailed) -> Step:
         verdict=verdicts.first_failure(record.verdict, failure),
         remarks=(*record.remarks, event.message),
         usage=event.usage,
+        stuck=False,
         compute_released=True,
     )
     return _enter(settled, Phase.REPORTING, event.at, fx.ReleaseCompute())
@@ -274,6 +295,7 @@ TRANSITIONS: Mapping[type[ev.Event], Mapping[Phase, Handler]] = {  # the diagram
     ev.ContainerStarted: {Phase.STARTING: _started},
     ev.ContainerExited: {Phase.RUNNING: _exited},
     ev.ContainerLost: {Phase.STARTING: _lost, Phase.RUNNING: _lost},
+    ev.ContainerStuck: {Phase.RUNNING: _stuck, Phase.COLLECTING: _stuck},
     ev.ResultsCollected: {Phase.COLLECTING: _collected},
     ev.CollectFailed: {Phase.COLLECTING: _collect_failed},
     ev.ResultsStored: {Phase.UPLOADING: _stored, Phase.RETAINING: _stored_late},

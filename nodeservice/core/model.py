@@ -86,6 +86,18 @@ class TaskSpec:
     pids_limit: int
     timeout_seconds: float | None = None
     grace_seconds: float = 10.0
+    stop_signal: str = "SIGTERM"
+    wait_timeout_seconds: float | None = None
+    """From acceptance to the container's start, the pull included."""
+    pull_timeout_seconds: float | None = None
+    total_timeout_seconds: float | None = None
+    """From acceptance to the container's end, whatever it is busy with."""
+    exclusive_cpus: bool = False
+    """Whole cores of its own, instead of a share of all."""
+    open_files_limit: int = 65_536
+    read_bytes_per_second: int | None = None
+    """Of each block device; None is no limit. Likewise for `write_bytes_per_second`."""
+    write_bytes_per_second: int | None = None
     pull_policy: PullPolicy = PullPolicy.IF_NOT_PRESENT
     user_id: str = ""
     task_name: str = ""
@@ -126,7 +138,17 @@ class Reason(StrEnum):
     COMPLETED = "COMPLETED"
     EXIT_NONZERO = "EXIT_NONZERO"
     MEMORY_LIMIT = "MEMORY_LIMIT"
+    DISK_LIMIT = "DISK_LIMIT"
     DEADLINE = "DEADLINE"
+    WAIT_TIMEOUT = "WAIT_TIMEOUT"
+    """It could not be started within the time that it was willing to wait."""
+    LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
+    """A limit read back after the start was not the one that was promised."""
+    HOST_OUT_OF_MEMORY = "HOST_OUT_OF_MEMORY"
+    """Killed for lack of memory that others took; it was within its own limit."""
+    NODE_DISK_LOW = "NODE_DISK_LOW"
+    """Ended because the host was about to run out of disk; it was within its own limit."""
+    ENGINE_FAULT = "ENGINE_FAULT"
     CANCELLED = "CANCELLED"
     IMAGE_NOT_FOUND = "IMAGE_NOT_FOUND"
     IMAGE_ACCESS_DENIED = "IMAGE_ACCESS_DENIED"
@@ -154,8 +176,15 @@ class Verdict:
 
 
 class StopCause(StrEnum):
+    """Why this service ends an attempt."""
+
     CANCELLED = "CANCELLED"
     DEADLINE = "DEADLINE"
+    WAIT_TIMEOUT = "WAIT_TIMEOUT"
+    PULL_TIMEOUT = "PULL_TIMEOUT"
+    DISK_LIMIT = "DISK_LIMIT"
+    NODE_DISK_LOW = "NODE_DISK_LOW"
+    LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +211,8 @@ class Lease:
 
     granted: Resources
     gpu_uuids: tuple[str, ...] = ()
+    cpu_ids: tuple[int, ...] = ()
+    """Logical CPUs that are its alone; empty for a share of those that are nobody's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +224,15 @@ class Usage:
     cpu_throttled_seconds: float | None = None
     pids_peak_count: int | None = None
     oom_kill_count: int | None = None
+    """Processes of it that were killed for lack of memory; where the kernel doesn't count, 1 stands for at least one."""
+    read_bytes: int | None = None
+    """From block devices, so not from the page cache; likewise `written_bytes`."""
+    written_bytes: int | None = None
+    disk_peak_bytes: int | None = None
+    """The most that was seen of what it wrote: layer, scratch, results and log."""
+    network_received_bytes: int | None = None
+    """As last seen while it ran: the interface goes with the container. Likewise `network_sent_bytes`."""
+    network_sent_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +302,11 @@ class TaskRecord:
     verdict: Verdict | None = None
     image_digest: str | None = None
     container_id: str | None = None
+    expires_at: datetime | None = None
+    """The absolute deadline, fixed at acceptance."""
     started_at: datetime | None = None
     deadline_at: datetime | None = None
+    """The end of its running time, fixed at the start."""
     limits: Mapping[str, object] = field(default_factory=dict)
     """The limits asked and those read back, JSON-able; see `limits.receipt`."""
     usage: Usage = field(default_factory=Usage)
@@ -272,6 +315,8 @@ class TaskRecord:
     retained: bool = False
     """The configured store did not take the results in time: they lie in the fallback directory, to be uploaded later."""
     remarks: tuple[str, ...] = ()
+    stuck: bool = False
+    """Its container could not be ended: it keeps its lease, and the node takes no new work meanwhile."""
     compute_released: bool = False
     disk_released: bool = False
     reported: bool = False

@@ -5,67 +5,119 @@ The first failure is final; success is provisional until the results are stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
 from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest, Verdict
 
 _SIGNAL_BASE = 128
 _HIGHEST_SIGNAL = 64
 _NOT_EXECUTED = (126, 127)
 """What shells and the engine's init program exit with for a command that cannot be, or is not found (POSIX 2.8.2)."""
+_NOT_AN_EXIT = (125, 128, 255)
+"""What engines write down, beside an error, for a process whose own exit they don't know."""
+
+_OF_STOP: Mapping[StopCause, tuple[Outcome, Reason, str]] = {
+    StopCause.CANCELLED: (Outcome.CANCELLED, Reason.CANCELLED, "Cancelled on request."),
+    StopCause.DEADLINE: (Outcome.FAILED, Reason.DEADLINE, "The task ran longer than its time limit."),
+    StopCause.WAIT_TIMEOUT: (Outcome.FAILED, Reason.WAIT_TIMEOUT, "The task could not be started in time."),
+    StopCause.PULL_TIMEOUT: (Outcome.FAILED, Reason.IMAGE_PULL_TIMEOUT, "The image was not pulled in time."),
+    StopCause.DISK_LIMIT: (Outcome.FAILED, Reason.DISK_LIMIT, "The task wrote more than its disk limit."),
+    StopCause.NODE_DISK_LOW: (Outcome.FAILED, Reason.NODE_DISK_LOW, "The host was about to run out of disk."),
+    StopCause.LIMIT_NOT_ENFORCED: (Outcome.FAILED, Reason.LIMIT_NOT_ENFORCED, "A limit does not hold on this node."),
+}
+AT_ONCE = frozenset({StopCause.DISK_LIMIT, StopCause.NODE_DISK_LOW, StopCause.LIMIT_NOT_ENFORCED})
+"""Causes for which the task gets no grace: each moment more breaks a promise made to others."""
+_RETRYABLE = frozenset(
+    {
+        Reason.CONTAINER_LOST,
+        Reason.ENGINE_FAULT,
+        Reason.HOST_OUT_OF_MEMORY,
+        Reason.IMAGE_PULL_FAILED,
+        Reason.IMAGE_PULL_TIMEOUT,
+        Reason.LIMIT_NOT_ENFORCED,
+        Reason.NODE_DISK_LOW,
+        Reason.NODE_FAULT,
+        Reason.RESULTS_NOT_STORED,
+        Reason.COLLECT_FAILED,
+        Reason.WAIT_TIMEOUT,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitFacts:
+    """What is known of a container that ended; the fields are those of `events.ContainerExited`, and what was requested."""
+
+    exit_code: int
+    oom_killed: bool
+    host_oom_killed: bool = False
+    error: str = ""
+    finished_at: datetime | None = None
+    stop: StopRequest | None = None
+
+
+def is_retryable(reason: Reason) -> bool:
+    """Whether the same task may well succeed elsewhere or later: the node or its surroundings failed, not the task."""
+    return reason in _RETRYABLE
 
 
 def of_stop(stop: StopRequest, *, exit_code: int | None = None) -> Verdict:
     """What was requested decides, whatever code the container then ended with."""
-    match stop.cause:
-        case StopCause.CANCELLED:
-            return Verdict(
-                outcome=Outcome.CANCELLED,
-                reason=Reason.CANCELLED,
-                message=stop.message or "Cancelled on request.",
-                exit_code=exit_code,
-            )
-        case StopCause.DEADLINE:
-            return Verdict(
-                outcome=Outcome.FAILED,
-                reason=Reason.DEADLINE,
-                message=stop.message or "The task ran longer than its time limit.",
-                exit_code=exit_code,
-            )
+    outcome, reason, message = _OF_STOP[stop.cause]
+    return Verdict(outcome=outcome, reason=reason, message=stop.message or message, exit_code=exit_code)
 
 
-def of_exit(*, exit_code: int, oom_killed: bool, error: str, stop: StopRequest | None) -> Verdict:
+def of_exit(facts: ExitFacts) -> Verdict:
     """The verdict on a container that ended."""
-    if stop is not None:
+    stop, exit_code = facts.stop, facts.exit_code
+    if stop is not None and not _ended_before(facts, stop):
         return of_stop(stop, exit_code=exit_code)
     if exit_code == 0:
         return Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="Exited with code 0.", exit_code=0)
+    reason, message = _cause(facts)
+    return Verdict(outcome=Outcome.FAILED, reason=reason, message=message, exit_code=exit_code)
+
+
+def _ended_before(facts: ExitFacts, stop: StopRequest) -> bool:
+    """It had ended by itself when we decided to end it. Whoever cancelled has been told so already: that stands."""
+    if stop.cause is StopCause.CANCELLED or facts.finished_at is None:
+        return False
+    return facts.finished_at < stop.requested_at
+
+
+def _cause(facts: ExitFacts) -> tuple[Reason, str]:
+    exit_code, error = facts.exit_code, facts.error
     if error and exit_code in _NOT_EXECUTED:
-        return Verdict(
-            outcome=Outcome.FAILED,
-            reason=Reason.COMMAND_NOT_FOUND,
-            message=f"The command could not be executed: {error}",
-            exit_code=exit_code,
-        )
-    if oom_killed:
-        return Verdict(
-            outcome=Outcome.FAILED,
-            reason=Reason.MEMORY_LIMIT,
-            message="The kernel killed a process of the task: it needed more memory than its limit.",
-            exit_code=exit_code,
-        )
+        return Reason.COMMAND_NOT_FOUND, f"The command could not be executed: {error}"
+    if facts.oom_killed:
+        return Reason.MEMORY_LIMIT, "The kernel killed a process of the task: it needed more memory than its limit."
+    if facts.host_oom_killed:
+        message = "The kernel killed a process of the task for lack of memory on the host, not at the task's own limit."
+        return Reason.HOST_OUT_OF_MEMORY, message
+    if error and exit_code in _NOT_AN_EXIT:
+        return Reason.ENGINE_FAULT, f"The engine could not run the container to its end: {error}"
     message = f"Exited with code {exit_code}."
     if _SIGNAL_BASE < exit_code <= _SIGNAL_BASE + _HIGHEST_SIGNAL:
         signal = exit_code - _SIGNAL_BASE
         message = f"Exited with code {exit_code}, which may mean signal {signal}; this service did not send it."
     if error:
         message = f"{message} The engine says: {error}"
-    return Verdict(outcome=Outcome.FAILED, reason=Reason.EXIT_NONZERO, message=message, exit_code=exit_code)
+    return Reason.EXIT_NONZERO, message
 
 
-def exit_remark(*, exit_code: int, oom_killed: bool) -> str | None:
-    """What a reader of a success must still be told."""
-    if oom_killed and exit_code == 0:
-        return "A process of the task was killed at the memory limit although the task exited with code 0."
-    return None
+def exit_remarks(facts: ExitFacts) -> tuple[str, ...]:
+    """What a reader of the verdict must still be told."""
+    if facts.exit_code != 0:
+        return ()
+    if facts.oom_killed:
+        return ("A process of the task was killed at the memory limit although the task exited with code 0.",)
+    if facts.host_oom_killed:
+        return (
+            "A process of the task was killed for lack of memory on the host although the task exited with code 0.",
+        )
+    return ()
 
 
 def of_failure(reason: Reason, message: str) -> Verdict:

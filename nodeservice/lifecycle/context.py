@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from nodeservice.core.model import AttemptId, TaskRecord
+from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec
 from nodeservice.core.retry import Backoff
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.workdir import WorkDirs
-from nodeservice.ports import Bundles, Clock, ContainerRuntime, PullProgress, ResultStore, TaskCgroups, Uplink
+from nodeservice.ports import (
+    Bundles,
+    Clock,
+    ContainerRuntime,
+    DiskBound,
+    FreeSpace,
+    ProcessReader,
+    PullProgress,
+    Reading,
+    ResultStore,
+    TaskCgroups,
+    TaskDisk,
+    Uplink,
+)
+
+
+class ReceiptView(Protocol):
+    """What `limits.receipt` makes of the readings."""
+
+    @property
+    def not_enforced(self) -> tuple[str, ...]:
+        """The limits that do not hold, in words; a task may not run with one."""
+        ...
+
+    def as_dict(self) -> dict[str, object]: ...
+
+
+class MakeReceipt(Protocol):
+    def __call__(
+        self,
+        spec: TaskSpec,
+        lease: Lease,
+        *,
+        readings: Sequence[Reading],
+        disk: DiskBound | None,
+        engine: Mapping[str, object],
+    ) -> ReceiptView: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +62,13 @@ class Settings:
     collect_attempt_count: int = 12
     engine_give_up_seconds: float = 300.0
     log_drain_seconds: float = 5.0
+    kill_patience_seconds: float = 10.0
+    """From SIGKILL to calling a container stuck."""
+    keep_host_seconds: float = 5.0
+    """Between two looks at the host's free disk and at the share of it that tasks have."""
+    keep_free_disk_bytes: int = 0
+    observe_seconds: float = 2.0
+    """Between two looks at what a running container has used that goes when it ends."""
     path_list_max_bytes: int = 512 * 1024
     """Bound on the paths named in a report, since gRPC messages end at 4 MiB; the manifest names all."""
     step_backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=0.5, max_seconds=30.0))
@@ -36,6 +80,8 @@ class Settings:
 class Context:
     runtime: ContainerRuntime
     cgroups: TaskCgroups
+    disk: TaskDisk
+    free_space: FreeSpace
     store: ResultStore
     fallback: ResultStore | None
     """A directory on this host; None where the store is that directory itself."""
@@ -47,5 +93,6 @@ class Context:
     settings: Settings
     encode_record: Callable[[TaskRecord], str]
     """For the label that lets a container tell its whole story."""
-    receipt: Callable[..., dict[str, object]]
+    receipt: MakeReceipt
+    processes: ProcessReader
     on_pull_progress: Callable[[AttemptId], PullProgress | None]

@@ -92,6 +92,8 @@ class Driver:
         self._start_effect: StartEffect = lambda _record, _effect: None
         self.ledger = ledger
         self.draining = False
+        self.conditions: dict[str, str] = {}
+        """What is wrong with this node now, by name, in words. While there is any, it takes no new work."""
         self.journal_error: str | None = None
 
     # ---- wiring ---------------------------------------------------------------------------------------------------
@@ -121,6 +123,19 @@ class Driver:
     def live(self) -> list[TaskRecord]:
         """All unfinished attempts, oldest first."""
         return [record for id_, record in self._records.items() if id_ not in self._finished]
+
+    def all_conditions(self) -> dict[str, str]:
+        """The node's conditions, and what its tasks and its journal make of it."""
+        found = {**self.conditions, **self._stuck_condition()}
+        if self.journal_error is not None:
+            found["JOURNAL_UNWRITABLE"] = self.journal_error
+        return found
+
+    def _stuck_condition(self) -> dict[str, str]:
+        stuck = [str(record.id) for record in self.live() if record.stuck]
+        if not stuck:
+            return {}
+        return {"TASK_STUCK": f"not to be ended: {', '.join(stuck[:5])}; a restart of the host may be needed"}
 
     async def assign(self, spec: TaskSpec, *, trace: TraceIds, received_at: datetime) -> TaskRecord:
         """Admit the attempt; returns once it is durable. Raises RequestError or CapacityError with the reason."""
@@ -181,7 +196,8 @@ class Driver:
             case _Occurred():
                 self._decide_event(item, batch)
             case _Resume():
-                step = machine.resume(item.record, at=self._clock.now())
+                record = batch.changed.get(item.record.id) or self._records.get(item.record.id) or item.record
+                step = machine.resume(record, at=self._clock.now())
                 if item.record.id not in self._records:
                     step = replace(step, changed=True)
                 self._note(step, batch)
@@ -196,11 +212,13 @@ class Driver:
                 known=known,
                 ledger=self.ledger,
                 draining=self.draining,
+                conditions={**self.conditions, **self._stuck_condition()},
                 live_count=len(self._records) - len(self._finished) + len(batch.admitted),
                 max_live_count=self._max_live_count,
             )
             if admitted.existing is None:
-                lease = self.ledger.grant(item.spec.id, item.spec.request)
+                spec = item.spec
+                lease = self.ledger.grant(spec.id, spec.request, exclusive_cpus=spec.exclusive_cpus)
                 self._note(
                     machine.accept(
                         spec=item.spec,

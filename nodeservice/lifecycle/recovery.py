@@ -12,10 +12,9 @@ import structlog
 
 from nodeservice.core.model import AttemptId, Phase, PhaseTiming, TaskRecord
 from nodeservice.errors import NodeServiceError, TransientError
-from nodeservice.lifecycle import labels
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.ports import ContainerState
+from nodeservice.ports import ContainerState, labels
 
 log = structlog.get_logger(__name__)
 

@@ -68,7 +68,7 @@ class Runner:
             task.cancel()
 
     async def _stop(self, record: TaskRecord) -> None:
-        await run.stop(self._context, record)
+        await run.stop(self._context, self._driver, record)
 
     async def _carry_out(self, id_: AttemptId, effect: fx.Effect) -> None:
         """Run the step until it tells how it went. A step that fails in a way it doesn't know is tried again."""
@@ -99,7 +99,7 @@ class Runner:
             fx.CreateContainer: lambda record: run.create(context, record),
             fx.StartContainer: lambda record: run.start(context, record),
             fx.WatchContainer: lambda record: run.watch(context, self._driver, record),
-            fx.CollectResults: lambda record: collect.collect(context, record),
+            fx.CollectResults: lambda record: collect.collect(context, self._driver, record),
             fx.UploadResults: lambda record: upload.upload(context, record),
             fx.ReportOutcome: lambda record: report.report(context, record),
             fx.CleanUp: lambda record: clean_up.clean_up(context, record),

@@ -1,7 +1,8 @@
 """The task's own cgroup, whichever version this host has: implements the port TaskCgroups.
 
 The cgroup is made before the container, so the limits hold from the first instruction, and its counts outlive the
-container. Where it can't be used, the limits sit on the container alone, and that is logged once, with the reason.
+container. Above all of them stands one cgroup of the node, with what tasks may have together. Where they can't be used, the
+limits sit on the container alone, and that is logged once, with the reason.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import structlog
 
-from nodeservice.core.model import AttemptId, TaskSpec, Usage
-from nodeservice.errors import TransientError
+from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
+from nodeservice.errors import RequestError, TransientError
+from nodeservice.limits.asked import ids_of
+from nodeservice.limits.block_devices import disks_of
 from nodeservice.limits.hierarchy import read_mounts
-from nodeservice.limits.plan import CgroupLimits, plan_cgroup
+from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share
 from nodeservice.limits.tree import CgroupTree
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
-from nodeservice.ports import EngineFacts, TaskCgroups
+from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -34,67 +38,138 @@ _REMOVE_ATTEMPTS = 20
 _REMOVE_PAUSE_SECONDS = 0.05
 
 
-def task_cgroups(*, node_id: str, facts: EngineFacts | None) -> TaskCgroups:
-    """What fits this host and engine. Never raises: where a cgroup of the task's own can't be had, a stand-in says why."""
+def task_cgroups(*, node_id: str, facts: EngineFacts | None, directories: Sequence[Path] = ()) -> TaskCgroups:
+    """What fits this host and engine. Never raises: where a cgroup of the task's own can't be had, a stand-in says why.
+
+    `directories` are those that tasks write to; block I/O limits are set for the disks behind them.
+    """
     if facts is None:
         return _none("the engine does not answer")
-    if facts.cgroup_driver != "cgroupfs":
-        return _none(f"the engine uses the cgroup driver {facts.cgroup_driver!r}")
     mounts = read_mounts()
+    disks = disks_of([*directories, facts.root_dir])
     try:
-        tree: CgroupTree = V1CgroupTree(mounts) if facts.cgroup_version == 1 else V2CgroupTree(mounts)
+        if facts.cgroup_driver == "systemd":
+            return _with_slices(node_id, facts, disks)
+        if facts.cgroup_driver != "cgroupfs":
+            return _none(f"the engine uses the cgroup driver {facts.cgroup_driver!r}")
+        tree: CgroupTree = (
+            V1CgroupTree(mounts, disks=disks) if facts.cgroup_version == 1 else V2CgroupTree(mounts, disks=disks)
+        )
     except OSError as error:
         return _none(str(error))
-    return KernelTaskCgroups(node_id=node_id, tree=tree)
+    return KernelTaskCgroups(places=DirectoryPlaces(node_id), tree=tree)
 
 
-def place_of(node_id: str, id_: AttemptId) -> str:
-    """Where the attempt's cgroup lies below the root. The suffix keeps a node's id clear of the names of kernel files."""
-    return f"nodeservice/{_safe(node_id)}.node/{_safe(str(id_))}"
+def _with_slices(node_id: str, facts: EngineFacts, disks: tuple[str, ...]) -> TaskCgroups:
+    if facts.cgroup_version != 2:
+        return _none("the engine uses the cgroup driver 'systemd' on cgroup v1; cgroup v2 is needed for that")
+    from nodeservice.limits.slices import SlicePlaces, SliceTree  # only such hosts need a D-Bus library
+
+    return KernelTaskCgroups(places=SlicePlaces(node_id), tree=SliceTree(read_mounts(), disks=disks))
+
+
+class Places(Protocol):
+    """Where cgroups lie below the root, and what the engine is told."""
+
+    def of_node(self) -> str: ...
+
+    def of_task(self, id_: AttemptId) -> str: ...
+
+    def parent_for_engine(self, id_: AttemptId) -> str: ...
+
+
+class DirectoryPlaces:
+    """Plain directories. The suffix keeps a node's id clear of the names of kernel files."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node = f"nodeservice/{_safe(node_id)}.node"
+
+    def of_node(self) -> str:
+        return self._node
+
+    def of_task(self, id_: AttemptId) -> str:
+        return f"{self._node}/{_safe(str(id_))}"
+
+    def parent_for_engine(self, id_: AttemptId) -> str:
+        return f"/{self.of_task(id_)}"
 
 
 class KernelTaskCgroups:
     """TaskCgroups on a real hierarchy. All file access happens in one thread, in the order of the calls."""
 
-    def __init__(self, *, node_id: str, tree: CgroupTree) -> None:
-        self._node_id = node_id
+    def __init__(self, *, places: Places, tree: CgroupTree) -> None:
+        self._places = places
         self._tree = tree
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-cgroup")
         self._warned: set[str] = set()
+        self._fault: str | None = None
+        self._share: CgroupLimits | None = None
 
-    async def prepare(self, spec: TaskSpec) -> str | None:
-        """As the port says. Repeating sets the limits again. None also where the kernel refuses: the reason is logged."""
-        place = place_of(self._node_id, spec.id)
-        limits = plan_cgroup(spec.request, pids_limit=spec.pids_limit)
+    async def share(self, allocatable: Resources, cpu_ids: Sequence[int] = ()) -> None:
+        place = self._places.of_node()
+        self._share = plan_share(allocatable, host_pids=_host_pids())
+
+        def apply() -> None:
+            if self._tree.exists(place):  # else it is made with the first task
+                self._make_room(place, again=True)
+                self._tree.set_cpus(place, tuple(cpu_ids) or _all_cpus())
+
         try:
-            await self._create(place, limits)
+            await self._run(apply)
+        except OSError as error:
+            self._fault = f"tasks are not held to the node's share: {error}"
+            log.warning("cgroup.share_not_set", path=place, error=str(error))
+        else:
+            self._fault = None
+
+    async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
+        """As the port says. Repeating sets the limits again. None also where the kernel refuses: the reason is logged."""
+        place = self._places.of_task(spec.id)
+        _refuse_unless(self._tree.throttles(), spec)
+        try:
+            await self._create(place, plan_cgroup(spec, cpu_ids))
         except OSError as error:
             self._warn_once(error)
             await self._discard(place)
+            if cpu_ids or _asked_rate(spec):
+                raise RequestError(
+                    f"the kernel refused the task's cgroup: {error}",
+                    reason="LIMIT_NOT_ENFORCED",
+                    field=_asked_rate(spec) or "exclusive_cpus",
+                    hint="leave that limit out, or repair the cgroups of this node",
+                ) from error
             return None
-        return f"/{place}"
+        return self._places.parent_for_engine(spec.id)
 
-    async def effective(self, id_: AttemptId) -> Mapping[str, object]:
-        """The tightest of the task's cgroup and the container's below it, as `limits.receipt` takes it."""
-        place = place_of(self._node_id, id_)
-        try:
-            held = await self._run(lambda: self._tree.effective(place))
-        except OSError as error:
-            log.warning("cgroup.unreadable", path=place, error=str(error))
-            return {}
-        return held.as_dict() if held is not None else {}
+    def rate_devices(self) -> Sequence[Path]:
+        return self._tree.rate_devices()
+
+    async def started(self, id_: AttemptId) -> None:
+        with suppress(OSError):
+            await self._run(lambda: self._tree.started(self._places.of_task(id_)))
+
+    async def readings(self, id_: AttemptId) -> Sequence[Reading]:
+        nothing: list[Reading] = []
+        return await self._look(
+            id_, lambda place: self._tree.readings(place) if self._tree.was_used(place) else nothing, nothing
+        )
 
     async def usage(self, id_: AttemptId) -> Usage:
-        place = place_of(self._node_id, id_)
-        try:
-            return await self._run(lambda: self._tree.usage(place))
-        except OSError as error:
-            log.warning("cgroup.unreadable", path=place, error=str(error))
-            return Usage()
+        return await self._look(id_, self._tree.usage, Usage())
+
+    async def oom(self, id_: AttemptId) -> OomFacts:
+        return await self._look(id_, self._tree.oom, OomFacts())
+
+    async def kill(self, id_: AttemptId) -> None:
+        await self._look(id_, self._tree.kill, None)
+
+    async def is_empty(self, id_: AttemptId) -> bool:
+        nobody: list[int] = []
+        return not await self._look(id_, self._tree.processes, nobody)
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
-        place = place_of(self._node_id, id_)
+        place = self._places.of_task(id_)
         for attempt in range(_REMOVE_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_REMOVE_PAUSE_SECONDS)
@@ -111,16 +186,36 @@ class KernelTaskCgroups:
             hint="a process of the task has not ended; it is tried again",
         )
 
+    def describe(self) -> str | None:
+        return self._fault
+
     async def close(self) -> None:
         await self._run(self._tree.close)
         self._thread.shutdown(wait=False)
 
+    async def _look(self, id_: AttemptId, call: Callable[[str], T], otherwise: T) -> T:
+        place = self._places.of_task(id_)
+        try:
+            return await self._run(lambda: call(place))
+        except OSError as error:
+            log.warning("cgroup.unreadable", path=place, error=str(error))
+            return otherwise
+
+    def _make_room(self, place: str, *, again: bool = False) -> None:
+        """The cgroup above all tasks; it goes with the last of them."""
+        if self._share is not None and (again or not self._tree.exists(place)):
+            self._tree.create(place, self._share)
+
     async def _create(self, place: str, limits: CgroupLimits) -> None:
+        def make() -> None:
+            self._make_room(self._places.of_node())
+            self._tree.create(place, limits)
+
         for _ in range(_CREATE_ATTEMPTS - 1):
             # Another node on this host may remove the common parent, empty to its eyes, just as we go through it.
             with suppress(FileNotFoundError):
-                return await self._run(lambda: self._tree.create(place, limits))
-        return await self._run(lambda: self._tree.create(place, limits))
+                return await self._run(make)
+        return await self._run(make)
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -135,23 +230,49 @@ class KernelTaskCgroups:
         story = f"{error.strerror}"
         level = log.debug if story in self._warned else log.warning
         self._warned.add(story)
+        self._fault = f"a task's own cgroup could not be made: {error}"
         level("cgroup.not_prepared", error=str(error), consequence="limits sit on the container alone")
 
 
 class NoTaskCgroups:
     """TaskCgroups where a cgroup of the task's own can't be had: limits sit on the container alone, usage is not known."""
 
-    async def prepare(self, spec: TaskSpec) -> str | None:
+    def __init__(self, why: str = "cgroups are not used") -> None:
+        self._why = why
+
+    async def share(self, allocatable: Resources, cpu_ids: Sequence[int] = ()) -> None:
+        """There is nothing that could hold them together."""
+
+    async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
+        _refuse_unless(False, spec)
         return None
 
-    async def effective(self, id_: AttemptId) -> Mapping[str, object]:
-        return {}
+    def rate_devices(self) -> Sequence[Path]:
+        return ()
+
+    async def started(self, id_: AttemptId) -> None:
+        """Nothing was made."""
+
+    async def readings(self, id_: AttemptId) -> Sequence[Reading]:
+        return ()
 
     async def usage(self, id_: AttemptId) -> Usage:
         return Usage()
 
+    async def oom(self, id_: AttemptId) -> OomFacts:
+        return OomFacts()
+
+    async def kill(self, id_: AttemptId) -> None:
+        """The engine alone knows what belongs to it."""
+
+    async def is_empty(self, id_: AttemptId) -> bool:
+        return True
+
     async def remove(self, id_: AttemptId) -> None:
         """Nothing was made."""
+
+    def describe(self) -> str | None:
+        return self._why
 
     async def close(self) -> None:
         """Nothing is held."""
@@ -159,7 +280,39 @@ class NoTaskCgroups:
 
 def _none(why: str) -> TaskCgroups:
     log.warning("cgroup.not_used", why=why, consequence="limits sit on the container alone")
-    return NoTaskCgroups()
+    return NoTaskCgroups(why)
+
+
+def _asked_rate(spec: TaskSpec) -> str:
+    """The name of a block I/O limit that was asked for, if any."""
+    return next((name for name in ("read_bytes_per_second", "write_bytes_per_second") if getattr(spec, name)), "")
+
+
+def _refuse_unless(throttles: bool, spec: TaskSpec) -> None:
+    field = _asked_rate(spec)
+    if field and not throttles:
+        raise RequestError(
+            f"{field} is {getattr(spec, field)}: this node cannot limit block I/O",
+            reason="LIMIT_NOT_ENFORCED",
+            field=field,
+            hint="leave it out, or use a node with the io (v2) or blkio (v1) controller and a disk of its own",
+        )
+
+
+def _host_pids() -> int | None:
+    """The processes that the kernel allows at all (proc(5): kernel/pid_max, kernel/threads-max)."""
+    limits = []
+    for name in ("pid_max", "threads-max"):
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/proc/sys/kernel", name).read_text(encoding="ascii")))
+    return min(limits, default=None)
+
+
+def _all_cpus() -> tuple[int, ...]:
+    """Those online: more can't be written to a cpuset."""
+    with suppress(OSError):
+        return tuple(sorted(ids_of(Path("/sys/devices/system/cpu/online").read_text(encoding="ascii"))))
+    return ()
 
 
 def _safe(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The kernel's values for what a task asked, with the kernel's rounding. Pure.
+"""The kernel's values for what a task asked, and for what all tasks together may take, with the kernel's rounding. Pure.
 
 Sources: Documentation/admin-guide/cgroup-v1/memory.rst (whole pages, rounded down), Documentation/scheduler/sched-bwc.rst (a
 quota is at least 1 ms), Documentation/admin-guide/cgroup-v2.rst.
@@ -6,9 +6,10 @@ quota is at least 1 ms), Documentation/admin-guide/cgroup-v2.rst.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nodeservice.core.model import Resources
+from nodeservice.core.model import Resources, TaskSpec
 
 CPU_PERIOD_US = 100_000
 """The period that Docker Engine uses for `--cpus`. A child may not have a larger share than its parent: both agree."""
@@ -16,23 +17,44 @@ CPU_QUOTA_MIN_US = 1_000
 PIDS_OVERHEAD = 8
 """What the task's cgroup allows above the container's own limit: the runtime's start-up process and the init process come
 and go beside the task, and the limit that the task meets must be the one that it was promised."""
+HOST_PIDS_SHARE = 0.1
+"""Of the processes that this host can have at all, what no task may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupLimits:
-    """What is written to the task's own cgroup. None leaves that resource unlimited there."""
+    """What is written to a cgroup. None and empty leave that resource unlimited there."""
 
     memory_bytes: int | None
     cpu_quota_us: int | None
     cpu_period_us: int = CPU_PERIOD_US
     pids_max: int | None
+    cpu_ids: tuple[int, ...] = ()
+    read_bytes_per_second: int | None = None
+    write_bytes_per_second: int | None = None
+    oom_group: bool = False
+    """Whether the kernel ends everything in it when it runs out of memory (v2 only)."""
 
 
-def plan_cgroup(request: Resources, *, pids_limit: int) -> CgroupLimits:
+def plan_cgroup(spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> CgroupLimits:
+    request = spec.request
     return CgroupLimits(
         memory_bytes=request.memory_bytes if request.memory_bytes > 0 else None,
         cpu_quota_us=cpu_quota_us(request.cpu_milli) if request.cpu_milli > 0 else None,
-        pids_max=pids_limit + PIDS_OVERHEAD if pids_limit > 0 else None,
+        pids_max=spec.pids_limit + PIDS_OVERHEAD if spec.pids_limit > 0 else None,
+        cpu_ids=tuple(cpu_ids),
+        read_bytes_per_second=spec.read_bytes_per_second,
+        write_bytes_per_second=spec.write_bytes_per_second,
+        oom_group=True,
+    )
+
+
+def plan_share(allocatable: Resources, *, host_pids: int | None) -> CgroupLimits:
+    """For the cgroup above all tasks of a node. `host_pids` is what the host can have at all, None where not known."""
+    return CgroupLimits(
+        memory_bytes=allocatable.memory_bytes if allocatable.memory_bytes > 0 else None,
+        cpu_quota_us=cpu_quota_us(allocatable.cpu_milli) if allocatable.cpu_milli > 0 else None,
+        pids_max=int(host_pids * (1 - HOST_PIDS_SHARE)) if host_pids else None,
     )
 
 

@@ -1,74 +1,160 @@
-"""The receipt: what was asked beside what kernel and engine hold, and where they differ. Pure.
+"""The receipt: what was asked beside what is in force, how each limit is kept, and what does not hold; pure.
 
-A value is the tightest of those in force: the kernel's, read back from the cgroup, and the engine's. Equal means equal after
-the kernel's own rounding: memory in whole pages, CPU at least 1 ms in 100 ms (so 10 milli).
+Where several places limit the same thing, the tightest counts. The engine's word counts only where the kernel's can't be
+read. Equal means equal after rounding: memory in whole pages, a CPU quota of at least 1 ms in 100 ms, in whole percents
+where systemd writes it.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
-from nodeservice.core.model import TaskSpec
-from nodeservice.limits.plan import CPU_PERIOD_US, cpu_milli_of, cpu_quota_us, whole_pages
+from nodeservice.core.model import Lease, TaskSpec
+from nodeservice.limits.asked import Value, asked_limits
+from nodeservice.limits.compare import difference, in_force
+from nodeservice.limits.plan import PIDS_OVERHEAD
+from nodeservice.ports import DiskBound, Enforcement, Reading
 
-_LIMITS = ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit")
+ENGINE = "engine"
+_NOT_LOOKED_AT = "nothing was there to read it from"
+_SWITCHES = frozenset({"oom_group", "seccomp", "no_new_privileges"})
+"""0 is off."""
+_VERSION_OF_FILE = {"memory.limit_in_bytes": 1, "cpu.cfs_quota_us": 1, "memory.max": 2, "cpu.max": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Each mapping is by name of the limit, as in `ports.Reading`.
+
+    `effective` has what is in force, asked for or not; None means that nothing is. `read_from` is a file, or `engine`.
+    `unread` tells why the kernel's word is missing. `mismatches` are sentences, each naming what differs from what was
+    asked; with any of them the task didn't get what it was promised.
+    """
+
+    asked: Mapping[str, Value]
+    effective: Mapping[str, Value | None]
+    enforcement: Mapping[str, Enforcement]
+    read_from: Mapping[str, str]
+    unread: Mapping[str, str]
+    mismatches: tuple[str, ...]
+    cgroup: Mapping[str, Value] = field(default_factory=dict)
+    """`version` and `path` of the task's cgroup; empty where none was read."""
+    why_watched: str = ""
+    """What is missing for a hard limit on the disk."""
+
+    @property
+    def not_enforced(self) -> tuple[str, ...]:
+        """The limits with which the task may not run, in words."""
+        return self.mismatches
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-able: the `limits` of a TaskRecord."""
+        result: dict[str, object] = {
+            "asked": dict(self.asked),
+            "effective": dict(self.effective),
+            "enforcement": {name: kept.value for name, kept in self.enforcement.items()},
+            "read_from": dict(self.read_from),
+            "unread": dict(self.unread),
+            "mismatches": list(self.mismatches),
+        }
+        if self.why_watched:
+            result["why_watched"] = self.why_watched
+        if self.cgroup:
+            result["cgroup"] = dict(self.cgroup)
+        return result
 
 
 def receipt(
     spec: TaskSpec,
+    lease: Lease,
     *,
-    kernel: Mapping[str, object],
+    readings: Sequence[Reading],
+    disk: DiskBound | None,
     engine: Mapping[str, object],
     page_bytes: int = mmap.PAGESIZE,
-) -> dict[str, object]:
-    """The JSON-able `limits` of a TaskRecord.
-
-    `kernel` is `TaskCgroups.effective` (ignored when nothing ever ran in that cgroup: then it limits nobody), `engine` is
-    `ContainerState.limits`. `memory_swap_bytes` is memory and swap together, equal to the memory since swap is off. In
-    `effective` None means: no limit is in force. `read_from` tells for each limit who holds the tightest value.
-    """
-    asked = {
-        "cpu_milli": spec.request.cpu_milli,
-        "memory_bytes": spec.request.memory_bytes,
-        "memory_swap_bytes": spec.request.memory_bytes,
-        "pids_limit": spec.pids_limit,
-    }
-    in_force = kernel if kernel.get("occupied", True) else {}
-    effective: dict[str, int | None] = {}
-    read_from: dict[str, str | None] = {}
+) -> Receipt:
+    """`engine` is `ContainerState.limits`: by name of the limit, None for one that it says is not in force."""
+    asked = asked_limits(spec, lease)
+    effective: dict[str, Value | None] = {}
+    enforcement: dict[str, Enforcement] = {}
+    read_from: dict[str, str] = {}
+    unread: dict[str, str] = {}
     mismatches: list[str] = []
-    for name in _LIMITS:
-        held = {"kernel": _limit(in_force.get(name)), "engine": _limit(engine.get(name))}
-        known = {source: value for source, value in held.items() if value is not None}
-        # `min` takes the first of equals: the kernel, whose word counts more.
-        source = min(known, key=lambda s: known[s]) if known else None
-        effective[name] = known[source] if source else None
-        read_from[name] = source
-        if asked[name] > 0 and not _same(name, asked[name], effective[name], page_bytes):
-            shown = "no limit" if effective[name] is None else str(effective[name])
-            mismatches.append(f"{name}: asked {asked[name]}, in force {shown}" + (f" ({source})" if source else ""))
-    result: dict[str, object] = {
-        "asked": asked,
-        "effective": effective,
-        "read_from": read_from,
-        "mismatches": mismatches,
-    }
-    if in_force:
-        result["cgroup"] = {"version": in_force.get("cgroup_version"), "path": in_force.get("path")}
-    return result
+    for name in dict.fromkeys((*asked, *(reading.limit for reading in readings))):
+        if name == "disk_bytes":
+            continue
+        found = _look(name, asked.get(name), [reading for reading in readings if reading.limit == name], engine)
+        if isinstance(found, str):
+            unread[name] = found
+            continue
+        effective[name], read_from[name] = found.value, found.source
+        is_off = found.value is None or (name in _SWITCHES and found.value == 0)
+        enforcement[name] = Enforcement.NONE if is_off else Enforcement.HARD
+        if found.note:
+            unread[name] = found.note
+    if disk is not None:
+        effective["disk_bytes"] = None if disk.enforcement is Enforcement.NONE else disk.limit_bytes
+        enforcement["disk_bytes"] = disk.enforcement
+        read_from["disk_bytes"] = " ".join(str(place) for place, _ in disk.places)
+    elif "disk_bytes" in asked:
+        unread["disk_bytes"] = _NOT_LOOKED_AT
+    for name, wanted in asked.items():
+        if name in effective:
+            differs = difference(name, wanted, effective[name], page_bytes=page_bytes, gpu_count=len(lease.gpu_uuids))
+            mismatches += [f"{name}: {differs} ({read_from[name]})"] if differs else []
+    return Receipt(
+        asked=asked,
+        effective=effective,
+        enforcement=enforcement,
+        read_from=read_from,
+        unread=unread,
+        mismatches=tuple(mismatches),
+        cgroup=_place(readings),
+        why_watched=disk.why_watched if disk is not None else "",
+    )
 
 
-def _same(name: str, asked: int, effective: int | None, page_bytes: int) -> bool:
-    if effective is None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    value: Value | None
+    source: str
+    note: str = ""
+
+
+def _look(name: str, asked: Value | None, readings: Sequence[Reading], engine: Mapping[str, object]) -> _Found | str:
+    """What is in force, or why that is not known."""
+    kernel = [reading for reading in readings if reading.readable]
+    why = next((reading.note for reading in readings if not reading.readable and reading.note), _NOT_LOOKED_AT)
+    held = in_force(name, kernel) if kernel else None
+    if held is not None and not _is_of_task_only(name, asked, kernel):
+        return _Found(value=held.value, source=held.source)
+    said = engine.get(name)
+    if name in engine and (said is None or (isinstance(said, int | str) and not isinstance(said, bool))):
+        # Engines write "no limit" as 0, -1 or nothing.
+        return _Found(value=None if said in (None, 0, -1, "") else said, source=ENGINE, note=why)
+    return why if held is None else _Found(value=held.value, source=held.source)
+
+
+def _is_of_task_only(name: str, asked: Value | None, kernel: Sequence[Reading]) -> bool:
+    """The task's cgroup leaves room for processes of the runtime. The container's own, the promised one, was gone."""
+    if name != "pids_limit" or len(kernel) != 1:
         return False
-    if name in ("memory_bytes", "memory_swap_bytes"):
-        return effective in (asked, whole_pages(asked, page_bytes=page_bytes))
-    if name == "cpu_milli":
-        return effective in (asked, cpu_milli_of(cpu_quota_us(asked), CPU_PERIOD_US))
-    return effective == asked
+    value = kernel[0].value
+    return isinstance(asked, int) and isinstance(value, int) and asked < value <= asked + PIDS_OVERHEAD
 
 
-def _limit(value: object) -> int | None:
-    """Engines write "no limit" as 0, -1 or nothing."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+def _place(readings: Sequence[Reading]) -> dict[str, Value]:
+    """The task's own cgroup is the outer one of those that were read."""
+    for reading in sorted(readings, key=lambda reading: len(reading.source)):
+        file = PurePosixPath(reading.source)
+        version = _VERSION_OF_FILE.get(file.name)
+        if reading.readable and version is not None:
+            parts = file.parent.parts
+            top = parts.index("cgroup") + 1 if "cgroup" in parts else 1
+            # One directory for each controller, on a hybrid host also for the unified hierarchy.
+            top += version == 1 or parts[top : top + 1] == ("unified",)
+            return {"version": version, "path": "/" + "/".join(parts[top:])}
+    return {}

@@ -4,42 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from nodeservice.core.model import Usage
 from nodeservice.limits.plan import CgroupLimits
+from nodeservice.ports import OomFacts, Reading
 
 DirectoryCall = Callable[[Path], None]
 
 NO_LIMIT = 1 << 62
 """v1 shows "no limit" as the largest number of whole pages, just below 2**63."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effective:
-    """The limits that the kernel holds; None is no limit. `occupied`: something runs or ran in this cgroup."""
-
-    cgroup_version: int
-    path: str
-    occupied: bool
-    cpu_milli: int | None
-    memory_bytes: int | None
-    memory_swap_bytes: int | None
-    pids_limit: int | None
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "cgroup_version": self.cgroup_version,
-            "path": self.path,
-            "occupied": self.occupied,
-            "cpu_milli": self.cpu_milli,
-            "memory_bytes": self.memory_bytes,
-            "memory_swap_bytes": self.memory_swap_bytes,
-            "pids_limit": self.pids_limit,
-        }
 
 
 class CgroupTree(Protocol):
@@ -49,20 +27,49 @@ class CgroupTree(Protocol):
         """Make it with its limits; one that exists gets the limits again."""
         ...
 
-    def effective(self, place: str) -> Effective | None: ...
+    def throttles(self) -> bool:
+        """Whether block I/O can be limited here."""
+        ...
+
+    def rate_devices(self) -> tuple[Path, ...]:
+        """Block devices whose rates the container does not inherit."""
+        ...
+
+    def started(self, place: str) -> None:
+        """Set what can only be set on the container's own cgroup, below."""
+        ...
+
+    def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
+        """Move the tasks below `parent` to these CPUs, but for those that share none with them: they have their own."""
+        ...
+
+    def exists(self, place: str) -> bool: ...
+
+    def was_used(self, place: str) -> bool:
+        """Whether anything runs or ever ran in it."""
+        ...
+
+    def readings(self, place: str) -> list[Reading]:
+        """Of the cgroup and of the one below it. Empty where there is none."""
+        ...
 
     def usage(self, place: str) -> Usage: ...
+
+    def oom(self, place: str) -> OomFacts: ...
+
+    def processes(self, place: str) -> list[int]:
+        """All in it and below. Empty where there is no such cgroup."""
+        ...
+
+    def kill(self, place: str) -> None:
+        """SIGKILL to all in it and below."""
+        ...
 
     def remove(self, place: str) -> bool:
         """Remove it and what the engine left below, and parents that are empty now. False: something still lives in it."""
         ...
 
     def close(self) -> None: ...
-
-
-def tightest(*values: int | None) -> int | None:
-    known = [value for value in values if value is not None]
-    return min(known) if known else None
 
 
 def only_child(directory: Path) -> Path | None:
@@ -79,6 +86,23 @@ def children_of(directory: Path) -> Iterator[Path]:
         return
     for name in names:
         yield directory / name
+
+
+def processes_in(directory: Path) -> list[int]:
+    """All in it and below."""
+    found: list[int] = []
+    with suppress(OSError):
+        found += [int(line) for line in (directory / "cgroup.procs").read_text(encoding="ascii").split()]
+    for child in children_of(directory):
+        found += processes_in(child)
+    return found
+
+
+def send_kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        if pid > 0:  # 0 stands for a process outside of our pid namespace
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def remove_tree(directory: Path, rmdir: DirectoryCall) -> bool:

@@ -12,55 +12,51 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
-
-from cgroupspy.controllers import Controller
-from cgroupspy.interfaces import IntegerFile
-from cgroupspy.nodes import Node
+from typing import Any
 
 from nodeservice.core.model import Usage
-from nodeservice.limits.files import LimitFile
+from nodeservice.limits.asked import ids_of, ids_text
+from nodeservice.limits.block_devices import device_file
 from nodeservice.limits.hierarchy import Mount, v1_mount
+from nodeservice.limits.kernel_log import OomLog
 from nodeservice.limits.oom import OomWatches
 from nodeservice.limits.plan import CgroupLimits, cpu_milli_of
-from nodeservice.limits.tree import NO_LIMIT, Effective, only_child, prune_parents, remove_tree, tightest
+from nodeservice.limits.tree import (
+    NO_LIMIT,
+    children_of,
+    only_child,
+    processes_in,
+    prune_parents,
+    remove_tree,
+    send_kill,
+)
+from nodeservice.limits.v1_nodes import HierarchyNode
+from nodeservice.ports import OomFacts, Reading
 
 _CONTROLLERS = ("memory", "cpu", "cpuacct", "cpuset", "pids")
-
-
-class PidsController(Controller):  # type: ignore[misc]
-    """The controller that the library lacks (Documentation/admin-guide/cgroup-v1/pids.rst)."""
-
-    max = LimitFile("pids.max")
-    current = IntegerFile("pids.current", readonly=True)
-    peak = IntegerFile("pids.peak", readonly=True)
-
-
-class HierarchyNode(Node):  # type: ignore[misc]
-    """The library's node, which also knows the pids controller and makes children of its own kind."""
-
-    CONTROLLERS: ClassVar[dict[bytes, Any]] = {**Node.CONTROLLERS, b"pids": PidsController}
-
-    def create_cgroup(self, name: str) -> HierarchyNode:
-        with suppress(FileExistsError):
-            os.mkdir(os.path.join(self.full_path, os.fsencode(name)))
-        return HierarchyNode(name, parent=self)
+_KILL_ROUNDS = 10
+_NEAR = 0.9
+_THROTTLES = {"read_bytes_per_second": "read_bps_device", "write_bytes_per_second": "write_bps_device"}
 
 
 class V1CgroupTree:
     """Implements CgroupTree. Only for use from one thread. Raises OSError (ENODEV) where a needed hierarchy is missing."""
 
-    def __init__(self, mounts: tuple[Mount, ...]) -> None:
+    def __init__(self, mounts: tuple[Mount, ...], *, disks: tuple[str, ...] = ()) -> None:
         self._bases = {name: _base(mounts, name) for name in _CONTROLLERS}
+        with suppress(OSError):
+            self._bases["blkio"] = _base(mounts, "blkio")
+        self._disks = disks
         # Everywhere that the engine may make directories: every v1 hierarchy, named ones, and the unified one beside them.
         self._tops = tuple(
             dict.fromkeys(Path(m.point) for m in mounts if m.filesystem in ("cgroup", "cgroup2") and m.root == "/")
         )
         self._oom = OomWatches()
+        self._log = OomLog()
 
     def create(self, place: str, limits: CgroupLimits) -> None:
         born = not self._memory(place).is_dir()
-        for name in _CONTROLLERS:
+        for name in self._bases:
             node = self._node(name)
             for part in place.split("/"):
                 parent, node = node, node.create_cgroup(part)
@@ -74,25 +70,48 @@ class V1CgroupTree:
                 (top / place).mkdir(parents=True, exist_ok=True)
         self._oom.watch(self._memory(place), from_birth=born)
 
-    def effective(self, place: str) -> Effective | None:
+    def started(self, place: str) -> None:
+        """All that can be inherited sits on the task's own cgroup here."""
+
+    def rate_devices(self) -> tuple[Path, ...]:
+        """Block I/O is limited cgroup by cgroup here, whatever stands above.
+
+        Source: Documentation/admin-guide/cgroup-v1/blkio-controller.rst: throttling is hierarchical with sane_behavior only.
+        """
+        return tuple(path for disk in self._disks if (path := device_file(disk)) is not None)
+
+    def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
+        wanted = frozenset(cpu_ids)
+        for task in children_of(self._bases["cpuset"] / "cpuset" / parent):
+            path = f"{parent}/{task.name}"
+            held = ids_of(self._node("cpuset", path).controller.get_property(b"cpuset.cpus"))
+            if held == wanted or (held and not held & wanted):
+                continue
+            places = [path, *(f"{path}/{child.name}" for child in children_of(task))]
+            # A child may hold no CPU that its parent lacks: it shrinks first, and grows last.
+            for place in places if held < wanted else reversed(places):
+                with suppress(FileNotFoundError):
+                    self._node("cpuset", place).controller.set_property(b"cpuset.cpus", ids_text(wanted))
+
+    def exists(self, place: str) -> bool:
+        return self._memory(place).is_dir()
+
+    def was_used(self, place: str) -> bool:
         task = self._memory(place)
         if not task.is_dir():
-            return None
+            return False
+        return only_child(task) is not None or bool(self._node("memory", place).controller.max_usage_in_bytes)
+
+    def readings(self, place: str) -> list[Reading]:
+        task = self._memory(place)
+        if not task.is_dir():
+            return []
         self._oom.watch(task, from_birth=False)
-        places = [place]
         child = only_child(task)
+        found = self._held(place)
         if child is not None:
-            places.append(f"{place}/{child.name}")
-        held = [self._held(p) for p in places]
-        return Effective(
-            cgroup_version=1,
-            path=f"/{place}",
-            occupied=child is not None or bool(self._node("memory", place).controller.max_usage_in_bytes),
-            cpu_milli=tightest(*(h.get("cpu_milli") for h in held)),
-            memory_bytes=tightest(*(h.get("memory_bytes") for h in held)),
-            memory_swap_bytes=tightest(*(h.get("memory_swap_bytes") for h in held)),
-            pids_limit=tightest(*(h.get("pids_limit") for h in held)),
-        )
+            found += self._held(f"{place}/{child.name}")
+        return found + self._held_throttles(place if child is None else f"{place}/{child.name}")
 
     def usage(self, place: str) -> Usage:
         if not self._memory(place).is_dir():
@@ -104,13 +123,41 @@ class V1CgroupTree:
         if not peak_bytes and not cpu_nanoseconds:
             # Nothing ever ran here: zeros would be a statement about a container that sat elsewhere.
             return Usage()
+        moved = self._moved_bytes(place)
         return Usage(
             memory_peak_bytes=peak_bytes,
             cpu_seconds=None if cpu_nanoseconds is None else cpu_nanoseconds / 1e9,
             cpu_throttled_seconds=None if throttled is None else throttled["throttled_time"] / 1e9,
             pids_peak_count=_read(self._node("pids", place).controller, "peak"),
             oom_kill_count=self._oom_kills(place),
+            read_bytes=moved.get("Read"),
+            written_bytes=moved.get("Write"),
         )
+
+    def oom(self, place: str) -> OomFacts:
+        """A limit above signals all cgroups below it, so a signal counts only in one that came near its own."""
+        noticed = self._oom.kills_at_least(self._memory(place))
+        logged = self._log.kills_below(f"/{place}")
+        own = any(_is_below(kill.limit_place, place) for kill in logged)
+        if noticed == 1 and not own:
+            memory = self._node("memory", place).controller
+            peak_bytes, limit_bytes = _read(memory, "max_usage_in_bytes"), _read(memory, "limit_in_bytes")
+            own = bool(peak_bytes and limit_bytes) and peak_bytes >= limit_bytes * _NEAR
+        return OomFacts(
+            own_limit=own or (None if noticed is None else False),
+            outside=any(not _is_below(kill.limit_place, place) for kill in logged) or None,
+        )
+
+    def processes(self, place: str) -> list[int]:
+        return processes_in(self._memory(place))
+
+    def kill(self, place: str) -> None:
+        """Again until nobody new shows: one that forks may be ahead of us."""
+        for _ in range(_KILL_ROUNDS):
+            pids = self.processes(place)
+            if not pids:
+                return
+            send_kill(pids)
 
     def remove(self, place: str) -> bool:
         self._oom.forget(self._memory(place))
@@ -124,6 +171,7 @@ class V1CgroupTree:
 
     def close(self) -> None:
         self._oom.close()
+        self._log.close()
 
     def _set_limits(self, name: str, node: Any, limits: CgroupLimits) -> None:
         controller = node.controller
@@ -134,6 +182,38 @@ class V1CgroupTree:
             controller.cfs_quota_us = limits.cpu_quota_us
         elif name == "pids" and limits.pids_max is not None:
             controller.max = limits.pids_max
+        elif name == "cpuset" and limits.cpu_ids:
+            controller.set_property(b"cpuset.cpus", ids_text(frozenset(limits.cpu_ids)))
+        elif name == "blkio":
+            self._set_throttles(controller, limits)
+
+    def _set_throttles(self, controller: Any, limits: CgroupLimits) -> None:
+        for disk in self._disks:
+            if limits.read_bytes_per_second is not None:
+                controller.read_bps = f"{disk} {limits.read_bytes_per_second}"
+            if limits.write_bytes_per_second is not None:
+                controller.write_bps = f"{disk} {limits.write_bytes_per_second}"
+
+    def throttles(self) -> bool:
+        """Whether block I/O can be limited here."""
+        if "blkio" not in self._bases or not self._disks:
+            return False
+        return (self._bases["blkio"] / "blkio" / "blkio.throttle.read_bps_device").exists()
+
+    def _moved_bytes(self, place: str) -> dict[str, int]:
+        """Bytes read and written, over all devices; empty where the kernel does not count them."""
+        moved: dict[str, int] = {}
+        if "blkio" not in self._bases:
+            return moved
+        text = _read(self._node("blkio", place).controller, "service_bytes")
+        if text is None:
+            return moved
+        moved = {"Read": 0, "Write": 0}
+        for line in str(text).splitlines():
+            words = line.split()
+            if len(words) == 3 and words[1] in moved:
+                moved[words[1]] += int(words[2])
+        return moved
 
     def _oom_kills(self, place: str) -> int | None:
         """At least so many: what was noticed here, or the exact count of a container's cgroup while that exists."""
@@ -144,18 +224,39 @@ class V1CgroupTree:
             known.append(state.get("oom_kill") if isinstance(state, dict) else None)
         return max((count for count in known if count is not None), default=None)
 
-    def _held(self, place: str) -> dict[str, int | None]:
+    def _held(self, place: str) -> list[Reading]:
         """What one cgroup holds; a container's may vanish while we look, and then holds nothing."""
-        held: dict[str, int | None] = {}
+        found: list[Reading] = []
         with suppress(OSError, ValueError):
-            memory = self._node("memory", place).controller
-            held["memory_bytes"] = _finite(memory.limit_in_bytes)
-            held["memory_swap_bytes"] = _finite(_read(memory, "memsw_limit_in_bytes"))
-            cpu = self._node("cpu", place).controller
+            memory, cpu = self._node("memory", place).controller, self._node("cpu", place).controller
+            found = [
+                _reading("memory_bytes", _finite(memory.limit_in_bytes), memory, "memory.limit_in_bytes"),
+                _reading("pids_limit", self._node("pids", place).controller.max, self._node("pids", place).controller,
+                         "pids.max"),
+            ]  # fmt: skip
             quota, period = cpu.cfs_quota_us, cpu.cfs_period_us
-            held["cpu_milli"] = None if quota is None else cpu_milli_of(quota, period)
-            held["pids_limit"] = self._node("pids", place).controller.max
-        return held
+            cpu_milli = None if quota is None or quota < 0 else cpu_milli_of(quota, period)
+            found.append(_reading("cpu_milli", cpu_milli, cpu, "cpu.cfs_quota_us"))
+            swap = _read(memory, "memsw_limit_in_bytes")
+            if swap is not None:
+                found.append(_reading("memory_swap_bytes", _finite(swap), memory, "memory.memsw.limit_in_bytes"))
+            cpuset = self._node("cpuset", place).controller
+            cpus = cpuset.get_property(b"cpuset.cpus")
+            found.append(_reading("cpu_ids", cpus or None, cpuset, "cpuset.cpus"))
+        return found
+
+    def _held_throttles(self, place: str) -> list[Reading]:
+        if "blkio" not in self._bases:
+            return []
+        found = []
+        with suppress(OSError):
+            controller = self._node("blkio", place).controller
+            for limit, file in _THROTTLES.items():
+                lines = controller.get_property(f"blkio.throttle.{file}".encode()).splitlines()
+                rates = [int(line.split()[1]) for line in lines if len(line.split()) == 2]
+                if rates:
+                    found.append(_reading(limit, max(rates), controller, f"blkio.throttle.{file}"))
+        return found
 
     def _memory(self, place: str) -> Path:
         return self._bases["memory"] / "memory" / place
@@ -191,6 +292,14 @@ def _read(controller: Any, interface: str) -> Any:
         return getattr(controller, interface)
     except (OSError, ValueError):
         return None
+
+
+def _is_below(path: str, place: str) -> bool:
+    return path == f"/{place}" or path.startswith(f"/{place}/")
+
+
+def _reading(limit: str, value: int | str | None, controller: Any, file: str) -> Reading:
+    return Reading(limit=limit, value=value, source=os.path.join(os.fsdecode(controller.node.full_path), file))
 
 
 def _finite(value: int | None) -> int | None:

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cgroupspy.interfaces import FlagFile, IntegerFile, ListFile
+from cgroupspy.interfaces import BaseFileInterface, FlagFile, IntegerFile, ListFile
 
 from nodeservice.core.model import Usage
+from nodeservice.limits.asked import ids_of, ids_text
 from nodeservice.limits.files import BandwidthFile, FlatKeyedFile, LimitFile
 from nodeservice.limits.hierarchy import Mount, v2_mount
 from nodeservice.limits.plan import CgroupLimits, cpu_milli_of
-from nodeservice.limits.tree import DirectoryCall, Effective, only_child, prune_parents, remove_tree, tightest
+from nodeservice.limits.tree import (
+    DirectoryCall,
+    children_of,
+    only_child,
+    processes_in,
+    prune_parents,
+    remove_tree,
+    send_kill,
+)
+from nodeservice.ports import OomFacts, Reading
 
-_CONTROLLERS = ("cpu", "memory", "pids")
+_NEEDED = ("cpu", "memory", "pids")
+_WELCOME = ("cpuset", "io")
 
 
 class UnifiedCgroup:
@@ -32,6 +44,10 @@ class UnifiedCgroup:
     memory_oom_group: Any = FlagFile("memory.oom.group")
     cpu_max: Any = BandwidthFile("cpu.max")
     cpu_stat: Any = FlatKeyedFile("cpu.stat", readonly=True)
+    cpuset_cpus: Any = BaseFileInterface("cpuset.cpus")
+    cpuset_cpus_effective: Any = BaseFileInterface("cpuset.cpus.effective", readonly=True)
+    io_max: Any = BaseFileInterface("io.max")
+    io_stat: Any = BaseFileInterface("io.stat", readonly=True)
     pids_max: Any = LimitFile("pids.max")
     pids_peak: Any = IntegerFile("pids.peak", readonly=True)
     controllers: Any = ListFile("cgroup.controllers")
@@ -64,64 +80,103 @@ class UnifiedCgroup:
         except FileNotFoundError:
             return
 
-    def hand_down(self, names: tuple[str, ...]) -> None:
-        """Let children use these controllers. Raises OSError (ENODEV) where one is not to be had."""
-        missing = set(names) - set(self.controllers)
+    def hand_down(self) -> None:
+        """Let children use the controllers. Raises OSError (ENODEV) where one that is needed is not to be had."""
+        offered = set(self.controllers)
+        missing = set(_NEEDED) - offered
         if missing:
             raise OSError(errno.ENODEV, f"controllers not available: {', '.join(sorted(missing))}", str(self.directory))
-        wanted = [f"+{name}" for name in names if name not in self.handed_down]
+        already = set(self.handed_down)
+        wanted = [f"+{name}" for name in (*_NEEDED, *_WELCOME) if name in offered and name not in already]
         if wanted:
             self.set_property(b"cgroup.subtree_control", " ".join(wanted))
+
+    def set_limits(self, limits: CgroupLimits, disks: tuple[str, ...]) -> None:
+        if limits.memory_bytes is not None:
+            self.memory_max = limits.memory_bytes
+            # Without swap accounting there is no such file, and without swap it changes nothing.
+            self.set_if_offered("memory_swap_max", 0)
+        if limits.oom_group:
+            self.set_if_offered("memory_oom_group", True)
+        if limits.cpu_quota_us is not None:
+            self.cpu_max = (limits.cpu_quota_us, limits.cpu_period_us)
+        if limits.pids_max is not None:
+            self.pids_max = limits.pids_max
+        if limits.cpu_ids:
+            self.cpuset_cpus = ids_text(frozenset(limits.cpu_ids))
+        rates = {"rbps": limits.read_bytes_per_second, "wbps": limits.write_bytes_per_second}
+        asked = " ".join(f"{key}={rate}" for key, rate in rates.items() if rate is not None)
+        for disk in disks if asked else ():
+            self.io_max = f"{disk} {asked}"
 
 
 class V2CgroupTree:
     """Implements CgroupTree. `mkdir` and `rmdir` are parameters so that a plain directory can stand in for the kernel."""
 
     def __init__(
-        self, mounts: tuple[Mount, ...], *, mkdir: DirectoryCall = os.mkdir, rmdir: DirectoryCall = os.rmdir
+        self,
+        mounts: tuple[Mount, ...],
+        *,
+        disks: tuple[str, ...] = (),
+        mkdir: DirectoryCall = os.mkdir,
+        rmdir: DirectoryCall = os.rmdir,
     ) -> None:
         mount = v2_mount(mounts)
         if mount is None or mount.root != "/":
             raise OSError(errno.ENODEV, "no usable unified cgroup hierarchy")
         self._top = Path(mount.point)
+        self._disks = disks
         self._mkdir = mkdir
         self._rmdir = rmdir
 
     def create(self, place: str, limits: CgroupLimits) -> None:
         directory = self._top
         for part in place.split("/"):
-            UnifiedCgroup(directory).hand_down(_CONTROLLERS)
+            UnifiedCgroup(directory).hand_down()
             directory = directory / part
             try:
                 self._mkdir(directory)
             except FileExistsError:
                 continue
-        task = UnifiedCgroup(directory)
-        if limits.memory_bytes is not None:
-            task.memory_max = limits.memory_bytes
-            # Without swap accounting there is no such file, and without swap it changes nothing.
-            task.set_if_offered("memory_swap_max", 0)
-            task.set_if_offered("memory_oom_group", True)
-        if limits.cpu_quota_us is not None:
-            task.cpu_max = (limits.cpu_quota_us, limits.cpu_period_us)
-        if limits.pids_max is not None:
-            task.pids_max = limits.pids_max
+        UnifiedCgroup(directory).set_limits(limits, self._disks)
 
-    def effective(self, place: str) -> Effective | None:
+    def rate_devices(self) -> tuple[Path, ...]:
+        """What stands above holds below here."""
+        return ()
+
+    def started(self, place: str) -> None:
+        """The container's cgroup has the same limit and reaches it first: then only its own word on whom to kill counts."""
+        child = only_child(self._top / place)
+        if child is not None:
+            with suppress(OSError):
+                UnifiedCgroup(child).memory_oom_group = True
+
+    def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
+        wanted = frozenset(cpu_ids)
+        for directory in children_of(self._top / parent):
+            task = UnifiedCgroup(directory)
+            held = ids_of(task.read("cpuset_cpus") or task.read("cpuset_cpus_effective") or "")
+            if held and held != wanted and held & wanted:
+                with suppress(FileNotFoundError):
+                    task.cpuset_cpus = ids_text(wanted)
+
+    def throttles(self) -> bool:
+        """Whether block I/O can be limited here."""
+        return bool(self._disks) and "io" in UnifiedCgroup(self._top).controllers
+
+    def exists(self, place: str) -> bool:
+        return (self._top / place).is_dir()
+
+    def was_used(self, place: str) -> bool:
+        task = self._top / place
+        return only_child(task) is not None or _ran(UnifiedCgroup(task))
+
+    def readings(self, place: str) -> list[Reading]:
         task = self._top / place
         if not task.is_dir():
-            return None
+            return []
         child = only_child(task)
-        held = [_held(UnifiedCgroup(directory)) for directory in (task, child) if directory is not None]
-        return Effective(
-            cgroup_version=2,
-            path=f"/{place}",
-            occupied=child is not None or _ran(UnifiedCgroup(task)),
-            cpu_milli=tightest(*(h["cpu_milli"] for h in held)),
-            memory_bytes=tightest(*(h["memory_bytes"] for h in held)),
-            memory_swap_bytes=tightest(*(h["memory_swap_bytes"] for h in held)),
-            pids_limit=tightest(*(h["pids_limit"] for h in held)),
-        )
+        return [reading for directory in (task, child) if directory is not None for reading in _held(directory)]
 
     def usage(self, place: str) -> Usage:
         task = UnifiedCgroup(self._top / place)
@@ -130,13 +185,34 @@ class V2CgroupTree:
         stat = task.read("cpu_stat") or {}
         events = task.read("memory_events") or {}
         usage_us, throttled_us = stat.get("usage_usec"), stat.get("throttled_usec")
+        moved = _moved_bytes(task.read("io_stat"))
         return Usage(
             memory_peak_bytes=task.read("memory_peak"),
             cpu_seconds=None if usage_us is None else usage_us / 1e6,
             cpu_throttled_seconds=None if throttled_us is None else throttled_us / 1e6,
             pids_peak_count=task.read("pids_peak"),
             oom_kill_count=events.get("oom_kill"),
+            read_bytes=moved.get("rbytes"),
+            written_bytes=moved.get("wbytes"),
         )
+
+    def oom(self, place: str) -> OomFacts:
+        """`oom` counts limits reached in it and below; `oom_kill` kills for any limit, be it above it or the host's."""
+        events = UnifiedCgroup(self._top / place).read("memory_events")
+        if events is None:
+            return OomFacts()
+        killed, reached = events.get("oom_kill", 0) > 0, events.get("oom", 0) > 0
+        return OomFacts(own_limit=killed and reached, outside=killed and not reached)
+
+    def processes(self, place: str) -> list[int]:
+        return processes_in(self._top / place)
+
+    def kill(self, place: str) -> None:
+        directory = self._top / place
+        try:
+            UnifiedCgroup(directory).set_property(b"cgroup.kill", 1)
+        except FileNotFoundError:  # before Linux 5.14
+            send_kill(self.processes(place))
 
     def remove(self, place: str) -> bool:
         if not remove_tree(self._top / place, self._rmdir):
@@ -153,13 +229,38 @@ def _ran(task: UnifiedCgroup) -> bool:
     return bool((task.read("cpu_stat") or {}).get("usage_usec"))
 
 
-def _held(cgroup: UnifiedCgroup) -> dict[str, int | None]:
-    memory = cgroup.read("memory_max")
-    swap = cgroup.read("memory_swap_max")
+def _moved_bytes(text: str | None) -> dict[str, int]:
+    """Sums over the devices of `io.stat`; empty where it is not to be had."""
+    if text is None:
+        return {}
+    moved = {"rbytes": 0, "wbytes": 0}
+    for word in text.split():
+        key, mark, value = word.partition("=")
+        if mark and key in moved:
+            moved[key] += int(value)
+    return moved
+
+
+def _held(directory: Path) -> list[Reading]:
+    cgroup = UnifiedCgroup(directory)
+    memory, swap = cgroup.read("memory_max"), cgroup.read("memory_swap_max")
     quota, period = cgroup.read("cpu_max") or (None, 0)
-    return {
-        "memory_bytes": memory,
-        "memory_swap_bytes": None if memory is None or swap is None else memory + swap,
-        "cpu_milli": None if quota is None else cpu_milli_of(quota, period),
-        "pids_limit": cgroup.read("pids_max"),
-    }
+    group = cgroup.read("memory_oom_group")
+    rows: list[tuple[str, int | str | None, str]] = [
+        ("memory_bytes", memory, "memory.max"),
+        ("cpu_milli", None if quota is None else cpu_milli_of(quota, period), "cpu.max"),
+        ("pids_limit", cgroup.read("pids_max"), "pids.max"),
+    ]
+    if swap is not None or (directory / "memory.swap.max").exists():
+        rows.append(("memory_swap_bytes", None if memory is None or swap is None else memory + swap, "memory.swap.max"))
+    if group is not None:
+        rows.append(("oom_group", int(group), "memory.oom.group"))
+    cpus = cgroup.read("cpuset_cpus") or cgroup.read("cpuset_cpus_effective")
+    if cpus:
+        rows.append(("cpu_ids", cpus, "cpuset.cpus.effective"))
+    for line in (cgroup.read("io_max") or "").splitlines():
+        rates = dict(word.split("=") for word in line.split()[1:])
+        for limit, key in (("read_bytes_per_second", "rbps"), ("write_bytes_per_second", "wbps")):
+            if rates.get(key, "max") != "max":
+                rows.append((limit, int(rates[key]), "io.max"))
+    return [Reading(limit=limit, value=value, source=str(directory / file)) for limit, value, file in rows]

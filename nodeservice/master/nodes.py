@@ -179,6 +179,8 @@ class NodeRegistry:
             return "has not spoken since the master started"
         if not self._active(node):
             return f"has been silent for more than {self._timeout_seconds:g} s"
+        if node.heartbeat.conditions:
+            return f"is not well: {'; '.join(node.heartbeat.conditions)}"
         return "is draining" if node.draining else ""
 
     def _in_use(self, address: str) -> bool:

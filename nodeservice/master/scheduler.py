@@ -19,6 +19,7 @@ from nodeservice.master.tasks import TaskBook
 log = structlog.get_logger(__name__)
 
 _SILENT = "NODE_SILENT"
+_WAITED = "WAIT_TIMEOUT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class Scheduler:
 
     async def _pass(self) -> None:
         now = self._clock.monotonic()
+        await self._give_up_waiting()
         self._nodes.notice_silence()
         await self._give_up_gone_nodes()
         queue = self._candidates(now)
@@ -86,6 +88,18 @@ class Scheduler:
         if plan.assign:
             await self._book.assign(plan.assign)
         self.delivery.due()
+
+    async def _give_up_waiting(self) -> None:
+        """A queued task that has waited as long as it was willing to. On a node, the node keeps that time."""
+        now_ms = self._clock.unix_ms()
+        refusals: dict[Key, tuple[str, str]] = {}
+        for row in self._book.open_rows():
+            limit = row.task.wait_timeout_seconds
+            if row.state is State.QUEUED and limit > 0 and now_ms - row.submitted_at_ms >= limit * 1000:
+                why = f"waited {limit:g} s for a node, its wait_timeout_seconds; the last obstacle: {row.message or 'none'}"
+                refusals[row.key] = (_WAITED, why)
+        if refusals:
+            await self._book.reject(refusals)
 
     def _candidates(self, now: float) -> list[Candidate]:
         rows = [row for row in self._book.open_rows() if row.state is State.QUEUED]

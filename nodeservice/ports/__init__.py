@@ -5,6 +5,9 @@ again after a crash; each says what repetition means.
 """
 
 from nodeservice.ports.cgroups import (
+    OomFacts,
+    ProcessReader,
+    Reading,
     TaskCgroups,
 )
 from nodeservice.ports.containers import (
@@ -15,6 +18,13 @@ from nodeservice.ports.containers import (
     Mount,
     PulledImage,
     PullProgress,
+)
+from nodeservice.ports.disk import (
+    DiskBound,
+    DiskUse,
+    Enforcement,
+    FreeSpace,
+    TaskDisk,
 )
 from nodeservice.ports.host import (
     CapacitySource,
@@ -46,8 +56,12 @@ __all__ = [
     "ContainerRuntime",
     "ContainerSpec",
     "ContainerState",
+    "DiskBound",
     "DiskFacts",
+    "DiskUse",
+    "Enforcement",
     "EngineFacts",
+    "FreeSpace",
     "Gpu",
     "GpuInventory",
     "GpuProvider",
@@ -55,12 +69,16 @@ __all__ = [
     "Journal",
     "Mount",
     "NodeCapacity",
+    "OomFacts",
+    "ProcessReader",
     "PullProgress",
     "PulledImage",
+    "Reading",
     "ResultBundle",
     "ResultFile",
     "ResultStore",
     "TaskCgroups",
+    "TaskDisk",
     "TraceSink",
     "Uplink",
     "UsageSample",

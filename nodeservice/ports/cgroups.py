@@ -1,28 +1,103 @@
-"""The task's own cgroup."""
+"""The task's own cgroup, below one that all tasks of the node share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from nodeservice.core.model import AttemptId, TaskSpec, Usage
+from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One value in force, as read back. `value` None: no limit is in force there; `note` says what stopped the reading.
+
+    `limit` is one of cpu_milli, memory_bytes, memory_swap_bytes, pids_limit, cpu_ids, read_bytes_per_second,
+    write_bytes_per_second, oom_group, shm_bytes, open_files_limit, core_file_bytes, capabilities, seccomp,
+    no_new_privileges, oom_score_adj, disk_bytes, devices. `value` is a number, or a text such as a CPU list.
+    `source` is the file (or the engine's field) that it was read from.
+    """
+
+    limit: str
+    value: int | str | None
+    source: str
+    readable: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OomFacts:
+    """Kills for lack of memory in an attempt's cgroup. None: cannot be known here."""
+
+    own_limit: bool | None = None
+    """At least one because the attempt reached its own limit."""
+    outside: bool | None = None
+    """At least one although it was within its limit: the host, or all tasks together, had none left."""
+
+
+class ProcessReader(Protocol):
+    """Looks at a running process through /proc. Never raises: what ended meanwhile is told as not readable."""
+
+    def readings(self, pid: int) -> Sequence[Reading]: ...
+
+    def network(self, pid: int) -> tuple[int, int] | None:
+        """Bytes received and sent in its network namespace, without the loopback; None where it cannot be read."""
+        ...
 
 
 class TaskCgroups(Protocol):
     """A cgroup of the task's own, made before the container and readable after it."""
 
-    async def prepare(self, spec: TaskSpec) -> str | None:
-        """Make it with the task's limits; the value for the engine's cgroup parent, None where it cannot be used."""
+    async def share(self, allocatable: Resources, cpu_ids: Sequence[int] = ()) -> None:
+        """Hold all tasks of this node together to these amounts (processes too), so that the host keeps its reserve.
+
+        `cpu_ids` are the CPUs for tasks without exclusive ones; empty means all. Call it at the start and whenever one of
+        them changes: what runs is moved over. Never raises: where it can't be done, that is logged, and told by `describe`.
+        """
         ...
 
-    async def effective(self, id_: AttemptId) -> Mapping[str, object]:
-        """The limits as the kernel holds them now, read back; empty where there is no such cgroup."""
+    async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
+        """Make it with the task's limits; the value for the engine's cgroup parent, None where it cannot be used.
+
+        Raises RequestError (LIMIT_NOT_ENFORCED) for a limit that was asked for and that only this cgroup could keep.
+        """
+        ...
+
+    def rate_devices(self) -> Sequence[Path]:
+        """Block devices whose rates have to be set on the container too, since it does not inherit them."""
+        ...
+
+    async def started(self, id_: AttemptId) -> None:
+        """The container runs: set what can only be set on its own cgroup."""
+        ...
+
+    async def readings(self, id_: AttemptId) -> Sequence[Reading]:
+        """The limits as the kernel holds them now: of the task's cgroup and of the container's below it.
+
+        Empty where there is no such cgroup, or where nothing ever ran in it: then it limits nobody.
+        """
         ...
 
     async def usage(self, id_: AttemptId) -> Usage: ...
 
+    async def oom(self, id_: AttemptId) -> OomFacts: ...
+
+    async def kill(self, id_: AttemptId) -> None:
+        """Send SIGKILL to everything in it, also to what left the container's process tree."""
+        ...
+
+    async def is_empty(self, id_: AttemptId) -> bool:
+        """Whether no process is left in it; true where there is no such cgroup."""
+        ...
+
     async def remove(self, id_: AttemptId) -> None:
         """Remove. One already gone is success."""
+        ...
+
+    def describe(self) -> str | None:
+        """Why there are no cgroups of the tasks' own here, in words; None where all is well."""
         ...
 
     async def close(self) -> None: ...

@@ -24,6 +24,10 @@ class EngineFacts:
     cgroup_version: int
     cpu_count: int
     memory_bytes: int
+    open_files_max: int | None = None
+    """The most that it can give to a container's process; None where not known."""
+    has_sys_resource: bool | None = None
+    """Whether it has CAP_SYS_RESOURCE, with which what it writes for containers passes ext4's quotas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,15 @@ class ContainerSpec:
     log_max_bytes: int
     grace_seconds: float
     cgroup_parent: str | None = None
+    stop_signal: str = "SIGTERM"
+    """What the engine sends by itself, when it shuts down."""
+    open_files_limit: int = 65_536
+    cpu_ids: tuple[int, ...] = ()
+    """Logical CPUs to run on; empty means all."""
+    read_bytes_per_second: int | None = None
+    write_bytes_per_second: int | None = None
+    rate_devices: tuple[Path, ...] = ()
+    """Block devices on which the container itself gets these rates, beside the cgroup of the task's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +95,8 @@ class ContainerState:
     labels: Mapping[str, str]
     limits: Mapping[str, object] = field(default_factory=dict)
     """The limits as the engine holds them: cpu_milli, memory_bytes, memory_swap_bytes, pids_limit."""
+    layer: tuple[Path, ...] = ()
+    """Where its writable layer lies on this host, with the file system's own work directory; empty where not known."""
 
     @property
     def has_run(self) -> bool:
@@ -142,8 +157,8 @@ class ContainerRuntime(Protocol):
         """
         ...
 
-    async def stop(self, container_id: str, *, grace_seconds: float) -> None:
-        """Send SIGTERM, wait, send SIGKILL. A container already gone or ended is success."""
+    async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
+        """Send the signal, wait, send SIGKILL. A container already gone or ended is success."""
         ...
 
     async def kill(self, container_id: str) -> None:

@@ -5,6 +5,7 @@ Old fields count CPU in cores and memory and storage in GiB; the extension field
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from nodeservice.core.model import (
     TaskRecord,
     TaskSpec,
 )
+from nodeservice.core.verdict import is_retryable
 from nodeservice.errors import RequestError
 from nodeservice.ports import Gpu
 from nodeservice.wire import master_worker_pb2 as pb
@@ -39,6 +41,7 @@ class TaskDefaults:
     pids_limit: int
     timeout_seconds: float | None
     grace_seconds: float
+    open_files_limit: int = 65_536
 
 
 # ---- from the wire ----------------------------------------------------------------------------------------------------
@@ -68,6 +71,14 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
         grace_seconds=_finite("grace_seconds", task.grace_seconds)
         if task.HasField("grace_seconds")
         else defaults.grace_seconds,
+        stop_signal=task.stop_signal or "SIGTERM",
+        wait_timeout_seconds=_limit(task, "wait_timeout_seconds"),
+        pull_timeout_seconds=_limit(task, "pull_timeout_seconds"),
+        total_timeout_seconds=_limit(task, "total_timeout_seconds"),
+        exclusive_cpus=task.exclusive_cpus,
+        open_files_limit=task.open_files_limit if task.HasField("open_files_limit") else defaults.open_files_limit,
+        read_bytes_per_second=_exact(task, "read_bytes_per_second") or None,
+        write_bytes_per_second=_exact(task, "write_bytes_per_second") or None,
         pull_policy=_pull_policy(task),
         user_id=task.user_id,
         task_name=task.task_name,
@@ -117,8 +128,12 @@ def _gpu_count(value: float) -> int:
 def _timeout(task: pb.Task, defaults: TaskDefaults) -> float | None:
     if not task.HasField("timeout_seconds"):
         return defaults.timeout_seconds
-    seconds = _finite("timeout_seconds", task.timeout_seconds)
-    return None if seconds == 0 else seconds
+    return _limit(task, "timeout_seconds")
+
+
+def _limit(task: pb.Task, field: str) -> float | None:
+    """0, and nothing, mean no limit."""
+    return _finite(field, getattr(task, field)) or None
 
 
 def _pull_policy(task: pb.Task) -> PullPolicy:
@@ -167,7 +182,7 @@ def running_task(record: TaskRecord) -> pb.RunningTask:
         task_id=record.id.task_id,
         cpu_allocated=held.cpu_milli / 1000,
         memory_allocated=held.memory_bytes / GIB,
-        status=record.phase.name.lower(),
+        status="stuck" if record.stuck else record.phase.name.lower(),
         gpu_allocated=float(held.gpu_count),
         attempt=record.id.attempt,
         phase=record.phase.name,
@@ -212,6 +227,7 @@ def task_result(record: TaskRecord, worker_id: str) -> pb.TaskResult:
         usage=_usage(record),
         remarks=list(record.remarks),
         gpu_uuids=list(record.lease.gpu_uuids),
+        retryable=is_retryable(verdict.reason),
     )
     if verdict.exit_code is not None:
         result.exit_code = verdict.exit_code
@@ -224,10 +240,10 @@ def task_result(record: TaskRecord, worker_id: str) -> pb.TaskResult:
 
 def _usage(record: TaskRecord) -> pb.Usage:
     usage = pb.Usage()
-    for field in ("memory_peak_bytes", "cpu_seconds", "cpu_throttled_seconds", "pids_peak_count"):
-        value = getattr(record.usage, field)
+    for field in dataclasses.fields(record.usage):
+        value = getattr(record.usage, field.name)
         if value is not None:
-            setattr(usage, field, value)
+            setattr(usage, field.name, value)
     if record.collected is not None:
         usage.log_bytes = record.collected.log_bytes
         usage.result_bytes = record.collected.total_bytes

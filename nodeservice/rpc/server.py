@@ -13,7 +13,7 @@ import structlog
 from nodeservice.clock import SystemClock
 from nodeservice.core.admission import check_task_id
 from nodeservice.core.model import AttemptId, Outcome, Phase, StopCause, StopRequest, TaskRecord, TraceIds
-from nodeservice.errors import InvariantError, NodeServiceError, RequestError
+from nodeservice.errors import ConfigError, InvariantError, NodeServiceError, RequestError
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.workdir import WorkDirs
@@ -25,6 +25,27 @@ from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 log = structlog.get_logger(__name__)
 
 RpcContext = grpc.aio.ServicerContext[object, object]
+
+_SERVER_OPTIONS = (
+    # Masters may ping as often as they like: without these a busy one is sent away with "too_many_pings".
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def bind_server(listen: str, credentials: grpc.ServerCredentials | None) -> tuple[grpc.aio.Server, int]:
+    """A server that is not yet started, and its port. Without credentials it speaks plain text. Raises ConfigError."""
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    try:
+        if credentials is None:
+            return server, int(server.add_insecure_port(listen))
+        return server, int(server.add_secure_port(listen, credentials))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"listen is {listen!r}, which cannot be bound", field="listen", hint="choose a free port"
+        ) from error
 
 
 class NodeServicer(pb_grpc.MasterWorkerServicer):
@@ -96,6 +117,10 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         path = self._dirs.log(record.id)
         async for chunk in stream_log(self._driver, self._logs, record.id, path, follow=request.follow):
             yield chunk
+
+    def serve_on(self, server: grpc.aio.Server) -> None:
+        """Answer the calls that come to this server."""
+        pb_grpc.add_MasterWorkerServicer_to_server(self, server)
 
     def _find(self, task_id: str, attempt: int) -> TaskRecord:
         check_task_id(task_id)

@@ -64,4 +64,5 @@ class NodeStatus:
             allocatable=convert.resources(ledger.allocatable),
             free=convert.resources(ledger.free),
             draining=self.driver.draining,
+            conditions=[f"{name}: {words}" for name, words in self.driver.all_conditions().items()],
         )

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from nodeservice.core.model import PullPolicy
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress
+from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress, labels
 from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
-from nodeservice.runtime.docker_spec import NODE_LABEL, create_body
+from nodeservice.runtime.docker_spec import check_mount_sources, create_body
 from nodeservice.runtime.docker_state import init_failure
 from nodeservice.runtime.endpoint import resolve_endpoint
-from nodeservice.runtime.errors import command_error
+from nodeservice.runtime.engine_process import read_engine_process
+from nodeservice.runtime.errors import InitMissingError, command_error
 from nodeservice.runtime.exits import ExitWatcher
+from nodeservice.runtime.log_file import read_log_file
 from nodeservice.runtime.logs import read_log
 from nodeservice.runtime.profile import EngineProfile, read_profile
 from nodeservice.runtime.pulls import ImagePulls
@@ -28,7 +32,10 @@ log = structlog.get_logger(__name__)
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,254}")
 _SIGKILL_EXIT_CODE = 137
-_EXEC_FAILURE_EXIT_CODES = frozenset({126, 127})
+_NOT_FOUND_EXIT_CODE = 127
+_EXEC_FAILURE_EXIT_CODES = frozenset({126, _NOT_FOUND_EXIT_CODE})
+_CATATONIT_FAILURE_EXIT_CODE = 1
+"""Podman's init program ends with this where others do with 126 or 127."""
 _OOM_LOOKS_SECONDS = (0.02, 0.08, 0.15, 0.25)
 _KILL_PATIENCE_SECONDS = 10.0
 _REMOVAL_PATIENCE_SECONDS = 10.0
@@ -67,6 +74,7 @@ class DockerRuntime:
         )
         self._known_profile: EngineProfile | None = None
         self._profile_is_stale = True
+        self._lacks_init = False
         self._never_started: set[str] = set()
 
     @property
@@ -89,10 +97,12 @@ class DockerRuntime:
         """As the port says; a cancelled caller waits for the engine's answer, so no container appears behind its back."""
         if not _NAME.fullmatch(spec.name):
             raise RequestError(f"{spec.name[:80]!r} cannot be a container's name", reason="CREATE_FAILED", field="name")
-        body = create_body(spec, await self._profile(), node_id=self._node_id)
-        container_id, is_new = await self._connection.call_to_end(
-            lambda client: calls.create(client, spec, body), doing=f"create {spec.name}"
-        )
+        profile = await self._profile()
+        try:
+            container_id, is_new = await self._create(spec, profile)
+        except InitMissingError:
+            self._lacks_init = True
+            container_id, is_new = await self._create(spec, await self._profile(fresh=True))
         if is_new:
             self._never_started.add(container_id)
         return container_id
@@ -150,15 +160,13 @@ class DockerRuntime:
                     await changed.wait()
 
     async def read_log(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
-        profile = await self._profile()
-        reading = read_log(self._connection, container_id, follow=follow, mends_lines=profile.log_driver == "local")
-        async with aclosing(reading) as pieces:
+        async with aclosing(await self._reading(container_id, follow=follow)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def stop(self, container_id: str, *, grace_seconds: float) -> None:
+    async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
         """As the port says. Raises TransientError (CONTAINER_NOT_STOPPING) if it lives on 10 s after SIGKILL."""
-        if not await self._signal(container_id, "SIGTERM") or await self._ended_within(container_id, grace_seconds):
+        if not await self._signal(container_id, signal) or await self._ended_within(container_id, grace_seconds):
             return
         log.info("container.killed_after_grace", container_id=container_id, grace_seconds=grace_seconds)
         if not await self._signal(container_id, "SIGKILL"):
@@ -184,7 +192,7 @@ class DockerRuntime:
             await asyncio.sleep(_REMOVAL_LOOK_SECONDS)
 
     async def list_owned(self, node_id: str) -> Sequence[ContainerState]:
-        label = f"{NODE_LABEL}={node_id}"
+        label = f"{labels.NODE}={node_id}"
         listed = await self._connection.call(
             lambda client: client.containers(all=True, filters={"label": [label]}), doing="list containers"
         )
@@ -198,12 +206,44 @@ class DockerRuntime:
 
     # ---- inside ----
 
+    async def _create(self, spec: ContainerSpec, profile: EngineProfile) -> tuple[str, bool]:
+        """The id, and whether it is new."""
+        body = create_body(spec, profile, node_id=self._node_id)
+        if profile.makes_mount_sources:
+            await asyncio.to_thread(check_mount_sources, spec)
+        return await self._connection.call_to_end(
+            lambda client: calls.create(client, spec, body), doing=f"create {spec.name}"
+        )
+
+    async def _reading(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
+        profile = await self._profile()
+        if profile.log_driver != "k8s-file":
+            mends_lines = profile.log_driver == "local"
+            return read_log(self._connection, container_id, follow=follow, mends_lines=mends_lines)
+        path = await self._connection.call(
+            lambda client: calls.log_path(client, container_id), doing="find a container's log"
+        )
+        if await asyncio.to_thread(os.access, path.parent, os.R_OK | os.X_OK):
+            return read_log_file(path, until_end=partial(self.wait_exited, container_id) if follow else None)
+        if follow:
+            # Podman's own follower loses lines (see log_file). Late and whole is better than at once and with holes.
+            log.info("container.log_read_at_end", container_id=container_id, why=f"{path.parent} cannot be read")
+            await self.wait_exited(container_id)
+        return read_log(self._connection, container_id, follow=False, mends_lines=False)
+
     async def _profile(self, *, fresh: bool = False) -> EngineProfile:
         if self._known_profile is not None and not self._profile_is_stale and not fresh:
             return self._known_profile
         before = self.degraded
         profile = await self._connection.call(
-            lambda client: read_profile(client.info(), client.version(), client.networks()), doing="describe itself"
+            lambda client: read_profile(
+                client.info(),
+                client.version(),
+                client.networks(),
+                lacks_init=self._lacks_init,
+                process=read_engine_process(self._connection.endpoint),
+            ),
+            doing="describe itself",
         )
         self._known_profile, self._profile_is_stale = profile, False
         for sentence in set(profile.degraded) - set(before):
@@ -248,7 +288,8 @@ class DockerRuntime:
                     break
                 state = again
         if (said := await self._command_failure(state)) is not None:
-            return replace(state, error=said)
+            exit_code = _NOT_FOUND_EXIT_CODE if state.exit_code == _CATATONIT_FAILURE_EXIT_CODE else state.exit_code
+            return replace(state, error=said, exit_code=exit_code)
         return state
 
     async def _command_failure(self, state: ContainerState) -> str | None:
@@ -256,7 +297,10 @@ class DockerRuntime:
 
         With an init process the engine's start always succeeds, and its complaint is all there is in the log.
         """
-        if state.exit_code not in _EXEC_FAILURE_EXIT_CODES or state.error:
+        codes = _EXEC_FAILURE_EXIT_CODES
+        if (await self._profile()).init_binary == "catatonit":
+            codes |= {_CATATONIT_FAILURE_EXIT_CODE}
+        if state.exit_code not in codes or state.error:
             return None
         text = b""
         try:

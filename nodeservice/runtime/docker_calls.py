@@ -6,6 +6,7 @@ For use inside `EngineConnection.call`, which translates all other errors.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -31,6 +32,16 @@ def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
     except Exception as error:
         if is_status(error, 404):
             return None
+        raise
+
+
+def log_path(client: APIClient, container_id: str) -> Path:
+    """Where the engine writes the container's log. Raises NodeFaultError (CONTAINER_LOST)."""
+    try:
+        return Path(client.inspect_container(container_id)["LogPath"])
+    except Exception as error:
+        if is_status(error, 404):
+            raise lost(container_id) from error
         raise
 
 

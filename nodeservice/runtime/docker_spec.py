@@ -1,4 +1,4 @@
-"""Turns a ContainerSpec into the body of the engine's create call; pure."""
+"""Turns a ContainerSpec into the body of the engine's create call; pure but for one check."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from nodeservice.core.model import MIB
-from nodeservice.errors import RequestError
-from nodeservice.ports import ContainerSpec
+from nodeservice.errors import NodeFaultError, RequestError
+from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
+from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.profile import EngineProfile
 
-NODE_LABEL = "nodeservice.node"
-"""Names the node that owns a container; every container created here has it."""
-SPEC_LABEL = "nodeservice.spec"
-"""A fingerprint of the request; equal ones on one name are the same container."""
-
-DROPPED_CAPABILITIES = ("NET_RAW", "MKNOD", "AUDIT_WRITE")
-"""Taken from the engine's default set.
-
-Raw sockets allow spoofing on the bridge that all tasks share; device nodes could be made for a GPU or disk that was not
-granted, wherever the device cgroup is lax; audit records could be forged. The rest of the default set stays, for images
-that install packages or drop privileges at start need it.
-"""
-
-_MIN_SHM_BYTES = 64 * MIB
 _MIN_LOG_BYTES = 1 * MIB
 _PERIOD_MICROSECONDS = 100_000
 _LONG_PERIOD_MICROSECONDS = 1_000_000
@@ -34,7 +21,10 @@ _GPU_SIDE_DOORS = ("CUDA_MPS_",)
 
 
 def create_body(spec: ContainerSpec, profile: EngineProfile, *, node_id: str) -> dict[str, Any]:
-    """The JSON of POST /containers/create. Raises RequestError for amounts that would mean "no limit" to the engine."""
+    """The JSON of POST /containers/create.
+
+    Raises RequestError for amounts that would mean "no limit" to the engine, NodeFaultError for GPUs that it leaves out.
+    """
     for name in ("cpu_milli", "memory_bytes", "pids_limit"):
         if getattr(spec, name) < 1:
             raise RequestError(
@@ -43,10 +33,17 @@ def create_body(spec: ContainerSpec, profile: EngineProfile, *, node_id: str) ->
                 field=name,
                 hint="ask for at least 1",
             )
+    if spec.gpu_uuids and not profile.hands_gpus:
+        raise NodeFaultError(
+            f"{profile.facts.name} {profile.facts.version} hands no GPUs to containers through its Docker-compatible API",
+            reason="NODE_FAULT",
+            hint="run this node with Docker",
+        )
     body: dict[str, Any] = {
         "Image": spec.image,
         "Env": [f"{name}={value}" for name, value in environment(spec)],
-        "Labels": {**spec.labels, NODE_LABEL: node_id},
+        "Labels": {**spec.labels, labels.NODE: node_id},
+        "StopSignal": spec.stop_signal,
         "StopTimeout": max(0, math.ceil(spec.grace_seconds)),
         "AttachStdin": False,
         "AttachStdout": False,
@@ -63,6 +60,17 @@ def create_body(spec: ContainerSpec, profile: EngineProfile, *, node_id: str) ->
     return body
 
 
+def check_mount_sources(spec: ContainerSpec) -> None:
+    """Refuse what an engine that makes missing sources would not. Blocking. Raises RequestError (CREATE_FAILED)."""
+    for mount in spec.mounts:
+        if not mount.source.exists():
+            raise RequestError(
+                f"{mount.source}, to be mounted at {mount.target}, does not exist",
+                reason="CREATE_FAILED",
+                field="mounts",
+            )
+
+
 def environment(spec: ContainerSpec) -> list[tuple[str, str]]:
     """The task's environment with GPU access decided by us alone.
 
@@ -74,11 +82,11 @@ def environment(spec: ContainerSpec) -> list[tuple[str, str]]:
     return [*kept, ("NVIDIA_VISIBLE_DEVICES", ",".join(spec.gpu_uuids) or "void")]
 
 
-def is_same_request(spec: ContainerSpec, labels: Mapping[str, str]) -> bool:
-    """Whether a container with these labels was made from this spec: by its fingerprint, else by all labels."""
-    if SPEC_LABEL in spec.labels:
-        return labels.get(SPEC_LABEL) == spec.labels[SPEC_LABEL]
-    return all(labels.get(name) == value for name, value in spec.labels.items())
+def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:
+    """Whether a container with the labels `found` was made from this spec: by its fingerprint, else by all labels."""
+    if labels.SPEC in spec.labels:
+        return found.get(labels.SPEC) == spec.labels[labels.SPEC]
+    return all(found.get(name) == value for name, value in spec.labels.items())
 
 
 def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
@@ -91,7 +99,8 @@ def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
         "MemorySwap": spec.memory_bytes,
         "PidsLimit": spec.pids_limit,
         # Counted in the container's memory; 64 MB, the engine's default, is too small for data loaders.
-        "ShmSize": max(_MIN_SHM_BYTES, spec.memory_bytes // 2),
+        "ShmSize": shm_bytes(spec.memory_bytes),
+        "Ulimits": _ulimits(spec, profile),
         "SecurityOpt": ["no-new-privileges"],
         "CapDrop": list(DROPPED_CAPABILITIES),
         "Privileged": False,
@@ -105,6 +114,11 @@ def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
             for mount in spec.mounts
         ],
     }
+    for name, rate in (("Read", spec.read_bytes_per_second), ("Write", spec.write_bytes_per_second)):
+        if rate is not None and spec.rate_devices:
+            config[f"BlkioDevice{name}Bps"] = [{"Path": str(device), "Rate": rate} for device in spec.rate_devices]
+    if spec.cpu_ids:
+        config["CpusetCpus"] = ids_text(frozenset(spec.cpu_ids))
     if profile.has_init:
         config["Init"] = True
     if spec.cgroup_parent is not None:
@@ -114,6 +128,16 @@ def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
             {"Driver": "nvidia", "DeviceIDs": list(spec.gpu_uuids), "Capabilities": [["gpu"]]},
         ]
     return config
+
+
+def _ulimits(spec: ContainerSpec, profile: EngineProfile) -> list[dict[str, Any]]:
+    """As many open files as were asked, or as the engine may give: with more, no container would start."""
+    most = profile.facts.open_files_max
+    files = spec.open_files_limit if most is None else min(spec.open_files_limit, most)
+    wanted = {"nofile": files, "core": 0}
+    if profile.processes_ulimit is not None:
+        wanted["nproc"] = profile.processes_ulimit
+    return [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in wanted.items()]
 
 
 def cpu_quota(cpu_milli: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from nodeservice.ports import ContainerState
@@ -54,7 +55,14 @@ def read_state(inspected: Mapping[str, Any]) -> ContainerState:
         error=str(state.get("Error") or ""),
         labels=dict(config.get("Labels") or {}),
         limits=_limits(inspected.get("HostConfig") or {}),
+        layer=_layer(inspected.get("GraphDriver") or {}),
     )
+
+
+def _layer(graph_driver: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Of overlay drivers: what the container writes, and where the file system prepares it."""
+    data = graph_driver.get("Data") or {}
+    return tuple(Path(str(data[name])) for name in ("UpperDir", "WorkDir") if data.get(name))
 
 
 def read_status(status: str) -> str:

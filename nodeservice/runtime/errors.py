@@ -27,6 +27,7 @@ _NO_SUCH_IMAGE = re.compile(
     r"|invalid repository name|: not found$",
 )
 _DISK_FULL = "no space left on device"
+_INIT_MISSING = "container-init binary not found"
 _GPU_STACK = re.compile(r"could not select device driver|nvidia-container|libnvidia|cdi device|unresolvable cdi")
 _NOT_EXECUTABLE = re.compile(
     r"executable file not found|no such file or directory|permission denied|exec format error|is a directory"
@@ -34,6 +35,10 @@ _NOT_EXECUTABLE = re.compile(
 )
 # runc, crun and Docker put the word exec before the command; a mount that fails with the same words has no such word.
 _ABOUT_THE_COMMAND = re.compile(r"\bexec[:` ]|exec user process|executable file|cannot find.*in \$path|open executable")
+
+
+class InitMissingError(NodeFaultError):
+    """Podman's create: the program that it would run as PID 1 is not installed."""
 
 
 def engine_unavailable(error: BaseException) -> TransientError:
@@ -92,6 +97,8 @@ def create_error(name: str, image: str, error: APIError) -> NodeServiceError:
     text = said.lower()
     if error.status_code == 404 and "image" in text:
         return RequestError(f"image {image!r} is not on this node: {said}", reason="IMAGE_NOT_FOUND", field="image")
+    if _INIT_MISSING in text:
+        return InitMissingError(f"the engine could not create {name!r}: {said}", reason="NODE_FAULT")
     if _DISK_FULL in text or _GPU_STACK.search(text):
         return NodeFaultError(f"the engine could not create {name!r}: {said}", reason="NODE_FAULT")
     hint = "the image names no command: give one" if "no command specified" in text else None

@@ -14,8 +14,8 @@ from typing import Any
 import structlog
 
 from nodeservice.errors import NodeServiceError
+from nodeservice.ports import labels
 from nodeservice.runtime.connection import EngineConnection
-from nodeservice.runtime.docker_spec import NODE_LABEL
 from nodeservice.runtime.docker_state import read_status
 from nodeservice.runtime.streams import EngineStream, StreamRefusedError
 
@@ -46,7 +46,7 @@ class ExitWatcher:
         on_connected: Callable[[], None],
     ) -> None:
         self._connection = connection
-        self._label = f"{NODE_LABEL}={node_id}"
+        self._label = f"{labels.NODE}={node_id}"
         self._relist_seconds = relist_seconds
         self._on_connected = on_connected
         self._signals: dict[str, set[asyncio.Event]] = {}

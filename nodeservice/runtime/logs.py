@@ -11,9 +11,8 @@ from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.errors import engine_unavailable
 from nodeservice.runtime.frames import Reread, read_frames
+from nodeservice.runtime.hand_over import HandOver
 from nodeservice.runtime.streams import EngineStream, StreamRefusedError
-
-_BUFFER_BYTES = 1024 * 1024
 
 
 async def read_log(
@@ -27,7 +26,7 @@ async def read_log(
     small logs), and what was missed is added; only for a log that outgrew its bound in the engine that is not possible.
     For `mends_lines` see `frames.read_frames`.
     """
-    buffer = _HandOver(asyncio.get_running_loop())
+    buffer = HandOver(asyncio.get_running_loop())
     stream = connection.stream()
     reading = _Reading(connection, container_id, follow=follow, mends_lines=mends_lines, stream=stream, buffer=buffer)
     threading.Thread(target=reading.run, name="engine-log", daemon=True).start()
@@ -50,7 +49,7 @@ class _Reading:
         follow: bool,
         mends_lines: bool,
         stream: EngineStream,
-        buffer: _HandOver,
+        buffer: HandOver,
     ) -> None:
         self._connection = connection
         self._container_id = container_id
@@ -104,62 +103,3 @@ def _translated(container_id: str, error: Exception) -> NodeServiceError:
         translated = TransientError(f"the log of {container_id} broke off: {error}", reason="LOG_STREAM_BROKEN")
     translated.__cause__ = error
     return translated
-
-
-class _HandOver:
-    """Bytes from one thread to the loop: bounded, and with one wake-up however many pieces came."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._ready = asyncio.Event()
-        self._changed = threading.Condition()
-        self._pieces: list[bytes] = []
-        self._size_bytes = 0
-        self._ended = False
-        self._closed = False
-        self._error: NodeServiceError | None = None
-
-    def put(self, data: bytes) -> bool:
-        """In the thread; waits while the reader is behind. False: the reader has gone."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._size_bytes < _BUFFER_BYTES)
-            if self._closed:
-                return False
-            self._pieces.append(data)
-            self._size_bytes += len(data)
-            if len(self._pieces) == 1:
-                self._wake()
-            return True
-
-    def end(self, error: NodeServiceError | None) -> None:
-        with self._changed:
-            self._ended, self._error = True, error
-            self._wake()
-
-    async def take(self) -> bytes:
-        """All that is there, after waiting for some; empty at the end. Raises what ended it."""
-        while True:
-            await self._ready.wait()
-            with self._changed:
-                self._ready.clear()
-                data = b"".join(self._pieces)
-                self._pieces.clear()
-                self._size_bytes = 0
-                self._changed.notify()
-                if self._ended:
-                    self._ready.set()
-                if data:
-                    return data
-                if self._ended:
-                    if self._error is not None:
-                        raise self._error
-                    return b""
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed without us
-            self._loop.call_soon_threadsafe(self._ready.set)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nodeservice.ports import EngineFacts
+from nodeservice.runtime.engine_process import EngineProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,21 +20,32 @@ class EngineProfile:
     network: str
     has_init: bool
     init_binary: str
+    hands_gpus: bool
+    """Whether it understands DeviceRequests; an engine that does not leaves them out without a word."""
+    makes_mount_sources: bool
+    """Whether a mount's source that is missing is made, as an empty directory of root's, instead of refused."""
+    processes_ulimit: int | None = None
+    """To be given with each container where the engine's own default would be refused by the kernel."""
     degraded: tuple[str, ...] = field(default=())
 
 
 def read_profile(
-    info: Mapping[str, Any], version: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]
+    info: Mapping[str, Any],
+    version: Mapping[str, Any],
+    networks: Sequence[Mapping[str, Any]],
+    *,
+    lacks_init: bool = False,
+    process: EngineProcess = EngineProcess(),  # noqa: B008  (frozen)
 ) -> EngineProfile:
-    """From the answers to /info, /version and /networks."""
+    """From the answers to /info, /version and /networks. `lacks_init` is what a create has found out."""
     components = {str(entry.get("Name", "")): entry for entry in version.get("Components") or []}
     is_podman = "Podman Engine" in components
     log_drivers = set((info.get("Plugins") or {}).get("Log") or [])
     degraded: list[str] = []
 
-    # `local` keeps bytes as they are; json-file replaces what is not UTF-8.
-    log_driver = next((name for name in ("local", "json-file", "k8s-file") if name in log_drivers), "json-file")
-    if log_driver != "local":
+    # `local` and Podman's k8s-file keep bytes as they are; json-file replaces what is not UTF-8.
+    log_driver = next((name for name in ("local", "k8s-file", "json-file") if name in log_drivers), "json-file")
+    if log_driver == "json-file":
         degraded.append(f"the log driver is {log_driver}: bytes that are not UTF-8 may be changed in logs")
 
     # A daemon started with `bridge: none` has no network of that name; Podman maps the word to its default network.
@@ -42,14 +54,17 @@ def read_profile(
         degraded.append("the engine has no default network: containers run without one")
 
     # The engine runs `docker-init --version` to fill this component in, and leaves it out or says N/A when that fails.
-    # Podman brings its own and tells nothing.
-    init_binary = str(info.get("InitBinary") or "docker-init")
+    # Podman tells nothing of its own, catatonit, which may be missing as well: that shows at the first create.
+    init_binary = "catatonit" if is_podman else str(info.get("InitBinary") or "docker-init")
     init_version = str(components.get("docker-init", {}).get("Version") or "")
-    has_init = is_podman or init_version not in {"", "N/A"}
+    has_init = not lacks_init if is_podman else init_version not in {"", "N/A"}
     if not has_init:
         degraded.append(
             f"the engine's init program {init_binary} is missing: zombies are not reaped, PID 1 ignores SIGTERM"
         )
+
+    if is_podman:
+        degraded.append("Podman hands no GPUs to containers through its Docker-compatible API: such tasks are refused")
 
     return EngineProfile(
         facts=EngineFacts(
@@ -62,10 +77,16 @@ def read_profile(
             cgroup_version=int(str(info.get("CgroupVersion") or 1)),
             cpu_count=int(info.get("NCPU") or 0),
             memory_bytes=int(info.get("MemTotal") or 0),
+            open_files_max=process.open_files_max,
+            has_sys_resource=process.has_sys_resource,
         ),
         log_driver=log_driver,
         network=network,
         has_init=has_init,
         init_binary=init_binary,
+        hands_gpus=not is_podman,
+        makes_mount_sources=is_podman,
+        # As soon as one ulimit is given, Podman adds its default of 1,048,576 processes, which not every host allows it.
+        processes_ulimit=process.processes_max if is_podman else None,
         degraded=tuple(degraded),
     )

@@ -12,10 +12,7 @@ from pathlib import Path
 
 from nodeservice.core.model import GIB, PullPolicy
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress
-
-NODE_LABEL = "nodeservice.node"
-SPEC_LABEL = "nodeservice.spec"
+from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress, labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +176,7 @@ class FakeRuntime:
                 exit_code=None,
                 oom_killed=False,
                 error="",
-                labels={**spec.labels, NODE_LABEL: self._node_id},
+                labels={**spec.labels, labels.NODE: self._node_id},
                 limits={
                     "cpu_milli": spec.cpu_milli,
                     "memory_bytes": spec.memory_bytes,
@@ -244,7 +241,7 @@ class FakeRuntime:
                 return
             await container.changed.wait()
 
-    async def stop(self, container_id: str, *, grace_seconds: float) -> None:
+    async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
         self._called("stop", container_id)
         container = self._containers.get(container_id)
         if container is None or not container.state.is_running:
@@ -276,7 +273,7 @@ class FakeRuntime:
         return [
             container.state
             for container in self._containers.values()
-            if container.state.labels.get(NODE_LABEL) == node_id
+            if container.state.labels.get(labels.NODE) == node_id
         ]
 
     async def close(self) -> None:
@@ -354,4 +351,4 @@ def _image_id(name: str) -> str:
 
 
 def _fingerprint(spec: ContainerSpec) -> object:
-    return spec.labels.get(SPEC_LABEL) or dict(spec.labels)
+    return spec.labels.get(labels.SPEC) or dict(spec.labels)

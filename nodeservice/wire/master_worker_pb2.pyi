@@ -111,7 +111,7 @@ class HeartbeatAck(_message.Message):
     def __init__(self, success: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("worker_id", "cpu_usage", "memory_usage", "storage_usage", "running_tasks", "gpu_usage", "allocatable", "free", "gpus", "draining")
+    __slots__ = ("worker_id", "cpu_usage", "memory_usage", "storage_usage", "running_tasks", "gpu_usage", "allocatable", "free", "gpus", "draining", "conditions")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CPU_USAGE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,7 @@ class Heartbeat(_message.Message):
     FREE_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cpu_usage: float
     memory_usage: float
@@ -132,7 +133,8 @@ class Heartbeat(_message.Message):
     free: Resources
     gpus: _containers.RepeatedCompositeFieldContainer[GpuInfo]
     draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., cpu_usage: _Optional[float] = ..., memory_usage: _Optional[float] = ..., storage_usage: _Optional[float] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., gpu_usage: _Optional[float] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    conditions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., cpu_usage: _Optional[float] = ..., memory_usage: _Optional[float] = ..., storage_usage: _Optional[float] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., gpu_usage: _Optional[float] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., draining: _Optional[bool] = ..., conditions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RunningTask(_message.Message):
     __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms")
@@ -163,7 +165,7 @@ class EnvVar(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit")
+    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     DOCKER_IMAGE_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +189,14 @@ class Task(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     PIDS_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    WAIT_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PULL_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STOP_SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    EXCLUSIVE_CPUS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FILES_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     docker_image: str
     command: str
@@ -210,10 +220,18 @@ class Task(_message.Message):
     memory_bytes: int
     disk_bytes: int
     pids_limit: int
-    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ...) -> None: ...
+    wait_timeout_seconds: float
+    pull_timeout_seconds: float
+    total_timeout_seconds: float
+    stop_signal: str
+    exclusive_cpus: bool
+    open_files_limit: int
+    read_bytes_per_second: int
+    write_bytes_per_second: int
+    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ...) -> None: ...
 
 class TaskResult(_message.Message):
-    __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids")
+    __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids", "retryable")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +251,7 @@ class TaskResult(_message.Message):
     MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
     REMARKS_FIELD_NUMBER: _ClassVar[int]
     GPU_UUIDS_FIELD_NUMBER: _ClassVar[int]
+    RETRYABLE_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     worker_id: str
     status: str
@@ -252,7 +271,8 @@ class TaskResult(_message.Message):
     manifest_sha256: str
     remarks: _containers.RepeatedScalarFieldContainer[str]
     gpu_uuids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, task_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., status: _Optional[str] = ..., logs: _Optional[str] = ..., result_location: _Optional[str] = ..., output_files: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., exit_code: _Optional[int] = ..., image_digest: _Optional[str] = ..., trace_id: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[PhaseTiming, _Mapping]]] = ..., limits_json: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., manifest_sha256: _Optional[str] = ..., remarks: _Optional[_Iterable[str]] = ..., gpu_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
+    retryable: bool
+    def __init__(self, task_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., status: _Optional[str] = ..., logs: _Optional[str] = ..., result_location: _Optional[str] = ..., output_files: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., exit_code: _Optional[int] = ..., image_digest: _Optional[str] = ..., trace_id: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[PhaseTiming, _Mapping]]] = ..., limits_json: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., manifest_sha256: _Optional[str] = ..., remarks: _Optional[_Iterable[str]] = ..., gpu_uuids: _Optional[_Iterable[str]] = ..., retryable: _Optional[bool] = ...) -> None: ...
 
 class PhaseTiming(_message.Message):
     __slots__ = ("name", "started_at_unix_ns", "duration_ns")
@@ -265,7 +285,7 @@ class PhaseTiming(_message.Message):
     def __init__(self, name: _Optional[str] = ..., started_at_unix_ns: _Optional[int] = ..., duration_ns: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("memory_peak_bytes", "cpu_seconds", "log_bytes", "result_bytes", "result_file_count", "pids_peak_count", "cpu_throttled_seconds")
+    __slots__ = ("memory_peak_bytes", "cpu_seconds", "log_bytes", "result_bytes", "result_file_count", "pids_peak_count", "cpu_throttled_seconds", "oom_kill_count", "read_bytes", "written_bytes", "disk_peak_bytes", "network_received_bytes", "network_sent_bytes")
     MEMORY_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +293,12 @@ class Usage(_message.Message):
     RESULT_FILE_COUNT_FIELD_NUMBER: _ClassVar[int]
     PIDS_PEAK_COUNT_FIELD_NUMBER: _ClassVar[int]
     CPU_THROTTLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OOM_KILL_COUNT_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     memory_peak_bytes: int
     cpu_seconds: float
     log_bytes: int
@@ -280,7 +306,13 @@ class Usage(_message.Message):
     result_file_count: int
     pids_peak_count: int
     cpu_throttled_seconds: float
-    def __init__(self, memory_peak_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., log_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., result_file_count: _Optional[int] = ..., pids_peak_count: _Optional[int] = ..., cpu_throttled_seconds: _Optional[float] = ...) -> None: ...
+    oom_kill_count: int
+    read_bytes: int
+    written_bytes: int
+    disk_peak_bytes: int
+    network_received_bytes: int
+    network_sent_bytes: int
+    def __init__(self, memory_peak_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., log_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., result_file_count: _Optional[int] = ..., pids_peak_count: _Optional[int] = ..., cpu_throttled_seconds: _Optional[float] = ..., oom_kill_count: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., disk_peak_bytes: _Optional[int] = ..., network_received_bytes: _Optional[int] = ..., network_sent_bytes: _Optional[int] = ...) -> None: ...
 
 class TaskID(_message.Message):
     __slots__ = ("task_id", "attempt")

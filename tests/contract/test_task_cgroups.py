@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import TransientError
-from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, place_of, task_cgroups
+from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
 from nodeservice.limits.plan import PIDS_OVERHEAD
 from nodeservice.limits.tree import CgroupTree
@@ -98,7 +98,7 @@ async def cgroups(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     make: Callable[[Path], CgroupTree] = request.param
     node_id = f"test-{uuid.uuid4().hex[:12]}"
     tree = make(tmp_path)
-    cgroups = KernelTaskCgroups(node_id=node_id, tree=tree)
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(node_id), tree=tree)
     yield cgroups
     tree.remove(f"nodeservice/{node_id}.node")
     await cgroups.close()
@@ -116,26 +116,36 @@ def spec(
     )
 
 
+def in_force(cgroups: KernelTaskCgroups, id_: AttemptId = AttemptId("task", 1)) -> dict[str, object]:  # noqa: B008
+    """The tightest value of each limit, also of a cgroup in which nothing ran yet."""
+    held: dict[str, object] = {}
+    for reading in cgroups._tree.readings(cgroups._places.of_task(id_)):
+        assert reading.source
+        before = held.get(reading.limit)
+        if before is None or (isinstance(reading.value, int) and isinstance(before, int) and reading.value < before):
+            held[reading.limit] = reading.value
+    return held
+
+
 async def test_the_limits_read_back_are_those_asked(cgroups: KernelTaskCgroups) -> None:
     parent = await cgroups.prepare(spec())
 
-    effective = await cgroups.effective(AttemptId("task", 1))
+    effective = in_force(cgroups)
 
     assert parent is not None
     assert parent.endswith("/task.1")
-    assert effective["path"] == parent
     assert effective["cpu_milli"] == 500
     assert effective["memory_bytes"] == 64 * MIB
     assert effective["memory_swap_bytes"] == 64 * MIB
     assert effective["pids_limit"] == 32 + PIDS_OVERHEAD
-    assert effective["occupied"] is False
+    assert await cgroups.readings(AttemptId("task", 1)) == [], "nothing ran in it: it limits nobody"
 
 
 async def test_preparing_again_gives_the_same_place_and_the_limits_of_the_last_call(cgroups: KernelTaskCgroups) -> None:
     first = await cgroups.prepare(spec())
     again = await cgroups.prepare(spec(memory_bytes=128 * MIB, cpu_milli=1000))
 
-    effective = await cgroups.effective(AttemptId("task", 1))
+    effective = in_force(cgroups)
 
     assert again == first
     assert (effective["memory_bytes"], effective["memory_swap_bytes"]) == (128 * MIB, 128 * MIB)
@@ -146,7 +156,7 @@ async def test_a_limit_may_also_be_lowered_again(cgroups: KernelTaskCgroups) -> 
     await cgroups.prepare(spec(memory_bytes=128 * MIB))
     await cgroups.prepare(spec(memory_bytes=32 * MIB))
 
-    effective = await cgroups.effective(AttemptId("task", 1))
+    effective = in_force(cgroups)
 
     assert (effective["memory_bytes"], effective["memory_swap_bytes"]) == (32 * MIB, 32 * MIB)
 
@@ -154,7 +164,7 @@ async def test_a_limit_may_also_be_lowered_again(cgroups: KernelTaskCgroups) -> 
 async def test_what_was_not_asked_is_not_limited(cgroups: KernelTaskCgroups) -> None:
     await cgroups.prepare(spec(cpu_milli=0, memory_bytes=0, pids_limit=0))
 
-    effective = await cgroups.effective(AttemptId("task", 1))
+    effective = in_force(cgroups)
 
     assert [effective[name] for name in ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit")] == [None] * 4
 
@@ -168,7 +178,7 @@ async def test_a_cgroup_in_which_nothing_ran_tells_no_usage(cgroups: KernelTaskC
 async def test_an_unknown_attempt_has_no_limits_and_no_usage_and_is_removed_already(cgroups: KernelTaskCgroups) -> None:
     unknown = AttemptId("never-made", 7)
 
-    assert await cgroups.effective(unknown) == {}
+    assert in_force(cgroups, unknown) == {}
     assert await cgroups.usage(unknown) == Usage()
     await cgroups.remove(unknown)
 
@@ -179,7 +189,7 @@ async def test_removing_takes_it_away_and_may_be_repeated(cgroups: KernelTaskCgr
     await cgroups.remove(AttemptId("task", 1))
     await cgroups.remove(AttemptId("task", 1))
 
-    assert await cgroups.effective(AttemptId("task", 1)) == {}
+    assert in_force(cgroups) == {}
 
 
 async def test_removing_one_task_leaves_the_other_alone(cgroups: KernelTaskCgroups) -> None:
@@ -188,7 +198,7 @@ async def test_removing_one_task_leaves_the_other_alone(cgroups: KernelTaskCgrou
 
     await cgroups.remove(AttemptId("task", 1))
 
-    assert (await cgroups.effective(AttemptId("other", 1)))["memory_bytes"] == 64 * MIB
+    assert in_force(cgroups, AttemptId("other", 1))["memory_bytes"] == 64 * MIB
 
 
 @pytest.mark.parametrize("task_id", ["../../escape", "a/b", "..", "", "x" * 5000, "a\0b", "cgroup.procs"])
@@ -202,14 +212,14 @@ async def test_a_hostile_id_stays_in_its_place(cgroups: KernelTaskCgroups, task_
 
 
 def test_different_hostile_ids_get_different_places() -> None:
-    places = {place_of("node", AttemptId(task_id)) for task_id in ("a/b", "a/c", "..", "", "a", "+a")}
+    places = {DirectoryPlaces("node").of_task(AttemptId(task_id)) for task_id in ("a/b", "a/c", "..", "", "a", "+a")}
 
     assert len(places) == 6
 
 
 async def test_the_counts_of_the_unified_hierarchy_become_usage(tmp_path: Path) -> None:
     stand_in = UnifiedStandIn(tmp_path / "cgroup")
-    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("node"), tree=stand_in.tree())
     parent = await cgroups.prepare(spec())
     assert parent is not None
     task = stand_in.top / parent.lstrip("/")
@@ -232,7 +242,7 @@ async def test_the_counts_of_the_unified_hierarchy_become_usage(tmp_path: Path) 
 
 async def test_what_an_older_kernel_does_not_count_is_unknown_and_not_zero(tmp_path: Path) -> None:
     stand_in = UnifiedStandIn(tmp_path / "cgroup")
-    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("node"), tree=stand_in.tree())
     parent = await cgroups.prepare(spec())
     assert parent is not None
     task = stand_in.top / parent.lstrip("/")
@@ -249,7 +259,7 @@ async def test_what_an_older_kernel_does_not_count_is_unknown_and_not_zero(tmp_p
 
 async def test_a_tighter_limit_of_the_container_is_the_one_in_force(tmp_path: Path) -> None:
     stand_in = UnifiedStandIn(tmp_path / "cgroup")
-    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("node"), tree=stand_in.tree())
     parent = await cgroups.prepare(spec(pids_limit=32))
     assert parent is not None
     task = stand_in.top / parent.lstrip("/")
@@ -257,9 +267,9 @@ async def test_a_tighter_limit_of_the_container_is_the_one_in_force(tmp_path: Pa
     stand_in.mkdir(task / "0123abcd")
     (task / "0123abcd/pids.max").write_text("32")
 
-    effective = await cgroups.effective(AttemptId("task", 1))
+    effective = in_force(cgroups)
 
-    assert (effective["pids_limit"], effective["occupied"]) == (32, True)
+    assert effective["pids_limit"] == 32
     await cgroups.remove(AttemptId("task", 1))
     assert not (stand_in.top / "nodeservice").exists()
     await cgroups.close()
@@ -267,7 +277,7 @@ async def test_a_tighter_limit_of_the_container_is_the_one_in_force(tmp_path: Pa
 
 async def test_a_kernel_that_refuses_costs_the_cgroup_and_one_warning(tmp_path: Path) -> None:
     stand_in = UnifiedStandIn(tmp_path / "cgroup", controllers="hugetlb")
-    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("node"), tree=stand_in.tree())
 
     with capture_logs() as logs:
         assert await cgroups.prepare(spec()) is None
@@ -284,7 +294,9 @@ async def test_a_read_only_hierarchy_costs_the_cgroup(tmp_path: Path) -> None:
     def refuse(directory: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(directory))
 
-    cgroups = KernelTaskCgroups(node_id="node", tree=V2CgroupTree(stand_in.mounts, mkdir=refuse, rmdir=refuse))
+    cgroups = KernelTaskCgroups(
+        places=DirectoryPlaces("node"), tree=V2CgroupTree(stand_in.mounts, mkdir=refuse, rmdir=refuse)
+    )
 
     assert await cgroups.prepare(spec()) is None
     await cgroups.close()
@@ -295,7 +307,7 @@ async def test_a_cgroup_that_something_lives_in_is_an_error_to_try_again(
 ) -> None:
     monkeypatch.setattr("nodeservice.limits.cgroup._REMOVE_PAUSE_SECONDS", 0.001)
     stand_in = UnifiedStandIn(tmp_path / "cgroup")
-    cgroups = KernelTaskCgroups(node_id="node", tree=stand_in.tree())
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("node"), tree=stand_in.tree())
     parent = await cgroups.prepare(spec())
     assert parent is not None
     task = stand_in.top / parent.lstrip("/")
@@ -311,14 +323,14 @@ async def test_a_cgroup_that_something_lives_in_is_an_error_to_try_again(
     await cgroups.close()
 
 
-async def test_without_an_engine_or_with_systemds_driver_limits_sit_on_the_container_alone() -> None:
+async def test_without_an_engine_or_with_a_driver_that_is_not_known_limits_sit_on_the_container_alone() -> None:
     facts = EngineFacts(
         name="docker",
         version="28",
         api_version="1.50",
         root_dir=Path("/var/lib/docker"),
         storage_driver="overlay2",
-        cgroup_driver="systemd",
+        cgroup_driver="none",
         cgroup_version=2,
         cpu_count=2,
         memory_bytes=1,
@@ -326,6 +338,7 @@ async def test_without_an_engine_or_with_systemds_driver_limits_sit_on_the_conta
     for cgroups in (task_cgroups(node_id="node", facts=None), task_cgroups(node_id="node", facts=facts)):
         assert isinstance(cgroups, NoTaskCgroups)
         assert await cgroups.prepare(spec()) is None
-        assert await cgroups.effective(AttemptId("task", 1)) == {}
+        assert await cgroups.readings(AttemptId("task", 1)) == ()
+        assert cgroups.describe()
         assert await cgroups.usage(AttemptId("task", 1)) == Usage()
         await cgroups.remove(AttemptId("task", 1))

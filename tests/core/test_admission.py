@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeservice.core import admission
+from nodeservice.core.cpus import Cpu
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Resources, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, NodeServiceError, RequestError
@@ -28,10 +30,24 @@ def unknown(_spec: TaskSpec) -> TaskRecord | None:
 
 
 def admit(
-    spec: TaskSpec, *, free: Resources | None = None, draining: bool = False, live: int = 0
+    spec: TaskSpec,
+    *,
+    free: Resources | None = None,
+    draining: bool = False,
+    conditions: Mapping[str, str] | None = None,
+    live: int = 0,
 ) -> admission.Admitted:
-    ledger = Ledger(free or Resources(cpu_milli=2000, memory_bytes=2**30, disk_bytes=2**30))
-    return admission.admit(spec, known=unknown, ledger=ledger, draining=draining, live_count=live, max_live_count=10)
+    cpus = [Cpu(numa_node=0, core=core, id=core) for core in range(3)]
+    ledger = Ledger(free or Resources(cpu_milli=2000, memory_bytes=2**30, disk_bytes=2**30), cpus=cpus)
+    return admission.admit(
+        spec,
+        known=unknown,
+        ledger=ledger,
+        draining=draining,
+        conditions=conditions or {},
+        live_count=live,
+        max_live_count=10,
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,6 +87,16 @@ def test_an_id_that_passes_is_safe_as_a_file_name(text: str) -> None:
         ("timeout_seconds", replace(SPEC, timeout_seconds=-1.0)),
         ("timeout_seconds", replace(SPEC, timeout_seconds=float("inf"))),
         ("grace_seconds", replace(SPEC, grace_seconds=float("nan"))),
+        ("wait_timeout_seconds", replace(SPEC, wait_timeout_seconds=-1.0)),
+        ("pull_timeout_seconds", replace(SPEC, pull_timeout_seconds=float("inf"))),
+        ("total_timeout_seconds", replace(SPEC, total_timeout_seconds=float("nan"))),
+        ("stop_signal", replace(SPEC, stop_signal="SIGSTOP")),
+        ("stop_signal", replace(SPEC, stop_signal="x" * 10_000)),
+        ("open_files_limit", replace(SPEC, open_files_limit=0)),
+        ("open_files_limit", replace(SPEC, open_files_limit=2**30)),
+        ("exclusive_cpus", replace(SPEC, exclusive_cpus=True, request=replace(SPEC.request, cpu_milli=1500))),
+        ("read_bytes_per_second", replace(SPEC, read_bytes_per_second=1)),
+        ("write_bytes_per_second", replace(SPEC, write_bytes_per_second=-5)),
         ("attempt", replace(SPEC, id=AttemptId("t", 0))),
         ("argv", replace(SPEC, argv=("a",), command="b")),
         ("command", replace(SPEC, command="x" * 200_000)),
@@ -107,3 +133,20 @@ def test_a_draining_node_and_a_full_list_refuse() -> None:
         admit(SPEC, draining=True)
     with pytest.raises(CapacityError, match="already holds 10"):
         admit(SPEC, live=10)
+
+
+def test_a_node_that_is_not_well_takes_no_new_work_and_says_why() -> None:
+    with pytest.raises(CapacityError) as caught:
+        admit(SPEC, conditions={"DISK_LOW": "1 % of /var is free"})
+    assert caught.value.reason == "DISK_LOW"
+    assert "1 % of /var is free" in str(caught.value)
+
+
+def test_exclusive_cores_leave_one_for_the_host_and_everybody_else() -> None:
+    free = Resources(cpu_milli=3000, memory_bytes=2**30, disk_bytes=2**30)
+    two, three = (replace(SPEC, exclusive_cpus=True, request=replace(SPEC.request, cpu_milli=n * 1000)) for n in (2, 3))
+    admit(two, free=free)
+    with pytest.raises(CapacityError) as caught:
+        admit(three, free=free)
+    assert (caught.value.reason, caught.value.field) == ("INSUFFICIENT_CPU", "exclusive_cpus")
+    assert "this node allocates 2 in all" in str(caught.value)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nodeservice.core.cpus import Cpu
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Resources
 from nodeservice.errors import InvariantError
@@ -91,3 +92,25 @@ def test_a_second_grant_to_the_same_owner_is_refused() -> None:
     ledger.grant(AttemptId("t"), Resources(cpu_milli=1))
     with pytest.raises(InvariantError):
         ledger.grant(AttemptId("t"), Resources(cpu_milli=1))
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(1, 4)), max_size=40))
+def test_no_cpu_is_exclusive_to_two_and_one_is_always_shared(sequence: list[tuple[bool, int, int]]) -> None:
+    cpus = [Cpu(numa_node=number // 4, core=number // 2, id=number) for number in range(8)]
+    ledger = Ledger(Resources(cpu_milli=7900), cpus=cpus)
+    held: dict[AttemptId, tuple[int, ...]] = {}
+    for grant, number, count in sequence:
+        owner = AttemptId(f"t{number}")
+        request = Resources(cpu_milli=count * 1000)
+        if not grant:
+            ledger.release_compute(owner)
+            ledger.release_disk(owner)
+            held.pop(owner, None)
+        elif owner not in held and ledger.shortfall(request, exclusive_cpus=True) is None:
+            held[owner] = ledger.grant(owner, request, exclusive_cpus=True).cpu_ids
+            assert len(held[owner]) == count
+        taken = [cpu for ids in held.values() for cpu in ids]
+        assert len(taken) == len(set(taken))
+        assert set(ledger.shared_cpu_ids) == ({cpu.id for cpu in cpus} - set(taken) if taken else set())
+        assert not taken or ledger.shared_cpu_ids

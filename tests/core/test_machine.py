@@ -70,7 +70,9 @@ HAPPY: tuple[ev.Event, ...] = (
 EVENTS: tuple[ev.Event, ...] = (
     *HAPPY,
     stop_request(),
-    stop_request(StopCause.DEADLINE),
+    *(stop_request(cause) for cause in StopCause if cause is not StopCause.CANCELLED),
+    ev.ContainerStuck(at=at(9), message="alive"),
+    ev.ContainerStarted(at=at(9), started_at=at(3), not_enforced=("memory_bytes: asked 1, in force no limit",)),
     ev.StepFailed(at=at(9), reason=Reason.IMAGE_NOT_FOUND, message="no"),
     ev.ContainerExited(at=at(9), exit_code=137, oom_killed=True),
     ev.ContainerExited(at=at(9), exit_code=137, oom_killed=False),
@@ -258,3 +260,33 @@ def test_a_childs_memory_kill_beside_exit_0_is_a_success_with_a_remark() -> None
 def test_the_deadline_counts_from_the_engines_start_so_that_a_repeated_start_changes_nothing() -> None:
     started = ev.ContainerStarted(at=at(50), started_at=at(3))
     assert after(*HAPPY[:2], started).record.deadline_at == at(63)
+
+
+def test_a_limit_that_does_not_hold_ends_the_task_at_its_start() -> None:
+    started = ev.ContainerStarted(at=at(3), started_at=at(3), not_enforced=("pids_limit: asked 10, in force no limit",))
+    step = after(*HAPPY[:2], started)
+    assert step.effects == (fx.WatchContainer(), fx.StopContainer())
+    record = machine.advance(step.record, ev.ContainerExited(at=at(4), exit_code=137, oom_killed=False)).record
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+    assert "pids_limit: asked 10, in force no limit" in record.verdict.message
+
+
+def test_a_stuck_container_keeps_its_lease_and_says_so_once() -> None:
+    collecting = in_phase(Phase.COLLECTING)
+    stuck = machine.advance(collecting, ev.ContainerStuck(at=at(5), message="alive"))
+    assert stuck.record.stuck
+    assert not stuck.record.compute_released
+    assert not machine.advance(stuck.record, ev.ContainerStuck(at=at(6), message="alive")).changed
+    freed = machine.advance(stuck.record, HAPPY[4]).record
+    assert freed.compute_released
+    assert not freed.stuck
+    assert freed.remarks == ("alive",)
+
+
+def test_the_absolute_deadline_is_fixed_at_acceptance() -> None:
+    spec = replace(SPEC, total_timeout_seconds=30.0)
+    step = machine.accept(
+        spec=spec, lease=Lease(granted=spec.request), trace=accepted().record.trace, received_at=T0, accepted_at=at(1)
+    )
+    assert step.record.expires_at == at(31)

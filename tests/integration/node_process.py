@@ -25,6 +25,7 @@ class NodeProcess:
     worker_id: str
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+    insecure: bool = True
     port: int = 0
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
@@ -43,7 +44,7 @@ class NodeProcess:
         with self.log.open("wb") as stream:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "nodeservice", "serve", "--worker-id", self.worker_id,
-                "--listen", f"127.0.0.1:{self.port}", "--insecure",
+                "--listen", f"127.0.0.1:{self.port}", *(("--insecure",) if self.insecure else ()),
                 "--state-dir", str(self.path / "state"), "--results-dir", str(self.path / "results"), *self.options,
                 stdout=stream, stderr=stream, stdin=asyncio.subprocess.DEVNULL,
                 env=os.environ | {"NODESERVICE_HEARTBEAT_SECONDS": "0.5", "NODESERVICE_LOG_FORMAT": "json"} | self.env,

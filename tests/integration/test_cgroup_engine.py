@@ -14,7 +14,7 @@ from typing import Any
 import docker
 import pytest
 
-from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec
+from nodeservice.core.model import MIB, AttemptId, Lease, Resources, TaskSpec
 from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import read_mounts
 from nodeservice.limits.receipt import receipt
@@ -138,13 +138,13 @@ async def test_the_container_sits_in_the_tasks_cgroup_with_the_limits_that_were_
     with Container(engine, image, parent, task, "sleep 60") as container:
         memberships = container.own_cgroups().splitlines()
         assert all(line.split(":", 2)[2].startswith(f"{parent}/") for line in memberships), memberships
-        effective = await cgroups.effective(TASK)
+        readings = await cgroups.readings(TASK)
 
-    assert effective["occupied"] is True
-    written = receipt(task, kernel=effective, engine={})
-    assert written["mismatches"] == []
-    assert written["effective"] == written["asked"]
-    assert set(written["read_from"].values()) == {"kernel"}
+    written = receipt(task, Lease(granted=task.request), readings=readings, disk=None, engine={})
+    assert written.mismatches == ()
+    held = ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit")
+    assert {name: written.effective[name] for name in held} == {name: written.asked[name] for name in held}
+    assert all(written.read_from[name].startswith("/sys/fs/cgroup") for name in held)
 
 
 async def test_the_peak_stays_readable_after_the_container_and_nothing_is_left_after_removal(

@@ -69,6 +69,12 @@ def spec(demo_image: str) -> ContainerSpec:
     )
 
 
+@pytest.fixture
+def is_podman(docker_client: docker.APIClient) -> bool:
+    """Whether the engine is Podman behind its Docker-compatible socket, which tells less of what it does."""
+    return any(part["Name"] == "Podman Engine" for part in docker_client.version()["Components"])
+
+
 async def run(runtime: DockerRuntime, spec: ContainerSpec) -> str:
     container_id = await runtime.create(spec)
     await runtime.start(container_id)
@@ -89,7 +95,7 @@ async def output_of(runtime: DockerRuntime, spec: ContainerSpec) -> str:
 
 
 async def test_every_limit_and_safeguard_stands_in_the_container(
-    runtime: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient
+    runtime: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient, is_podman: bool
 ) -> None:
     container_id = await runtime.create(replace(spec, cpu_milli=250, memory_bytes=256 * MIB, log_max_bytes=4 * MIB))
     host: dict[str, Any] = docker_client.inspect_container(container_id)["HostConfig"]
@@ -101,15 +107,20 @@ async def test_every_limit_and_safeguard_stands_in_the_container(
     assert host["Privileged"] is False
     assert "no-new-privileges" in host["SecurityOpt"]
     assert {name.removeprefix("CAP_") for name in host["CapDrop"]} == {"NET_RAW", "MKNOD", "AUDIT_WRITE"}
-    assert host["LogConfig"]["Config"]["max-size"] == str(8 * MIB)
+    if not is_podman:  # its answer leaves the options out; that the log is bounded is tried further below
+        assert host["LogConfig"]["Config"]["max-size"] == str(8 * MIB)
 
 
-async def test_past_its_memory_a_task_is_killed_and_flagged(runtime: DockerRuntime, spec: ContainerSpec) -> None:
+async def test_past_its_memory_a_task_is_killed_and_flagged(
+    runtime: DockerRuntime, spec: ContainerSpec, is_podman: bool
+) -> None:
     container_id = await run(runtime, replace(spec, shell="exec dd if=/dev/zero of=/dev/null bs=300M count=1"))
     async with asyncio.timeout(SOON_SECONDS):
         ended = await runtime.wait_exited(container_id)
     assert ended is not None
-    assert (ended.exit_code, ended.oom_killed) == (137, True)
+    assert ended.exit_code == 137
+    # Podman's conmon sees no such kill on cgroup v1; there the count in the task's own cgroup tells (test_podman.py).
+    assert ended.oom_killed or (is_podman and (await runtime.facts()).cgroup_version == 1)
 
 
 async def test_a_fork_bomb_meets_its_pids_limit(runtime: DockerRuntime, spec: ContainerSpec) -> None:
@@ -133,9 +144,8 @@ async def test_a_gpu_that_this_engine_cannot_give_is_a_fault_of_the_node(
 ) -> None:
     if "nvidia" in docker_client.info().get("Runtimes", {}):
         pytest.skip("this engine has an NVIDIA runtime")
-    container_id = await runtime.create(replace(spec, gpu_uuids=("GPU-00000000-0000-0000-0000-000000000000",)))
     with pytest.raises(NodeFaultError) as caught:
-        await runtime.start(container_id)
+        await run(runtime, replace(spec, gpu_uuids=("GPU-00000000-0000-0000-0000-000000000000",)))
     assert caught.value.reason == "NODE_FAULT"
 
 
@@ -295,8 +305,10 @@ async def test_an_exit_while_the_event_stream_is_broken_is_learnt_when_it_is_bac
 
 
 async def test_a_log_cut_in_the_middle_is_an_error_and_not_an_end(
-    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec
+    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec, is_podman: bool
 ) -> None:
+    if is_podman:
+        pytest.skip("Podman's log is read from its file: there is no stream that could be cut")
     container_id = await run(behind_proxy, replace(spec, shell="echo begun; exec sleep 300"))
     pieces = behind_proxy.read_log(container_id, follow=True)
     async with asyncio.timeout(SOON_SECONDS):

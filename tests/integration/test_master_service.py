@@ -222,6 +222,26 @@ async def test_a_draining_node_gets_nothing(client: Client, node: ScriptedNode) 
     await node.got("t1")
 
 
+async def test_a_node_that_is_not_well_gets_nothing_and_the_reason_is_told(client: Client, node: ScriptedNode) -> None:
+    await node.beat(conditions=["DISK_LOW: 1 % of /var is free"])
+    await client.submit("t1")
+    await eventually(lambda: _reason(client, "t1", "NODE_UNAVAILABLE"))
+    assert "1 % of /var is free" in (await client.get("t1")).message
+    assert node.assigned == []
+    await node.beat()
+    await node.got("t1")
+
+
+async def test_a_task_that_waited_as_long_as_it_was_willing_to_is_given_up(client: Client, node: ScriptedNode) -> None:
+    await client.submit("first", req_cpu=3.0)
+    await node.got("first")
+    await client.submit("second", req_cpu=3.0, wait_timeout_seconds=0.2)
+    ended = await client.until("second", "REJECTED")
+    assert ended.reason == "WAIT_TIMEOUT"
+    assert "CPU" in ended.message
+    assert node.ids() == ["first"]
+
+
 async def test_hundreds_of_submissions_at_once_are_all_kept_and_none_overcommits(
     client: Client, node: ScriptedNode
 ) -> None:

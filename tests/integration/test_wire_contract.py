@@ -208,7 +208,8 @@ async def test_results_are_pushed_to_the_master_before_the_report(
             task_id = fresh()
             command = "echo hi > /results/a.txt; : > /results/empty; head -c 3000000 /dev/zero > /results/big"
             assert (await caller.assign(task_id=task_id, command=command, submitted_at=1764000000)).success
-            assert (await master.report_of(task_id)).status == "success"
+            report = await master.report_of(task_id)
+            assert report.status == "success", report
             files = master.files[task_id]
             assert files["a.txt"] == b"hi\n"
             assert files["empty"] == b""

@@ -18,13 +18,14 @@ from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
-from nodeservice.lifecycle.recovery import recover
-from nodeservice.lifecycle.runner import Runner
+from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.limits.receipt import receipt
+from nodeservice.ports import Reading, TaskCgroups
 from nodeservice.results.hand_over import Bundles
 from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids
+from nodeservice.testing.fake_disk import FakeFreeSpace, FakeTaskDisk
 from nodeservice.testing.fake_runtime import FakeRuntime
 from nodeservice.testing.memory_store import MemoryResultStore
 
@@ -41,6 +42,16 @@ def spec(task_id: str = "t", **changes: object) -> TaskSpec:
         fingerprint=f"f-{task_id}",
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class NoProcesses:
+    """Containers of the fake runtime have none."""
+
+    def readings(self, pid: int) -> Sequence[Reading]:
+        return ()
+
+    def network(self, pid: int) -> tuple[int, int] | None:
+        return None
 
 
 class RecordingUplink:
@@ -92,6 +103,11 @@ class World:
     uplink: RecordingUplink = field(default_factory=RecordingUplink)
     give_up_seconds: float = 3600.0
     log_max_bytes: int = 2**20
+    disk: FakeTaskDisk = field(default_factory=FakeTaskDisk)
+    free_space: FakeFreeSpace = field(default_factory=FakeFreeSpace)
+    keep_free_disk_bytes: int = 0
+    cgroups: TaskCgroups = field(default_factory=NoTaskCgroups)
+    kill_patience_seconds: float = 5.0
 
 
 class LiveNode:
@@ -111,7 +127,9 @@ class LiveNode:
         self.logs = LogBook(world.runtime, max_bytes=world.log_max_bytes, tail_bytes=100, resume_seconds=0.01)
         self.context = Context(
             runtime=world.runtime,
-            cgroups=NoTaskCgroups(),
+            cgroups=world.cgroups,
+            disk=world.disk,
+            free_space=world.free_space,
             store=world.store,
             fallback=world.kept,
             uplink=world.uplink,
@@ -127,29 +145,25 @@ class LiveNode:
                 report_backoff=FAST,
                 store_backoff=FAST,
                 pull_attempt_count=3,
+                kill_patience_seconds=world.kill_patience_seconds,
+                keep_host_seconds=0.02,
+                keep_free_disk_bytes=world.keep_free_disk_bytes,
             ),
             encode_record=encode_record,
-            receipt=lambda task, kernel, engine: receipt(task, kernel=kernel, engine=engine),
+            receipt=receipt,
+            processes=NoProcesses(),
             on_pull_progress=lambda _id: None,
         )
-        self.runner = Runner(self.context, self.driver)
-        self.driver.connect(self.runner.start)
         self.driver.on_change(lambda record: self.logs.wake(record.id))
-        self._tasks: list[asyncio.Task[None]] = []
+        self._work = contextlib.AsyncExitStack()
 
     async def start(self) -> LiveNode:
         await self.driver.open()
-        self._tasks = [
-            asyncio.create_task(self.driver.run()),
-            asyncio.create_task(recover(self.context, self.driver, decode_record)),
-        ]
+        await self._work.enter_async_context(at_work(self.context, self.driver, decode_record))
         return self
 
     async def kill(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.runner.close()
+        await self._work.aclose()
 
     async def assign(self, task: TaskSpec) -> TaskRecord:
         return await self.driver.assign(task, trace=new_trace_ids(None), received_at=self.clock.now())

@@ -211,20 +211,21 @@ async def test_the_dict_is_json_with_exact_values(tmp_path: Path) -> None:
     )
     free = found.allocatable.minus(Resources(cpu_milli=100))
 
-    shown = json.loads(json.dumps(capacity_as_dict(found, free)))
+    shown = json.loads(json.dumps(capacity_as_dict(found, free, degraded=["no init program"])))
 
     assert shown["capacity"]["memory_bytes"] == found.capacity.memory_bytes
     assert shown["free"]["cpu_milli"] == found.allocatable.cpu_milli - 100
     assert shown["host"]["cpu"]["usable_milli"] == found.host.cpu_usable_milli
     assert shown["host"]["disk"]["path"] == str(tmp_path)
     assert shown["engine"]["disk"]["filesystem"] == found.host.disk.filesystem
+    assert shown["engine"]["degraded"] == ["no init program"]
     assert shown["gpus"][0]["uuid"] == fake_gpu(3).uuid
     assert (shown["engine_error"], shown["gpu_error"]) == (None, None)
 
 
-def printed(found: NodeCapacity) -> str:
+def printed(found: NodeCapacity, *degraded: str) -> str:
     out = io.StringIO()
-    render_capacity(found, found.allocatable, Console(file=out, width=120))
+    render_capacity(found, found.allocatable, Console(file=out, width=120), degraded=degraded)
     return out.getvalue()
 
 
@@ -242,6 +243,16 @@ async def test_a_person_sees_the_gpus_and_their_fault(tmp_path: Path) -> None:
     assert fake_gpu(0).uuid in text
     assert "GPU fault: GPU 1: lost" in text
     assert "docker 28.0" in text
+
+
+async def test_a_person_sees_what_tasks_do_without_on_this_engine(tmp_path: Path) -> None:
+    text = printed(await read(tmp_path, ask_engine=engine()), "no init program", "no [network]")
+
+    rows = [line.strip("│ ").split("│") for line in text.splitlines() if "degraded" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["degraded", "no init program"],
+        ["degraded", "no [network]"],
+    ]
 
 
 async def test_text_of_the_engine_is_not_read_as_markup(tmp_path: Path) -> None:

@@ -230,6 +230,22 @@ def test_podman_is_known_by_its_component() -> None:
         True,
     )
     assert set(body(SPEC, profile)["HostConfig"]["LogConfig"]["Config"]) == {"max-size"}
+    assert body(SPEC, profile)["HostConfig"]["Init"] is True
+    (without_gpus,) = profile.degraded
+    assert "GPUs" in without_gpus
+
+
+def test_podman_without_an_init_program_runs_containers_without_one() -> None:
+    profile = read_profile(INFO, {"Components": [{"Name": "Podman Engine"}]}, [], lacks_init=True)
+    assert "Init" not in body(SPEC, profile)["HostConfig"]
+    assert any("catatonit" in sentence for sentence in profile.degraded)
+
+
+def test_a_gpu_that_podman_would_leave_out_is_a_fault_of_the_node_before_anything_is_made() -> None:
+    profile = read_profile(INFO, {"Version": "4.3.1", "Components": [{"Name": "Podman Engine"}]}, [])
+    with pytest.raises(NodeFaultError, match=r"podman 4\.3\.1 hands no GPUs .*Docker") as caught:
+        body(replace(SPEC, gpu_uuids=("GPU-1",)), profile)
+    assert caught.value.reason == "NODE_FAULT"
 
 
 @pytest.mark.parametrize(

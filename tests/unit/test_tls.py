@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +11,9 @@ import pytest
 
 from nodeservice.errors import ConfigError
 from nodeservice.rpc.tls import channel_credentials, server_credentials
+from tests.certificates import make_ca, make_pair, openssl
 
 METHOD = "/test.Echo/Echo"
-
-
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=30)
-
-
-def make_ca(folder: Path, name: str) -> Path:
-    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    openssl("req", "-x509", *curve, "-keyout", key, "-out", cert, "-days", "2", "-subj", f"/CN={name}")
-    return cert
-
-
-def make_pair(folder: Path, name: str, ca: Path) -> tuple[Path, Path]:
-    cert, key, request, extensions = (folder / f"{name}.{end}" for end in ("pem", "key", "csr", "ext"))
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    openssl("req", *curve, "-keyout", key, "-out", request, "-subj", f"/CN={name}")
-    extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    signer = ["-CA", ca, "-CAkey", ca.with_suffix(".key"), "-CAcreateserial"]
-    openssl("x509", "-req", "-in", request, *signer, "-out", cert, "-days", "2", "-extfile", extensions)
-    return cert, key
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import asyncio
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
-from nodeservice.lifecycle import labels
 from nodeservice.lifecycle.context import Context
+from nodeservice.ports import labels
 
 
 async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
@@ -15,6 +15,7 @@ async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
     if container is not None:
         await context.runtime.remove(container.id)
     await context.cgroups.remove(record.id)
+    await context.disk.remove(record.id)
     if record.collected is None:  # what could not be collected is not thrown away either
         await asyncio.to_thread(context.dirs.salvage, record.id)
     else:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import Collected, TaskRecord
+from nodeservice.core.model import Collected, TaskRecord, Usage
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps.run import make_sure_it_ended
 from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
 
 
-async def collect(context: Context, record: TaskRecord) -> ev.Event:
+async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
     await asyncio.to_thread(context.dirs.prepare, record.id)
-    container = await make_sure_it_ended(context, record.id)
+    container = await make_sure_it_ended(context, driver, record.id)
     path = context.dirs.log(record.id)
     if container is not None and container.has_run:
         await context.logs.capture(record.id, container.id, path, follow=False)
-    usage = await context.cgroups.usage(record.id)
+    usage = await _bill(context, record)
     try:
         bundle = await _freeze(context, record)
     except NodeServiceError as error:
         return ev.CollectFailed(at=context.clock.now(), message=f"cannot collect the results: {error}", usage=usage)
     collected = _collected(context, record, bundle)
     return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
+
+
+async def _bill(context: Context, record: TaskRecord) -> Usage:
+    """What the kernel counted, beside what was observed while it ran."""
+    counted = await context.cgroups.usage(record.id)
+    written = await context.disk.use(record.id)
+    return replace(
+        counted,
+        disk_peak_bytes=written.peak_bytes if written is not None else None,
+        network_received_bytes=record.usage.network_received_bytes,
+        network_sent_bytes=record.usage.network_sent_bytes,
+    )
 
 
 async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from datetime import datetime
 
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import AttemptId, Reason, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Reason, StopCause, StopRequest, TaskRecord, Usage
+from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
-from nodeservice.lifecycle import labels
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps.failure import persist, reason_of
-from nodeservice.ports import ContainerSpec, ContainerState, Mount
+from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
 
 log = structlog.get_logger(__name__)
+_STUCK_LOOK_SECONDS = 1.0
 
 
 async def create(context: Context, record: TaskRecord) -> ev.Event:
-    """Make work directory, cgroup and container. A stop that came meanwhile is honoured first."""
+    """Make work directory, bounds and container. A stop that came meanwhile is honoured first."""
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was created")
-    await asyncio.to_thread(context.dirs.prepare, record.id)
-    cgroup_parent = await context.cgroups.prepare(record.spec)
-    spec = container_spec(context, record, cgroup_parent)
+    id_, spec = record.id, record.spec
+    await asyncio.to_thread(context.dirs.prepare, id_)
+    await _bound_disk(context, record)
     try:
-        container_id = await persist(context, lambda: context.runtime.create(spec))
+        cgroup_parent = await context.cgroups.prepare(spec, record.lease.cpu_ids)
+        wanted = container_spec(context, record, cgroup_parent)
+        container_id = await persist(context, lambda: context.runtime.create(wanted))
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
     return ev.ContainerCreated(at=context.clock.now(), container_id=container_id)
+
+
+async def _bound_disk(context: Context, record: TaskRecord) -> None:
+    id_ = record.id
+    await context.disk.prepare(
+        id_, record.spec.request.disk_bytes, work=context.dirs.root(id_), log=context.dirs.log(id_)
+    )
 
 
 def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | None) -> ContainerSpec:
@@ -65,42 +74,74 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
         log_max_bytes=context.settings.log_max_bytes,
         grace_seconds=spec.grace_seconds,
         cgroup_parent=cgroup_parent,
+        stop_signal=spec.stop_signal,
+        open_files_limit=spec.open_files_limit,
+        cpu_ids=record.lease.cpu_ids,
+        read_bytes_per_second=spec.read_bytes_per_second,
+        write_bytes_per_second=spec.write_bytes_per_second,
+        rate_devices=tuple(context.cgroups.rate_devices()),
     )
 
 
 async def start(context: Context, record: TaskRecord) -> ev.Event:
-    """Start, and read back the limits that are now in force."""
+    """Bound its layer, start it, and read back the limits that are now in force."""
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was started")
     container_id = _container(record)
     try:
+        if context.disk.holds_layers():
+            await persist(context, lambda: _bound_layer(context, record, container_id))
         state = await persist(context, lambda: context.runtime.start(container_id))
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
-    effective = await context.cgroups.effective(record.id)
+    if state.layer:
+        await context.disk.add_layer(record.id, state.layer)
+    await context.cgroups.started(record.id)
+    readings = [*await context.cgroups.readings(record.id)]
+    if state.pid:
+        readings += context.processes.readings(state.pid)
+    receipt = context.receipt(
+        record.spec,
+        record.lease,
+        readings=readings,
+        disk=await context.disk.bound(record.id),
+        engine=state.limits,
+    )
     return ev.ContainerStarted(
         at=context.clock.now(),
         started_at=state.started_at or context.clock.now(),
-        limits=context.receipt(record.spec, effective, state.limits),
+        limits=receipt.as_dict(),
+        not_enforced=receipt.not_enforced if state.is_running else (),
     )
+
+
+async def _bound_layer(context: Context, record: TaskRecord, container_id: str) -> None:
+    created = await context.runtime.find(container_id)
+    if created is not None and created.layer:
+        await context.disk.add_layer(record.id, created.layer)
 
 
 async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
-    """Follow the log, keep the deadline, wait for the end."""
-    container_id = _container(record)
+    """Follow the log, watch the disk, observe what goes with the container, wait for the end."""
+    id_, container_id = record.id, _container(record)
+    observed = _Observed(record.usage)
     follower = asyncio.create_task(
-        context.logs.follow_until_end(record.id, container_id, context.dirs.log(record.id)), name=f"log {record.id}"
+        context.logs.follow_until_end(id_, container_id, context.dirs.log(id_)), name=f"log {id_}"
     )
-    deadline = asyncio.create_task(_keep_deadline(context, driver, record), name=f"deadline {record.id}")
+    aside = [
+        asyncio.create_task(_keep_disk_bound(context, driver, record), name=f"disk {id_}"),
+        asyncio.create_task(_observe(context, container_id, observed), name=f"observe {id_}"),
+    ]
     try:
         state = await context.runtime.wait_exited(container_id)
-        deadline.cancel()
+        for task in aside:
+            task.cancel()
         with contextlib.suppress(TimeoutError):  # what is left is drained when results are collected
             await asyncio.wait_for(follower, context.settings.log_drain_seconds)
     finally:
-        for task in (follower, deadline):
+        for task in (follower, *aside):
             task.cancel()
-        await asyncio.gather(follower, deadline, return_exceptions=True)
+        await asyncio.gather(follower, *aside, return_exceptions=True)
     now = context.clock.now()
     if state is None:
         return ev.ContainerLost(at=now, message="the container was removed from the engine while it ran")
@@ -108,53 +149,119 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         return ev.ContainerLost(
             at=now, message=f"the engine lost the container's exit status ({state.status} {state.error})"
         )
-    kernel_kills = (await context.cgroups.usage(record.id)).oom_kill_count or 0
-    oom_killed = state.oom_killed or kernel_kills > 0  # on cgroup v2 the engine misses the kill of a child
-    return ev.ContainerExited(at=now, exit_code=state.exit_code, oom_killed=oom_killed, error=state.error)
-
-
-async def _keep_deadline(context: Context, driver: Driver, record: TaskRecord) -> None:
-    """Ask for the end at the deadline; one that passed while we were away is kept at once."""
-    if record.deadline_at is None:
-        return
-    await sleep_until(context, record.deadline_at)
-    limit = record.spec.timeout_seconds
-    message = f"Ran longer than its time limit of {limit:g} s."
-    driver.post(
-        record.id,
-        ev.StopRequested(
-            at=context.clock.now(),
-            stop=StopRequest(cause=StopCause.DEADLINE, requested_at=context.clock.now(), message=message),
-        ),
+    kills = await context.cgroups.oom(id_)
+    # The kernel's word on whose limit it was counts more than the engine's, which knows only that there was a kill.
+    host_oom_killed = bool(kills.outside) and not kills.own_limit
+    return ev.ContainerExited(
+        at=now,
+        exit_code=state.exit_code,
+        oom_killed=bool(kills.own_limit) or (state.oom_killed and not host_oom_killed),
+        host_oom_killed=host_oom_killed,
+        error=state.error,
+        finished_at=state.finished_at,
+        observed=observed.usage,
     )
 
 
-async def sleep_until(context: Context, instant: datetime) -> None:
-    """Sleep until the wall clock shows `instant`; looks again at least each minute, since that clock may be set."""
-    while (left := (instant - context.clock.now()).total_seconds()) > 0:
-        await context.clock.sleep(min(left, 60.0))
+class _Observed:
+    __slots__ = ("usage",)
+
+    def __init__(self, usage: Usage) -> None:
+        self.usage = usage
 
 
-async def stop(context: Context, record: TaskRecord) -> None:
-    """SIGTERM, grace, SIGKILL, repeated until the engine has done it. The end itself is told by `watch`."""
+async def _observe(context: Context, container_id: str, observed: _Observed) -> None:
+    """Keep the last sight of what the kernel forgets when the container ends. The first look is early, for short tasks."""
+    pause = context.settings.observe_seconds / 8
+    pid: int | None = None
+    while True:
+        await context.clock.sleep(pause)
+        pause = min(context.settings.observe_seconds, pause * 2)
+        if pid is None:
+            with contextlib.suppress(TransientError, NodeFaultError):
+                state = await context.runtime.find(container_id)
+                pid = state.pid if state is not None else None
+        counted = context.processes.network(pid) if pid else None
+        if counted is not None:
+            observed.usage = Usage(network_received_bytes=counted[0], network_sent_bytes=counted[1])
+
+
+async def _keep_disk_bound(context: Context, driver: Driver, record: TaskRecord) -> None:
+    """Ask for the end when it has written too much. One that is being ended already, gently, is ended now."""
+    await _bound_disk(context, record)  # a restart forgot it
+    with contextlib.suppress(RequestError, TransientError, NodeFaultError):
+        await _bound_layer(context, record, _container(record))
+    used = await context.disk.crossed(record.id)
+    ending = driver.get(record.id)
+    driver.post(record.id, _disk_stop(context, record, used))
+    if ending is not None and ending.stop is not None:
+        with contextlib.suppress(TransientError, NodeFaultError):
+            await context.runtime.kill(_container(record))
+
+
+def _disk_stop(context: Context, record: TaskRecord, used: DiskUse) -> ev.StopRequested:
+    now = context.clock.now()
+    limit = record.spec.request.disk_bytes
+    message = f"Wrote {used.bytes} bytes in {used.file_count} files; its disk limit is {limit} bytes."
+    return ev.StopRequested(at=now, stop=StopRequest(cause=StopCause.DISK_LIMIT, requested_at=now, message=message))
+
+
+async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
+    """Stop signal, grace, SIGKILL, repeated until the engine has done it. The end itself is told by `watch`.
+
+    What broke a limit gets no grace. One that outlives SIGKILL is told as stuck, and killed again and again.
+    """
     container_id = _container(record)
+    at_once = record.stop is not None and record.stop.cause in AT_ONCE
+    grace_seconds = 0.0 if at_once else record.spec.grace_seconds
+    patience = grace_seconds + context.settings.kill_patience_seconds
     while True:
         try:
-            await context.runtime.stop(container_id, grace_seconds=record.spec.grace_seconds)
+            async with asyncio.timeout(patience):
+                await context.runtime.stop(container_id, grace_seconds=grace_seconds, signal=record.spec.stop_signal)
+                ended = await context.runtime.wait_exited(container_id)
+            log.debug("container.stopped", task_id=record.id.task_id, gone=ended is None)
+            return
+        except TimeoutError:
+            _tell_stuck(context, driver, record.id)
         except (TransientError, NodeFaultError) as error:
             log.warning("container.stop_failed", task_id=record.id.task_id, error=str(error))
-            await context.clock.sleep(1.0)
-        else:
-            return
+            if error.reason == "CONTAINER_NOT_STOPPING":
+                _tell_stuck(context, driver, record.id)
+        grace_seconds, patience = 0.0, context.settings.kill_patience_seconds
+        await context.cgroups.kill(record.id)
+        await context.clock.sleep(_STUCK_LOOK_SECONDS)
 
 
-async def make_sure_it_ended(context: Context, id_: AttemptId) -> ContainerState | None:
-    """The attempt's container, ended for certain; None where there is none."""
-    found = await context.runtime.find(labels.container_name(id_))
-    while found is not None and found.is_running:
-        await context.runtime.kill(found.id)
-        found = await context.runtime.wait_exited(found.id)
-    return found
+async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -> ContainerState | None:
+    """The attempt's container, ended for certain, with nothing left in its cgroup; None where there is no container.
+
+    Takes as long as it takes: what cannot be ended keeps its lease.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(context.settings.kill_patience_seconds):
+                found = await context.runtime.find(labels.container_name(id_))
+                while found is not None and found.is_running:
+                    await context.runtime.kill(found.id)
+                    found = await context.runtime.wait_exited(found.id)
+                while not await context.cgroups.is_empty(id_):
+                    await context.cgroups.kill(id_)
+                    await context.clock.sleep(0.02)
+            return found
+        except TimeoutError:
+            _tell_stuck(context, driver, id_)
+            await context.cgroups.kill(id_)
+            await context.clock.sleep(_STUCK_LOOK_SECONDS)
+
+
+def _tell_stuck(context: Context, driver: Driver, id_: AttemptId) -> None:
+    patience = context.settings.kill_patience_seconds
+    log.error("container.stuck", task_id=id_.task_id, attempt=id_.attempt, seconds=patience)
+    message = (
+        f"Something of it was still alive {patience:g} s after SIGKILL; its resources stay taken until it is gone."
+    )
+    driver.post(id_, ev.ContainerStuck(at=context.clock.now(), message=message))
 
 
 def _container(record: TaskRecord) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from nodeservice.core.model import AttemptId
 
 PREFIX = "nodeservice."
-NODE = "nodeservice.node"
-TASK_ID = "nodeservice.task_id"
-ATTEMPT = "nodeservice.attempt"
-SPEC = "nodeservice.spec"
-"""The request's fingerprint, by which a repeated create recognises its own container."""
-RECORD = "nodeservice.record"
+NODE = f"{PREFIX}node"
+"""Names the node that owns a container; every container that a runtime makes has it."""
+TASK_ID = f"{PREFIX}task_id"
+ATTEMPT = f"{PREFIX}attempt"
+SPEC = f"{PREFIX}spec"
+"""The request's fingerprint: equal ones on one name are the same container, so a repeated create recognises its own."""
+RECORD = f"{PREFIX}record"
 """The whole record at the time of creation, as the journal writes it."""
 
 

@@ -1,0 +1,47 @@
+"""The finer limits of a task, as options that `run` and `submit` share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from nodeservice.cli.units import parse_bytes, parse_seconds
+
+WaitTimeout = Annotated[str | None, typer.Option(help="From acceptance to the start, the pull included.")]
+PullTimeout = Annotated[str | None, typer.Option(help="For the image's pull.")]
+TotalTimeout = Annotated[str | None, typer.Option(help="From acceptance to the end: an absolute deadline.")]
+StopSignal = Annotated[str | None, typer.Option(help="What asks the task to end, such as SIGINT. Default: SIGTERM.")]
+ExclusiveCpus = Annotated[bool, typer.Option("--exclusive-cpus", help="Whole cores of its own instead of a share.")]
+OpenFiles = Annotated[int | None, typer.Option(min=16, help="File descriptors of one process. Default: 65536.")]
+ReadRate = Annotated[str | None, typer.Option(help="Bytes a second read from block devices, such as 50m.")]
+WriteRate = Annotated[str | None, typer.Option(help="Bytes a second written to block devices, such as 50m.")]
+
+
+def limits_given(
+    *,
+    wait_timeout: str | None,
+    pull_timeout: str | None,
+    total_timeout: str | None,
+    stop_signal: str | None,
+    exclusive_cpus: bool,
+    open_files: int | None,
+    read_rate: str | None,
+    write_rate: str | None,
+) -> dict[str, Any]:
+    """Those that were given, by the name that core and wire both use. Raises RequestError naming the option."""
+    given: dict[str, Any] = {}
+    for name, typed in (("wait", wait_timeout), ("pull", pull_timeout), ("total", total_timeout)):
+        if typed is not None:
+            given[f"{name}_timeout_seconds"] = parse_seconds(typed, option=f"--{name}-timeout")
+    for name, typed in (("read", read_rate), ("write", write_rate)):
+        if typed is not None:
+            given[f"{name}_bytes_per_second"] = parse_bytes(typed, option=f"--{name}-rate")
+    if stop_signal is not None:
+        signal = stop_signal.upper()
+        given["stop_signal"] = signal if signal.startswith("SIG") else f"SIG{signal}"
+    if exclusive_cpus:
+        given["exclusive_cpus"] = True
+    if open_files is not None:
+        given["open_files_limit"] = open_files
+    return given

@@ -1,0 +1,161 @@
+"""The daemon itself: start, signals, and the order of the shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+
+import grpc
+import structlog
+
+from nodeservice import __version__
+from nodeservice.config import NodeConfig
+from nodeservice.core.retry import Backoff
+from nodeservice.daemon.node import Node, build, working
+from nodeservice.daemon.settings import open_store, task_defaults
+from nodeservice.errors import ConfigError, NodeServiceError
+from nodeservice.ports import EngineFacts, ResultStore
+from nodeservice.rpc.result_push import MasterPushResultStore
+from nodeservice.rpc.server import NodeServicer, bind_server
+from nodeservice.rpc.status import NodeStatus
+from nodeservice.rpc.tls import channel_credentials, server_credentials
+from nodeservice.rpc.uplink import MasterLink
+from nodeservice.telemetry.tracing import new_trace_ids
+
+log = structlog.get_logger(__name__)
+
+MASTER_NOTE = "master_address"
+_STOP_SECONDS = 1.0
+"""For calls that are under way at the end; followers of logs are cut off then and ask again."""
+
+
+async def serve(config: NodeConfig, *, on_ready: Callable[[int], None] | None = None) -> None:
+    """Run the node until SIGTERM or SIGINT. `on_ready` gets the bound port."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    node = await build(config)
+    try:
+        facts = await _until(stopping, _engine(node))
+        if facts is not None:
+            await _serve(node, facts, stopping, on_ready)
+    finally:
+        await node.close()
+        log.info("node.stopped", worker_id=config.worker_id)
+
+
+async def _serve(
+    node: Node, facts: EngineFacts, stopping: asyncio.Event, on_ready: Callable[[int], None] | None
+) -> None:
+    config = node.config
+    server, port = bind_server(config.listen, _credentials(config))
+    status = NodeStatus(
+        worker_id=config.worker_id,
+        advertise=config.advertise or "",
+        listen=f"{config.listen.rpartition(':')[0]}:{port}",
+        version=__version__,
+        capacity=node.capacity,
+        driver=node.driver,
+    )
+    credentials = None
+    if not config.insecure:
+        credentials = channel_credentials(config.tls_ca, config.tls_cert, config.tls_key)
+    link = MasterLink(
+        status,
+        clock=node.clock,
+        credentials=credentials,
+        heartbeat_seconds=config.heartbeat_seconds,
+        call_deadline_seconds=config.call_deadline_seconds,
+        backoff=Backoff(
+            first_seconds=config.connect_backoff_min_seconds, max_seconds=config.connect_backoff_max_seconds
+        ),
+    )
+    known_master = config.master or await node.journal.get_note(MASTER_NOTE)
+    if known_master:
+        link.set_master(known_master)
+    servicer = NodeServicer(
+        driver=node.driver,
+        logs=node.logs,
+        dirs=node.dirs,
+        clock=node.clock,
+        defaults=task_defaults(config),
+        new_trace=new_trace_ids,
+        on_master=lambda address: _master_called(node, link, address),
+    )
+    servicer.serve_on(server)
+    async with working(node, uplink=link, store=_store(config, link), facts=facts) as tasks:
+        tasks.append(asyncio.create_task(link.run(), name="master link"))
+        await server.start()
+        log.info("node.ready", worker_id=config.worker_id, port=port, master=known_master, version=__version__)
+        if on_ready is not None:
+            on_ready(port)
+        try:
+            await _watch_over(tasks, stopping)
+        finally:
+            node.driver.draining = True
+            await server.stop(grace=_STOP_SECONDS if stopping.is_set() else None)
+
+
+async def _watch_over(tasks: list[asyncio.Task[None]], stopping: asyncio.Event) -> None:
+    """Wait for the signal; a part that fails ends the node with its error."""
+    waiter = asyncio.create_task(stopping.wait(), name="signals")
+    pending: set[asyncio.Task[object]] = {waiter, *tasks}
+    try:
+        while not waiter.done():
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        waiter.cancel()
+
+
+def _master_called(node: Node, link: MasterLink, address: str) -> None:
+    """A configured master's address wins over what a caller says of itself; else the caller's is remembered."""
+    if node.config.master:
+        link.set_master(node.config.master)
+        return
+    if address != link.address:
+        task = asyncio.create_task(node.journal.set_note(MASTER_NOTE, address))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    link.set_master(address)
+
+
+async def _engine(node: Node) -> EngineFacts:
+    """The engine's facts, as soon as it answers."""
+    told = False
+    while True:
+        try:
+            return await node.runtime.facts()
+        except NodeServiceError as error:
+            if not told:
+                log.warning("engine.awaited", error=str(error))
+            told = True
+            await node.clock.sleep(2.0)
+
+
+async def _until(stopping: asyncio.Event, work: Coroutine[None, None, EngineFacts]) -> EngineFacts | None:
+    """The result, or None when the node is told to stop first."""
+    task = asyncio.create_task(work)
+    waiter = asyncio.create_task(stopping.wait())
+    await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    if task.done():
+        return task.result()
+    task.cancel()
+    return None
+
+
+def _credentials(config: NodeConfig) -> grpc.ServerCredentials | None:
+    if config.insecure:
+        return None
+    if config.tls_cert is None or config.tls_key is None:
+        raise ConfigError("tls_cert and tls_key are needed", field="tls_cert", hint="or set insecure")
+    return server_credentials(config.tls_cert, config.tls_key, config.tls_ca)
+
+
+def _store(config: NodeConfig, link: MasterLink) -> ResultStore:
+    if config.result_store == "master":
+        return MasterPushResultStore(link.stub)
+    return open_store(config)

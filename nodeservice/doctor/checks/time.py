@@ -1,0 +1,36 @@
+"""Probe for the deadline: what ignores it, and left its family, is gone all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nodeservice.core.model import Reason
+from nodeservice.doctor.finding import Finding, State
+from nodeservice.doctor.probe import Probe, Seen, not_tried
+
+_RUN_SECONDS = 1.0
+_LATE_SECONDS = 5.0
+"""Grace, SIGKILL and the engine's own work, on a busy machine."""
+_DEAF = 'trap "" TERM INT HUP; while :; do sleep 1; done'
+_SCRIPT = f"( ({_DEAF}) & ); {_DEAF}"
+
+
+def probes() -> tuple[Probe, ...]:
+    return (Probe(name="time", script=_SCRIPT, judge=judge_time, timeout_seconds=_RUN_SECONDS),)
+
+
+def judge_time(seen: Seen) -> Sequence[Finding]:
+    if missing := not_tried(seen, ["time"], "see the message"):
+        return missing
+    record = seen.record
+    ended_at = next((t.ended_at for t in record.timings if t.name == "run"), None) if record else None
+    if seen.reason is not Reason.DEADLINE or record is None or record.deadline_at is None or ended_at is None:
+        evidence = f"a task with {_RUN_SECONDS:g} s ended with {seen.reason}: {seen.message}"
+        return [Finding(limit="time", state=State.FAILED, evidence=evidence)]
+    late = (ended_at - record.deadline_at).total_seconds()
+    gone = "all its processes are gone"
+    if seen.processes_left:
+        gone = f"alive still: {', '.join(str(pid) for pid in seen.processes_left)}"
+    evidence = f"a task that ignores SIGTERM, with a daemon of its own, ended {late:.2f} s after its deadline; {gone}"
+    state = State.FAILED if seen.processes_left or late > _LATE_SECONDS else State.HARD
+    return [Finding(limit="time", state=state, evidence=evidence)]

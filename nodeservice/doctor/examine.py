@@ -1,0 +1,119 @@
+"""One examination from beginning to end: an image, a node of its own, all probes, the findings."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nodeservice.config import NodeConfig
+from nodeservice.doctor.bench import Bench, run_probes
+from nodeservice.doctor.checks import all_probes
+from nodeservice.doctor.finding import Diagnosis, Finding
+from nodeservice.doctor.host import has_swap, judge_share
+from nodeservice.doctor.image import LentImage, engine_says, lent_image
+from nodeservice.doctor.probe import Probe
+from nodeservice.errors import NodeFaultError
+from nodeservice.limits.cgroup import task_cgroups
+from nodeservice.ports import EngineFacts
+from nodeservice.runtime.docker import DockerRuntime
+from nodeservice.single import sweep_dead_runs
+
+
+async def examine(config: NodeConfig, *, image: str | None = None) -> Diagnosis:
+    """Try every limit in small containers, under a node of its own beside whatever runs here.
+
+    The state directory is that of `config`, since what its file system offers decides how the disk is bound. Nothing is left
+    behind. Raises ConfigError, TransientError (ENGINE_UNAVAILABLE) and NodeFaultError where nothing could be tried.
+    """
+    began = time.monotonic()
+    token = secrets.token_hex(5)
+    own = _own_config(config, token)
+    await sweep_dead_runs(own.state_dir.parent, docker_host=config.docker_host)
+    runtime = DockerRuntime(base_url=config.docker_host, node_id=own.worker_id)
+    try:
+        facts, url = await runtime.facts(), runtime.endpoint_url
+        info = await engine_says(url)
+        degraded = runtime.degraded
+    finally:
+        await runtime.close()
+    probes = all_probes(cpu_count=len(os.sched_getaffinity(0)), has_swap=has_swap())
+    try:
+        async with lent_image(url, image, token=token) as lent:
+            bench = await run_probes(own, probes, lent, facts)
+            described = _facts(facts, info, lent)
+    finally:
+        _remove_empty(own)
+    why = await _why_no_cgroups(own.worker_id, facts)
+    return Diagnosis(
+        findings=_findings(probes, bench, why),
+        facts=described | {"cgroups of tasks": why or "made before each container, with its limits"},
+        advice=_advice(info, degraded),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _own_config(config: NodeConfig, token: str) -> NodeConfig:
+    name = f"doctor-{token}"
+    directory = config.state_dir / "doctor" / name
+    return config.model_copy(
+        update={
+            "worker_id": name,
+            "state_dir": directory,
+            "results_dir": directory / "results",
+            "result_store": "file",
+            "otlp_endpoint": None,
+        }
+    )
+
+
+def _findings(probes: Sequence[Probe], bench: Bench, why_no_cgroups: str | None) -> list[Finding]:
+    """Raises NodeFaultError where no probe ran at all: then nothing is known of any limit."""
+    if not any(seen.has_run for seen in bench.seen.values()):
+        said = {seen.message for seen in bench.seen.values() if seen.message}
+        raise NodeFaultError(
+            f"no probe could be run: {'; '.join(sorted(said)) or 'none ended in time'}",
+            reason="NODE_FAULT",
+            hint="name an image with /bin/sh by --image, and see that the engine can run it",
+        )
+    found = [finding for probe in probes for finding in probe.judge(bench.seen[probe.name])]
+    return [*found, judge_share(bench.share, bench.allocatable, why_no_cgroups)]
+
+
+async def _why_no_cgroups(node_id: str, facts: EngineFacts) -> str | None:
+    cgroups = task_cgroups(node_id=node_id, facts=facts)
+    try:
+        return cgroups.describe()
+    finally:
+        await cgroups.close()
+
+
+def _facts(facts: EngineFacts, info: Mapping[str, Any], image: LentImage) -> dict[str, str]:
+    return {
+        "kernel": os.uname().release,
+        "engine": f"{facts.name} {facts.version}, API {facts.api_version}",
+        "cgroup version": str(facts.cgroup_version),
+        "cgroup driver": facts.cgroup_driver,
+        "storage": f"{facts.storage_driver} at {facts.root_dir}",
+        "live restore": "on" if info.get("LiveRestoreEnabled") else "off",
+        "swap": "on" if has_swap() else "off",
+        "image": f"{image.name}, {image.origin}",
+    }
+
+
+def _advice(info: Mapping[str, Any], degraded: Sequence[str]) -> list[str]:
+    advice = list(degraded)
+    if "LiveRestoreEnabled" in info and not info["LiveRestoreEnabled"]:
+        advice.append('set "live-restore": true in the engine\'s daemon.json: tasks then survive its restart')
+    return [*advice, *(str(warning) for warning in info.get("Warnings") or [])]
+
+
+def _remove_empty(own: NodeConfig) -> None:
+    """The directories above the own one, where they are empty: they were made for it."""
+    for directory in own.state_dir.parents[:2]:
+        try:
+            directory.rmdir()
+        except OSError:
+            return

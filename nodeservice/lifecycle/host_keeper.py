@@ -1,0 +1,94 @@
+"""Keeps for the host what is the host's: all tasks together within their share, and some free disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import structlog
+
+from nodeservice.core import events as ev
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import Phase, Resources, StopCause, StopRequest, TaskRecord
+from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.driver import Driver
+
+log = structlog.get_logger(__name__)
+
+DISK_LOW = "DISK_LOW"
+
+
+class HostKeeper:
+    """Looks at the ledger after each change of a record, and at everything each `keep_host_seconds`.
+
+    With less than `keep_free_disk_bytes` free the node takes no new work (condition DISK_LOW); below half of that it ends
+    the running task that has written most, one after the other.
+    """
+
+    def __init__(self, context: Context, driver: Driver) -> None:
+        self._context = context
+        self._driver = driver
+        self._share_changed = asyncio.Event()
+        self._applied: tuple[Resources, tuple[int, ...]] | None = None
+        driver.on_change(self._note)
+
+    def _note(self, _record: TaskRecord) -> None:
+        if _share(self._driver.ledger) != self._applied:
+            self._share_changed.set()
+
+    async def apply_share(self) -> None:
+        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was."""
+        wanted = _share(self._driver.ledger)
+        if wanted != self._applied:
+            await self._context.cgroups.share(*wanted)
+            self._applied = wanted
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            self._share_changed.clear()
+            await self.apply_share()
+            await self.look_at_disk()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._context.settings.keep_host_seconds):
+                    await self._share_changed.wait()
+
+    async def look_at_disk(self) -> None:
+        least = await self._context.free_space.least()
+        keep_bytes = self._context.settings.keep_free_disk_bytes
+        conditions = self._driver.conditions
+        if least is None or least[0] >= keep_bytes:
+            if conditions.pop(DISK_LOW, None) is not None:
+                log.info("disk.enough_again", keep_bytes=keep_bytes)
+            return
+        free_bytes, place = least
+        words = f"{free_bytes} bytes are free at {place}, {keep_bytes} are to stay free (keep_free_disk_bytes)"
+        if DISK_LOW not in conditions:
+            log.warning("disk.low", free_bytes=free_bytes, place=str(place), keep_bytes=keep_bytes)
+        conditions[DISK_LOW] = words
+        if free_bytes < keep_bytes // 2:
+            await self._end_the_largest(place, words)
+
+    async def _end_the_largest(self, place: Path, words: str) -> None:
+        if any(record.stop is not None and record.phase < Phase.UPLOADING for record in self._driver.live()):
+            return  # one is on its way out already
+        largest: tuple[int, TaskRecord] | None = None
+        for record in self._driver.live():
+            use = await self._context.disk.use(record.id) if record.phase is Phase.RUNNING else None
+            if use is not None and (largest is None or use.bytes > largest[0]):
+                largest = (use.bytes, record)
+        if largest is None:
+            return
+        wrote_bytes, record = largest
+        now = self._context.clock.now()
+        message = (
+            f"The host was about to run out of disk: {words}. This task had written {wrote_bytes} bytes, the most."
+        )
+        log.warning("disk.task_ended", task_id=record.id.task_id, attempt=record.id.attempt, place=str(place))
+        stop = StopRequest(cause=StopCause.NODE_DISK_LOW, requested_at=now, message=message)
+        self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+
+
+def _share(ledger: Ledger) -> tuple[Resources, tuple[int, ...]]:
+    return ledger.allocatable, ledger.shared_cpu_ids

@@ -1,0 +1,41 @@
+"""Sets the parts of the lifecycle to work together, and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.host_keeper import HostKeeper
+from nodeservice.lifecycle.recovery import Decode, recover
+from nodeservice.lifecycle.runner import Runner
+from nodeservice.lifecycle.timekeeper import Timekeeper
+
+
+@contextlib.asynccontextmanager
+async def at_work(context: Context, driver: Driver, decode: Decode) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """Drive attempts while the block lasts, beginning with those that the journal and the engine hold.
+
+    Gives the tasks that do it: one that ends has failed. Containers that run at the end of the block run on.
+    """
+    runner = Runner(context, driver)
+    driver.connect(runner.start)
+    timekeeper = Timekeeper(driver, context.clock)
+    host_keeper = HostKeeper(context, driver)
+    await host_keeper.apply_share()
+    tasks = [
+        asyncio.create_task(driver.run(), name="driver"),
+        asyncio.create_task(recover(context, driver, decode), name="recovery"),
+        asyncio.create_task(host_keeper.run(), name="host keeper"),
+    ]
+    timekeeper.open()
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await timekeeper.close()
+        await runner.close()

@@ -1,0 +1,149 @@
+"""A task's cgroup where systemd owns the tree and the engine asks it for scopes: explicit slices, over D-Bus.
+
+A slice that exists only because a scope sits in it is collected when it is empty, and what it counted with it; one that was
+started by name stays until it is stopped. A dash in a slice's name separates it from its parent's. Sources:
+systemd.slice(5), systemd.resource-control(5), systemd.unit(5), org.freedesktop.systemd1(5).
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+from contextlib import suppress
+from typing import Any
+
+from jeepney import DBusAddress, MessageType, new_method_call
+from jeepney.io.blocking import DBusConnection, open_dbus_connection
+
+from nodeservice.core.model import AttemptId
+from nodeservice.limits.hierarchy import Mount
+from nodeservice.limits.plan import CgroupLimits
+from nodeservice.limits.tree import remove_tree
+from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
+
+_MANAGER = DBusAddress(
+    "/org/freedesktop/systemd1", bus_name="org.freedesktop.systemd1", interface="org.freedesktop.systemd1.Manager"
+)
+_ROOT_SLICE = "nodeservice.slice"
+_LITERAL = re.compile(r"[A-Za-z0-9:_.]")
+_CALL_SECONDS = 10.0
+_EXISTS = "org.freedesktop.systemd1.UnitExists"
+_NO_SUCH_UNIT = "org.freedesktop.systemd1.NoSuchUnit"
+
+
+def escape(text: str) -> str:
+    """As systemd-escape(1): what is not safe in a unit's name, the dash included, as `\\\\xNN`."""
+    parts = []
+    for position, byte in enumerate(text.encode("utf-8", "surrogatepass")):
+        char = chr(byte)
+        safe = byte < 128 and _LITERAL.match(char) and not (position == 0 and char == ".")
+        parts.append(char if safe else f"\\\\x{byte:02x}")
+    return "".join(parts)
+
+
+class SlicePlaces:
+    """`nodeservice.slice/nodeservice-NODE.slice/nodeservice-NODE-TASK.slice`."""
+
+    def __init__(self, node_id: str) -> None:
+        self._stem = f"nodeservice-{escape(node_id)}"
+
+    def of_node(self) -> str:
+        return f"{_ROOT_SLICE}/{self._stem}.slice"
+
+    def of_task(self, id_: AttemptId) -> str:
+        return f"{self.of_node()}/{self._stem}-{escape(str(id_))}.slice"
+
+    def parent_for_engine(self, id_: AttemptId) -> str:
+        return self.of_task(id_).rpartition("/")[2]
+
+
+class SliceTree(V2CgroupTree):
+    """Implements CgroupTree: systemd makes and removes, the kernel's files are read directly. For use from one thread."""
+
+    def __init__(self, mounts: tuple[Mount, ...], *, disks: tuple[str, ...] = ()) -> None:
+        super().__init__(mounts, disks=disks)
+        self._bus: DBusConnection | None = None
+        self._call("GetUnitByControlGroup", "s", ("/",), tolerated=(_NO_SUCH_UNIT,))
+
+    def create(self, place: str, limits: CgroupLimits) -> None:
+        for depth in range(1, place.count("/") + 1):
+            self._start("/".join(place.split("/")[:depth]), [])
+        self._start(place, _properties(limits, self._disks))
+        # Not among systemd's properties of slices.
+        if limits.oom_group:
+            UnifiedCgroup(self._top / place).set_if_offered("memory_oom_group", True)
+
+    def remove(self, place: str) -> bool:
+        if self.processes(place):
+            return False
+        with suppress(OSError):
+            self._call("StopUnit", "ss", (place.rpartition("/")[2], "replace"), tolerated=(_NO_SUCH_UNIT,))
+        return not (self._top / place).exists() or remove_tree(self._top / place, self._rmdir)
+
+    def close(self) -> None:
+        if self._bus is not None:
+            self._bus.close()
+            self._bus = None
+
+    def _start(self, place: str, properties: list[tuple[str, tuple[str, Any]]]) -> None:
+        unit = place.rpartition("/")[2]
+        if not (self._top / place).is_dir():
+            self._call(
+                "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "replace", properties, []), tolerated=(_EXISTS,)
+            )
+            self._await_directory(place)
+        elif properties:
+            self._call("SetUnitProperties", "sba(sv)", (unit, True, properties))
+
+    def _await_directory(self, place: str) -> None:
+        """The job is queued when the call returns."""
+        until = time.monotonic() + _CALL_SECONDS
+        while not (self._top / place).is_dir():
+            if time.monotonic() > until:
+                raise OSError(errno.ETIMEDOUT, "systemd did not start the slice", place)
+            time.sleep(0.001)
+
+    def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> None:
+        """Raises OSError: ECONNREFUSED where D-Bus can't be reached, EPERM and EIO for what systemd refused."""
+        message = new_method_call(_MANAGER, method, signature, body)
+        try:
+            if self._bus is None:
+                self._bus = open_dbus_connection(bus="SYSTEM")
+            reply = self._bus.send_and_get_reply(message, timeout=_CALL_SECONDS)
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            self.close()
+            raise OSError(errno.ECONNREFUSED, f"systemd can't be reached over D-Bus: {error}") from error
+        if reply.header.message_type is MessageType.error:
+            name = next((str(v) for k, v in reply.header.fields.items() if k.name == "error_name"), "")
+            if name in tolerated:
+                return
+            number = errno.EPERM if "AccessDenied" in name else errno.EIO
+            raise OSError(number, f"systemd refused {method}: {name} {' '.join(map(str, reply.body))}", str(body[0]))
+
+
+def _properties(limits: CgroupLimits, disks: tuple[str, ...]) -> list[tuple[str, tuple[str, Any]]]:
+    found: list[tuple[str, tuple[str, Any]]] = []
+    if limits.memory_bytes is not None:
+        found += [("MemoryMax", ("t", limits.memory_bytes)), ("MemorySwapMax", ("t", 0))]
+    if limits.cpu_quota_us is not None:
+        found += [
+            ("CPUQuotaPerSecUSec", ("t", limits.cpu_quota_us * 1_000_000 // limits.cpu_period_us)),
+            ("CPUQuotaPeriodUSec", ("t", limits.cpu_period_us)),
+        ]
+    if limits.pids_max is not None:
+        found.append(("TasksMax", ("t", limits.pids_max)))
+    if limits.cpu_ids:
+        found.append(("AllowedCPUs", ("ay", _cpu_mask(limits.cpu_ids))))
+    for name, rate in (
+        ("IOReadBandwidthMax", limits.read_bytes_per_second),
+        ("IOWriteBandwidthMax", limits.write_bytes_per_second),
+    ):
+        if rate is not None:
+            found.append((name, ("a(st)", [(f"/dev/block/{disk}", rate) for disk in disks])))
+    return found
+
+
+def _cpu_mask(cpu_ids: tuple[int, ...]) -> bytes:
+    mask = sum(1 << cpu for cpu in cpu_ids)
+    return mask.to_bytes(max(cpu_ids) // 8 + 1, "little")

@@ -1,0 +1,70 @@
+"""Hands bytes from a thread to the loop: bounded, and with one wake-up however many pieces came."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+from nodeservice.errors import NodeServiceError
+
+_BUFFER_BYTES = 1024 * 1024
+
+
+class HandOver:
+    """One thread puts, one coroutine takes; either may go first. The thread waits while the other is 1 MiB behind."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._ready = asyncio.Event()
+        self._changed = threading.Condition()
+        self._pieces: list[bytes] = []
+        self._size_bytes = 0
+        self._ended = False
+        self._closed = False
+        self._error: NodeServiceError | None = None
+
+    def put(self, data: bytes) -> bool:
+        """In the thread; waits while the reader is behind. False: the reader has gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._size_bytes < _BUFFER_BYTES)
+            if self._closed:
+                return False
+            self._pieces.append(data)
+            self._size_bytes += len(data)
+            if len(self._pieces) == 1:
+                self._wake()
+            return True
+
+    def end(self, error: NodeServiceError | None) -> None:
+        with self._changed:
+            self._ended, self._error = True, error
+            self._wake()
+
+    async def take(self) -> bytes:
+        """All that is there, after waiting for some; empty at the end. Raises what ended it."""
+        while True:
+            await self._ready.wait()
+            with self._changed:
+                self._ready.clear()
+                data = b"".join(self._pieces)
+                self._pieces.clear()
+                self._size_bytes = 0
+                self._changed.notify()
+                if self._ended:
+                    self._ready.set()
+                if data:
+                    return data
+                if self._ended:
+                    if self._error is not None:
+                        raise self._error
+                    return b""
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed without us
+            self._loop.call_soon_threadsafe(self._ready.set)

@@ -1,0 +1,79 @@
+"""A TaskDisk that is told what was written, and a FreeSpace that is told what is left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from nodeservice.core.model import AttemptId
+from nodeservice.ports import DiskBound, DiskUse, Enforcement
+
+
+class FakeTaskDisk:
+    """Bounds and counts nothing by itself: `write` says what an attempt has written in all."""
+
+    def __init__(self, *, enforcement: Enforcement = Enforcement.WATCHED) -> None:
+        self._enforcement = enforcement
+        self._limits: dict[AttemptId, int] = {}
+        self._places: dict[AttemptId, tuple[Path, ...]] = {}
+        self._used: dict[AttemptId, DiskUse] = {}
+        self._changed = asyncio.Event()
+
+    def write(self, id_: AttemptId, total_bytes: int, *, file_count: int = 1) -> None:
+        peak_bytes = max(total_bytes, self._used[id_].peak_bytes if id_ in self._used else 0)
+        self._used[id_] = DiskUse(bytes=total_bytes, file_count=file_count, peak_bytes=peak_bytes)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def prepared(self) -> tuple[AttemptId, ...]:
+        return tuple(self._limits)
+
+    async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
+        self._limits[id_] = limit_bytes
+        self._places[id_] = (work, log)
+
+    def holds_layers(self) -> bool:
+        return self._enforcement is Enforcement.HARD
+
+    async def add_layer(self, id_: AttemptId, layer: Sequence[Path]) -> None:
+        self._places[id_] = tuple(dict.fromkeys((*self._places.get(id_, ()), *layer)))
+
+    async def bound(self, id_: AttemptId) -> DiskBound | None:
+        if id_ not in self._limits:
+            return None
+        places = tuple((place, self._enforcement) for place in self._places[id_])
+        return DiskBound(limit_bytes=self._limits[id_], enforcement=self._enforcement, places=places)
+
+    async def crossed(self, id_: AttemptId) -> DiskUse:
+        while True:
+            used = self._used.get(id_)
+            if self._enforcement is Enforcement.WATCHED and used is not None and used.bytes > self._limits.get(id_, 0):
+                return used
+            await self._changed.wait()
+
+    async def use(self, id_: AttemptId) -> DiskUse | None:
+        if id_ not in self._limits:
+            return None
+        return self._used.get(id_, DiskUse(bytes=0, file_count=0, peak_bytes=0))
+
+    async def remove(self, id_: AttemptId) -> None:
+        self._limits.pop(id_, None)
+        self._places.pop(id_, None)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class FakeFreeSpace:
+    """A FreeSpace that is told what is free."""
+
+    def __init__(self, free_bytes: int | None = None) -> None:
+        self.free_bytes = free_bytes
+
+    async def least(self) -> tuple[int, Path] | None:
+        return None if self.free_bytes is None else (self.free_bytes, Path("/fake"))
+
+    async def close(self) -> None:
+        """Nothing is held."""

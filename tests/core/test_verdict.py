@@ -1,0 +1,96 @@
+"""The verdict table: every combination of what can be known of an end, and who wins."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import product
+
+import pytest
+
+from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest
+from nodeservice.core.verdict import ExitFacts, exit_remarks, is_retryable, of_exit, of_stop
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+REASON_OF = {
+    StopCause.CANCELLED: Reason.CANCELLED,
+    StopCause.DEADLINE: Reason.DEADLINE,
+    StopCause.WAIT_TIMEOUT: Reason.WAIT_TIMEOUT,
+    StopCause.PULL_TIMEOUT: Reason.IMAGE_PULL_TIMEOUT,
+    StopCause.DISK_LIMIT: Reason.DISK_LIMIT,
+    StopCause.NODE_DISK_LOW: Reason.NODE_DISK_LOW,
+    StopCause.LIMIT_NOT_ENFORCED: Reason.LIMIT_NOT_ENFORCED,
+}
+CODES = (0, 1, 3, 125, 126, 127, 128, 137, 139, 143, 255)
+
+
+def expected(facts: ExitFacts) -> Reason:
+    """The table in words: our own signal, success, no such command, own limit, host, engine, the task itself."""
+    stop, finished = facts.stop, facts.finished_at
+    too_late = stop is not None and finished is not None and finished < stop.requested_at
+    if stop is not None and (stop.cause is StopCause.CANCELLED or not too_late):
+        return REASON_OF[stop.cause]
+    if facts.exit_code == 0:
+        return Reason.COMPLETED
+    if facts.error and facts.exit_code in (126, 127):
+        return Reason.COMMAND_NOT_FOUND
+    if facts.oom_killed:
+        return Reason.MEMORY_LIMIT
+    if facts.host_oom_killed:
+        return Reason.HOST_OUT_OF_MEMORY
+    if facts.error and facts.exit_code in (125, 128, 255):
+        return Reason.ENGINE_FAULT
+    return Reason.EXIT_NONZERO
+
+
+def test_the_whole_table_is_as_described() -> None:
+    stops = [None, *(StopRequest(cause=cause, requested_at=T0) for cause in StopCause)]
+    ends = (None, T0 - timedelta(seconds=1), T0, T0 + timedelta(seconds=1))
+    count = 0
+    for code, own, host, error, finished, stop in product(
+        CODES, (False, True), (False, True), ("", "boom"), ends, stops
+    ):
+        facts = ExitFacts(
+            exit_code=code, oom_killed=own, host_oom_killed=host, error=error, finished_at=finished, stop=stop
+        )
+        verdict = of_exit(facts)
+        assert verdict.reason is expected(facts), facts
+        assert verdict.exit_code == code
+        assert (verdict.outcome is Outcome.SUCCEEDED) == (verdict.reason is Reason.COMPLETED)
+        assert (verdict.outcome is Outcome.CANCELLED) == (verdict.reason is Reason.CANCELLED)
+        count += 1
+    assert count == len(CODES) * 2 * 2 * 2 * len(ends) * len(stops)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_no_exit_code_alone_means_a_lack_of_memory(code: int) -> None:
+    verdict = of_exit(ExitFacts(exit_code=code, oom_killed=False))
+    assert verdict.reason not in (Reason.MEMORY_LIMIT, Reason.HOST_OUT_OF_MEMORY)
+
+
+def test_a_task_that_ended_by_itself_just_before_its_deadline_was_not_ended_by_it() -> None:
+    stop = StopRequest(cause=StopCause.DEADLINE, requested_at=T0)
+    just_before = ExitFacts(exit_code=0, oom_killed=False, finished_at=T0 - timedelta(milliseconds=1), stop=stop)
+    assert of_exit(just_before).outcome is Outcome.SUCCEEDED
+
+
+@pytest.mark.parametrize(("own", "host", "words"), [(True, False, "memory limit"), (False, True, "on the host")])
+def test_a_kill_beside_exit_0_is_told_as_a_remark(own: bool, host: bool, words: str) -> None:
+    facts = ExitFacts(exit_code=0, oom_killed=own, host_oom_killed=host)
+    assert of_exit(facts).outcome is Outcome.SUCCEEDED
+    (remark,) = exit_remarks(facts)
+    assert words in remark
+
+
+@pytest.mark.parametrize("cause", list(StopCause))
+def test_every_cause_of_ours_has_a_verdict_and_says_what_it_was_given(cause: StopCause) -> None:
+    plain = of_stop(StopRequest(cause=cause, requested_at=T0))
+    assert plain.message
+    assert of_stop(StopRequest(cause=cause, requested_at=T0, message="because")).message == "because"
+    assert plain.reason is REASON_OF[cause]
+
+
+def test_what_the_node_broke_may_be_tried_elsewhere_and_what_the_task_broke_may_not() -> None:
+    mine = {Reason.MEMORY_LIMIT, Reason.DISK_LIMIT, Reason.DEADLINE, Reason.EXIT_NONZERO, Reason.COMMAND_NOT_FOUND}
+    theirs = {Reason.NODE_FAULT, Reason.HOST_OUT_OF_MEMORY, Reason.LIMIT_NOT_ENFORCED, Reason.NODE_DISK_LOW}
+    assert not [reason for reason in mine if is_retryable(reason)]
+    assert all(is_retryable(reason) for reason in theirs)

@@ -1,0 +1,110 @@
+"""Master, node and client commands as processes, each with a certificate of its own: the whole way under mutual TLS."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.certificates import make_ca, make_pair
+from tests.integration.node_process import NodeProcess
+from tests.integration.test_master_cli import MasterProcess, run
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority with a certificate for each part, and another authority with a stranger's."""
+    folder = tmp_path_factory.mktemp("pki")
+    ca, other = make_ca(folder, "ca"), make_ca(folder, "other-ca")
+    for name in ("master", "node", "person"):
+        make_pair(folder, name, ca)
+    make_pair(folder, "stranger", other)
+    return folder
+
+
+def shown(pki: Path, name: str, ca: str = "ca") -> tuple[str, ...]:
+    """The options of who shows this certificate and trusts that authority."""
+    return (
+        "--tls-cert", str(pki / f"{name}.pem"), "--tls-key", str(pki / f"{name}.key"), "--tls-ca", str(pki / f"{ca}.pem"),
+    )  # fmt: skip
+
+
+@pytest_asyncio.fixture
+async def master(tmp_path: Path, pki: Path) -> AsyncIterator[MasterProcess]:
+    process = await MasterProcess(tmp_path, *shown(pki, "master"), insecure=False).start()
+    yield process
+    assert await process.end() == 0
+
+
+@pytest.mark.engine
+async def test_a_task_goes_from_a_person_to_the_node_and_back(
+    tmp_path: Path, pki: Path, master: MasterProcess, node_id: str, demo_image: str
+) -> None:
+    options = ("--master", master.address, *shown(pki, "node"))
+    node = await NodeProcess(tmp_path / "node", node_id, options, insecure=False).start()
+    try:
+        at = ("--master", master.address, *shown(pki, "person"))
+        wanted = ("--task-id", "t1", "--cpus", "0.2", "--memory", "32m", "--disk", "10m", "--timeout", "30s")
+        submitted = await run("submit", *at, *wanted, demo_image, "--", "echo", "hello over TLS")
+        assert (submitted.code, submitted.out) == (0, "t1\n"), submitted.err
+        waited = await run("wait", *at, "t1", "--timeout", "60s", "--json")
+        assert [(task["outcome"], task["reason"]) for task in waited.json] == [("SUCCEEDED", "COMPLETED")], waited.err
+        assert (await run("logs", *at, "t1")).out == "hello over TLS\n"
+        nodes = (await run("nodes", *at, "--json")).json
+        assert [(one["worker_id"], one["state"]) for one in nodes] == [(node_id, "ACTIVE")]
+        # The node asks for certificates as well: a master is nobody without one.
+        stranger = await run("nodes", "--master", node.address, *shown(pki, "stranger"))
+        assert stranger.code == 69
+    finally:
+        assert await node.stop() == 0
+
+
+async def test_who_is_not_known_is_refused_and_told_why(pki: Path, master: MasterProcess) -> None:
+    ca = str(pki / "ca.pem")
+    refused = {
+        ("--tls-ca", ca): "it may want a client certificate (give --tls-cert and --tls-key)",
+        shown(
+            pki, "stranger"
+        ): f"it may not trust the certificate {pki / 'stranger.pem'} (have its authority sign one)",
+        ("--insecure",): "it may want TLS (give --tls-ca, --tls-cert and --tls-key, not --insecure)",
+        shown(pki, "person", ca="other-ca"): f"is not signed by --tls-ca {pki / 'other-ca.pem'}",
+        (
+            "--tls-cert",
+            str(pki / "person.pem"),
+            "--tls-key",
+            str(pki / "person.key"),
+        ): "the public roots (give --tls-ca)",
+    }
+    for options, why in refused.items():
+        done = await run("submit", "--master", master.address, *options, "--task-id", "t1", "img")
+        assert (done.code, done.out) == (69, ""), options
+        assert len(done.err.splitlines()) == 1, done.err
+        assert why in done.err
+    known = await run("ps", "--master", master.address, *shown(pki, "person"), "--json")
+    assert (known.code, known.json) == (0, []), "nothing of a stranger was taken, and the master is well"
+
+
+async def test_a_master_of_plain_text_is_told_from_one_that_is_not_there(tmp_path: Path, pki: Path) -> None:
+    master = await MasterProcess(tmp_path).start()
+    try:
+        done = await run("nodes", "--master", master.address, *shown(pki, "person"))
+    finally:
+        assert await master.end() == 0
+    assert (done.code, "does not speak TLS" in done.err) == (69, True), done.err
+    gone = await run("nodes", "--master", master.address, *shown(pki, "person"))
+    assert (gone.code, "does not answer" in gone.err) == (69, True), gone.err
+
+
+@pytest.mark.parametrize("part", ["serve", "master"])
+async def test_a_part_without_certificates_starts_only_when_told_that_plain_text_is_meant(
+    tmp_path: Path, part: str
+) -> None:
+    done = await run(part, "--listen", "127.0.0.1:0", "--state-dir", str(tmp_path / "state"))
+    assert (done.code, done.out) == (78, "")
+    words = done.err.replace("_", "-")
+    assert all(word in words for word in ("tls-cert", "tls-key", "insecure")), done.err
+    assert not (tmp_path / "state").exists()

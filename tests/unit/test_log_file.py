@@ -1,0 +1,58 @@
+"""Logs that Podman's conmon writes: whole, across replacement, and without a thread left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from nodeservice.errors import TransientError
+from nodeservice.runtime.log_file import read_log_file, take_records
+
+
+def record(text: bytes, kind: bytes = b"F") -> bytes:
+    return b"2026-01-01T00:00:00.000000001+00:00 stdout " + kind + b" " + text + b"\n"
+
+
+def test_records_of_a_log_file_give_back_the_bytes_that_were_written() -> None:
+    written = record(b"a b  c") + record(b"\0\xff" * 9, b"P") + record(b"") + record(b"") + record(b"end", b"P")
+    assert take_records(written + b"2026-01-") == (b"a b  c\n" + b"\0\xff" * 9 + b"\n\nend", b"2026-01-")
+    assert take_records(b"2026-01-") == (b"", b"2026-01-")
+
+
+async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path: Path) -> None:
+    path, ended = tmp_path / "ctr.log", asyncio.Event()
+    pieces = read_log_file(path, until_end=ended.wait)
+    path.write_bytes(record(b"one") + record(b"two")[:-5])
+    assert await anext(pieces) == b"one\n"
+    with path.open("ab") as stream:
+        stream.write(record(b"two")[-5:])
+    assert await anext(pieces) == b"two\n"
+    fresh = tmp_path / "ctr.log.tmp"
+    fresh.write_bytes(record(b"four"))
+    with path.open("ab") as stream:
+        stream.write(record(b"three"))
+    fresh.rename(path)
+    ended.set()
+    assert b"".join([piece async for piece in pieces]) == b"three\nfour\n"
+    assert b"".join([piece async for piece in read_log_file(path, until_end=None)]) == b"four\n"
+    assert [piece async for piece in read_log_file(tmp_path / "none", until_end=None)] == []
+
+
+async def test_a_reader_that_leaves_a_log_file_takes_its_thread_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "ctr.log"
+    path.write_bytes(record(b"one"))
+    pieces = read_log_file(path, until_end=asyncio.Event().wait)
+    assert await anext(pieces) == b"one\n"
+    await pieces.aclose()
+    async with asyncio.timeout(10):
+        while any(thread.name == "engine-log" for thread in threading.enumerate()):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_log_file_that_cannot_be_read_is_a_broken_stream(tmp_path: Path) -> None:
+    with pytest.raises(TransientError) as caught:
+        await anext(read_log_file(tmp_path, until_end=None))
+    assert caught.value.reason == "LOG_STREAM_BROKEN"

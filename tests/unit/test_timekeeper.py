@@ -1,0 +1,116 @@
+"""Deadlines are kept in every phase, once, and by nobody's clock but the host's steady one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, TaskSpec, TraceIds
+from nodeservice.journal.memory import MemoryJournal
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.timekeeper import Timekeeper
+from nodeservice.telemetry.tracing import NoTraceSink
+from nodeservice.testing.manual_clock import ManualClock
+from tests.unit.node_harness import spec
+
+T = AttemptId("t")
+TRACE = TraceIds(trace_id="1" * 32, span_id="2" * 16)
+NODE = Resources(cpu_milli=4000, memory_bytes=2**32, disk_bytes=2**40)
+
+
+class Room:
+    """A driver that decides and journals while nobody acts."""
+
+    def __init__(self, clock: ManualClock, journal: MemoryJournal | None = None) -> None:
+        self.clock = clock
+        self.journal = journal or MemoryJournal()
+        self.driver = Driver(journal=self.journal, ledger=Ledger(NODE), clock=clock, traces=NoTraceSink())
+        self.keeper = Timekeeper(self.driver, clock)
+
+    async def assign(self, task: TaskSpec) -> None:
+        await self.driver.assign(task, trace=TRACE, received_at=self.clock.now())
+
+    @property
+    def cause(self) -> StopCause | None:
+        record = self.driver.get(T)
+        return record.stop.cause if record and record.stop else None
+
+
+@contextlib.asynccontextmanager
+async def opened(room: Room) -> AsyncIterator[Room]:
+    await room.driver.open()
+    running = asyncio.create_task(room.driver.run())
+    room.keeper.open()
+    try:
+        yield room
+    finally:
+        await room.keeper.close()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "cause"),
+    [
+        ({"pull_timeout_seconds": 5.0, "total_timeout_seconds": 9.0}, StopCause.PULL_TIMEOUT),
+        ({"wait_timeout_seconds": 5.0, "pull_timeout_seconds": 9.0}, StopCause.WAIT_TIMEOUT),
+        ({"total_timeout_seconds": 5.0}, StopCause.DEADLINE),
+    ],
+)
+async def test_a_deadline_is_kept_when_it_comes_and_not_before(limits: dict[str, object], cause: StopCause) -> None:
+    async with opened(Room(ManualClock())) as room:
+        await room.assign(spec(**limits))
+        await room.clock.advance(4.9)
+        assert room.cause is None
+        await room.clock.advance(0.2)
+        assert room.cause is cause
+        record = room.driver.get(T)
+        assert record is not None
+        assert record.phase is Phase.COLLECTING
+
+
+async def test_a_deadline_that_passed_while_nobody_looked_is_kept_at_once() -> None:
+    clock, journal = ManualClock(), MemoryJournal()
+    async with opened(Room(clock, journal)) as room:
+        await room.assign(spec(total_timeout_seconds=5.0))
+    await clock.advance(60.0)
+    async with opened(Room(clock, journal)) as room:
+        await clock.settle()
+        assert room.cause is StopCause.DEADLINE
+
+
+async def test_a_task_that_ended_leaves_no_sleeper() -> None:
+    async with opened(Room(ManualClock())) as room:
+        await room.assign(spec(total_timeout_seconds=5.0))
+        assert room.clock.sleeper_count == 1
+        record = room.driver.get(T)
+        assert record is not None
+        room.keeper._note(replace(record, phase=Phase.COLLECTING))
+        await room.clock.settle()
+        assert room.clock.sleeper_count == 0
+
+
+class JumpingClock(ManualClock):
+    """Somebody sets the host's clock; sleeps count on."""
+
+    jump = timedelta(0)
+
+    def now(self):  # type: ignore[no-untyped-def]
+        return super().now() + self.jump
+
+
+async def test_a_clock_that_is_set_ends_nothing_early() -> None:
+    clock = JumpingClock()
+    async with opened(Room(clock)) as room:
+        await room.assign(spec(total_timeout_seconds=60.0))
+        clock.jump = timedelta(hours=5)
+        await room.clock.advance(59.0)
+        assert room.cause is None
+        await room.clock.advance(2.0)
+        assert room.cause is StopCause.DEADLINE
