@@ -35,6 +35,9 @@ class Finished:
 class _LocalUplink:
     """The outcome is read from the record by the caller, so there is nobody to report to."""
 
+    async def settled(self) -> None:
+        return
+
     async def report(self, record: TaskRecord) -> None:
         return
 

@@ -26,6 +26,8 @@ _MIN_MEMORY_BYTES = 6 * 1024**2
 _MIN_CPU_MILLI = 10
 """The kernel's least quota is 1 ms in a period of 100 ms."""
 _DAY_SECONDS = 86_400.0
+_MOST_PIDS = 4_000_000
+"""The kernel takes at most 4,194,304 (PID_MAX_LIMIT) in pids.max, and the runtime needs some beside."""
 _MAX_SECONDS = 366 * _DAY_SECONDS
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL")
 _MAX_OPEN_FILES = 1_048_576
@@ -103,8 +105,8 @@ def _check_amounts(spec: TaskSpec) -> None:
         raise _invalid("req_cpu", f"is {request.cpu_milli / 1000:g} cores", "ask for at least 0.01 cores")
     if request.memory_bytes < _MIN_MEMORY_BYTES:
         raise _invalid("req_memory", f"is {request.memory_bytes} bytes", "ask for at least 6 MiB")
-    if spec.pids_limit < 1:
-        raise _invalid("pids_limit", f"is {spec.pids_limit}", "allow at least 1 process")
+    if not 1 <= spec.pids_limit <= _MOST_PIDS:
+        raise _invalid("pids_limit", f"is {spec.pids_limit}", f"allow 1 to {_MOST_PIDS} processes")
     if spec.timeout_seconds is not None and not 0 < spec.timeout_seconds <= _MAX_SECONDS:
         raise _invalid("timeout_seconds", f"is {spec.timeout_seconds:g}", "use more than 0 and at most a year")
     if not 0 <= spec.grace_seconds <= _DAY_SECONDS:

@@ -83,6 +83,11 @@ class ContainerStuck(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerGone(Event):
+    """Nothing of the attempt runs any more. What it wrote is still to be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResultsCollected(Event):
     """The container is verified gone, its usage read, its log drained, its output frozen."""
 

@@ -210,6 +210,13 @@ def _stuck(record: TaskRecord, event: ev.ContainerStuck) -> Step:
     return Step(replace(record, stuck=True, remarks=(*record.remarks, event.message)))
 
 
+def _gone(record: TaskRecord, event: ev.ContainerGone) -> Step:
+    """What it computed with is free for others; reading its log and its files takes the disk alone."""
+    if record.compute_released:
+        return Step(record, changed=False)
+    return Step(replace(record, compute_released=True, stuck=False), (fx.ReleaseCompute(),))
+
+
 def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
     skipped = event.collected.skipped
     remarks = record.remarks
@@ -296,6 +303,7 @@ TRANSITIONS: Mapping[type[ev.Event], Mapping[Phase, Handler]] = {  # the diagram
     ev.ContainerExited: {Phase.RUNNING: _exited},
     ev.ContainerLost: {Phase.STARTING: _lost, Phase.RUNNING: _lost},
     ev.ContainerStuck: {Phase.RUNNING: _stuck, Phase.COLLECTING: _stuck},
+    ev.ContainerGone: {Phase.COLLECTING: _gone},
     ev.ResultsCollected: {Phase.COLLECTING: _collected},
     ev.CollectFailed: {Phase.COLLECTING: _collect_failed},
     ev.ResultsStored: {Phase.UPLOADING: _stored, Phase.RETAINING: _stored_late},

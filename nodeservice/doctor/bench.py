@@ -40,6 +40,9 @@ class Bench:
 class _NoMaster:
     """Outcomes are read from the records, so there is nobody to report to."""
 
+    async def settled(self) -> None:
+        return
+
     async def report(self, record: TaskRecord) -> None:
         return
 

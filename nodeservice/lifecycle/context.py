@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,6 +68,8 @@ class Settings:
     keep_host_seconds: float = 5.0
     """Between two looks at the host's free disk and at the share of it that tasks have."""
     keep_free_disk_bytes: int = 0
+    settle_reports_seconds: float = 10.0
+    """At the end, for the master's answers to reports that are under way."""
     observe_seconds: float = 2.0
     """Between two looks at what a running container has used that goes when it ends."""
     path_list_max_bytes: int = 512 * 1024
@@ -96,3 +99,7 @@ class Context:
     receipt: MakeReceipt
     processes: ProcessReader
     on_pull_progress: Callable[[AttemptId], PullProgress | None]
+    collecting: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
+    )
+    """Hashes for as long as there are results: apart from all short work, which would have to wait for it."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import structlog
@@ -20,9 +20,11 @@ from nodeservice.core import admission, machine
 from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import AttemptId, Phase, PhaseTiming, StopRequest, TaskRecord, TaskSpec, TraceIds
+from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, TaskSpec, TraceIds
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, InvariantError, NodeServiceError, TransientError
+from nodeservice.lifecycle.inbox import Assign, Batch, Occurred, Resume, Settled
+from nodeservice.lifecycle.story import summary
 from nodeservice.ports import Clock, Journal, TraceSink
 
 log = structlog.get_logger(__name__)
@@ -31,36 +33,6 @@ StartEffect = Callable[[TaskRecord, fx.Effect], None]
 Changed = Callable[[TaskRecord], None]
 _JOURNAL_BACKOFF = Backoff(first_seconds=0.2, max_seconds=15.0)
 _MAX_BATCH = 512
-
-
-@dataclass(slots=True)
-class _Assign:
-    spec: TaskSpec
-    trace: TraceIds
-    received_at: datetime
-    answer: asyncio.Future[TaskRecord]
-
-
-@dataclass(slots=True)
-class _Occurred:
-    id: AttemptId
-    event: ev.Event
-    answer: asyncio.Future[TaskRecord] | None = None
-
-
-@dataclass(slots=True)
-class _Resume:
-    record: TaskRecord
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What one round decided, before it is journalled."""
-
-    changed: dict[AttemptId, TaskRecord] = field(default_factory=dict)
-    effects: list[tuple[AttemptId, fx.Effect]] = field(default_factory=list)
-    answers: list[tuple[asyncio.Future[TaskRecord], AttemptId]] = field(default_factory=list)
-    admitted: set[AttemptId] = field(default_factory=set)
 
 
 class Driver:
@@ -86,7 +58,7 @@ class Driver:
         self._records: dict[AttemptId, TaskRecord] = {}
         self._newest: dict[str, int] = {}
         self._finished: dict[AttemptId, None] = {}
-        self._queue: asyncio.Queue[_Assign | _Occurred | _Resume] = asyncio.Queue()
+        self._queue: asyncio.Queue[Assign | Occurred | Resume | Settled] = asyncio.Queue()
         self._listeners: list[Changed] = []
         self._forgotten: list[Callable[[AttemptId], None]] = []
         self._start_effect: StartEffect = lambda _record, _effect: None
@@ -95,6 +67,8 @@ class Driver:
         self.conditions: dict[str, str] = {}
         """What is wrong with this node now, by name, in words. While there is any, it takes no new work."""
         self.journal_error: str | None = None
+        self._held_up: str | None = None
+        """Why what has happened cannot be journalled now, so that nothing behind it is decided."""
 
     # ---- wiring ---------------------------------------------------------------------------------------------------
 
@@ -139,19 +113,38 @@ class Driver:
 
     async def assign(self, spec: TaskSpec, *, trace: TraceIds, received_at: datetime) -> TaskRecord:
         """Admit the attempt; returns once it is durable. Raises RequestError or CapacityError with the reason."""
+        if self._held_up is not None:
+            # In the queue it would wait for as long as the journal does, and then run for a caller who has given up.
+            raise _unwritable(self._held_up)
         answer: asyncio.Future[TaskRecord] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Assign(spec, trace, received_at, answer))
+        self._queue.put_nowait(Assign(spec, trace, received_at, answer))
         return await answer
 
     async def request_stop(self, id_: AttemptId, stop: StopRequest) -> TaskRecord:
         """Ask for the end; returns once the request is durable, not once it is carried out."""
         answer: asyncio.Future[TaskRecord] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Occurred(id_, ev.StopRequested(at=stop.requested_at, stop=stop), answer))
+        event = ev.StopRequested(at=stop.requested_at, stop=stop)
+        self._queue.put_nowait(Occurred(id_, event, answer))
+        self._stop_unwritten(id_, event)
         return await answer
 
     def post(self, id_: AttemptId, event: ev.Event) -> None:
         """Tell what happened. Never blocks."""
-        self._queue.put_nowait(_Occurred(id_, event))
+        self._queue.put_nowait(Occurred(id_, event))
+        if isinstance(event, ev.StopRequested):
+            self._stop_unwritten(id_, event)
+
+    async def settled(self) -> None:
+        """Return once all that was posted before is journalled."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(Settled(answer))
+        await answer
+
+    def _stop_unwritten(self, id_: AttemptId, event: ev.StopRequested) -> None:
+        """A limit holds, and a cancel is obeyed, also while the journal can't be written: stopping twice does no harm."""
+        record = self._records.get(id_)
+        if self._held_up is not None and record is not None and record.phase is Phase.RUNNING:
+            self._start_effect(replace(record, stop=record.stop or event.stop), fx.StopContainer())
 
     # ---- start and run --------------------------------------------------------------------------------------------
 
@@ -166,16 +159,16 @@ class Driver:
     def adopt(self, record: TaskRecord) -> None:
         """Take up an attempt that the journal lost, as rebuilt from its container's labels."""
         self.ledger.restore([record])
-        self._queue.put_nowait(_Resume(record))
+        self._queue.put_nowait(Resume(record))
 
     def resume_all(self) -> None:
         for record in self.live():
-            self._queue.put_nowait(_Resume(record))
+            self._queue.put_nowait(Resume(record))
 
     async def run(self) -> None:
         """Work until cancelled."""
         while True:
-            batch = _Batch()
+            batch = Batch()
             self._decide(await self._queue.get(), batch)
             for _ in range(_MAX_BATCH):
                 try:
@@ -189,20 +182,25 @@ class Driver:
 
     # ---- decide ---------------------------------------------------------------------------------------------------
 
-    def _decide(self, item: _Assign | _Occurred | _Resume, batch: _Batch) -> None:
+    def _decide(self, item: Assign | Occurred | Resume | Settled, batch: Batch) -> None:
         match item:
-            case _Assign():
+            case Assign():
                 self._decide_assign(item, batch)
-            case _Occurred():
+            case Occurred():
                 self._decide_event(item, batch)
-            case _Resume():
+            case Settled():
+                batch.settled.append(item.answer)
+            case Resume():
                 record = batch.changed.get(item.record.id) or self._records.get(item.record.id) or item.record
                 step = machine.resume(record, at=self._clock.now())
                 if item.record.id not in self._records:
                     step = replace(step, changed=True)
                 self._note(step, batch)
 
-    def _decide_assign(self, item: _Assign, batch: _Batch) -> None:
+    def _decide_assign(self, item: Assign, batch: Batch) -> None:
+        if item.answer.cancelled():
+            return
+
         def known(spec: TaskSpec) -> TaskRecord | None:
             return batch.changed.get(spec.id) or self._records.get(spec.id)
 
@@ -234,7 +232,7 @@ class Driver:
         except NodeServiceError as error:
             _fail(item.answer, error)
 
-    def _decide_event(self, item: _Occurred, batch: _Batch) -> None:
+    def _decide_event(self, item: Occurred, batch: Batch) -> None:
         record = batch.changed.get(item.id) or self._records.get(item.id)
         if record is None:
             if item.answer is not None:
@@ -250,14 +248,14 @@ class Driver:
         if item.answer is not None:
             batch.answers.append((item.answer, item.id))
 
-    def _note(self, step: machine.Step, batch: _Batch) -> None:
+    def _note(self, step: machine.Step, batch: Batch) -> None:
         if step.changed:
             batch.changed[step.record.id] = step.record
         batch.effects += [(step.record.id, effect) for effect in step.effects]
 
     # ---- journal, then act ----------------------------------------------------------------------------------------
 
-    async def _write(self, batch: _Batch) -> None:
+    async def _write(self, batch: Batch) -> None:
         """Journal the batch. New work is refused while the journal cannot be written; what happened is kept until it can."""
         failures = 0
         while batch.changed:
@@ -268,22 +266,21 @@ class Driver:
                     log.error("journal.unwritable", error=str(error))
                 self.journal_error = str(error)
                 self._refuse_admitted(batch, error)
+                self._held_up = str(error) if batch.changed else None
                 await self._clock.sleep(_JOURNAL_BACKOFF.delay(failures, random.random()))  # noqa: S311
                 failures += 1
             else:
                 if self.journal_error is not None:
                     log.info("journal.writable_again")
-                self.journal_error = None
+                self.journal_error = self._held_up = None
                 return
 
-    def _refuse_admitted(self, batch: _Batch, error: TransientError) -> None:
+    def _refuse_admitted(self, batch: Batch, error: TransientError) -> None:
         for id_ in batch.admitted:
             batch.changed.pop(id_, None)
             self.ledger.release_compute(id_)
             self.ledger.release_disk(id_)
-        refusal = CapacityError(
-            f"this node cannot write its journal: {error}", reason="JOURNAL_UNWRITABLE", hint="assign it elsewhere"
-        )
+        refusal = _unwritable(str(error))
         for answer, id_ in batch.answers:
             if id_ in batch.admitted:
                 _fail(answer, refusal)
@@ -291,7 +288,7 @@ class Driver:
         batch.effects = [(id_, effect) for id_, effect in batch.effects if id_ not in batch.admitted]
         batch.admitted.clear()
 
-    def _publish(self, batch: _Batch) -> None:
+    def _publish(self, batch: Batch) -> None:
         for id_, record in batch.changed.items():
             before = self._records.get(id_)
             self._remember(record)
@@ -300,10 +297,16 @@ class Driver:
                 self._finished[id_] = None
                 log.info("task.finished", **summary(record))
             for listener in self._listeners:
-                listener(record)
+                try:
+                    listener(record)
+                except Exception:
+                    log.exception("driver.listener_failed", task_id=id_.task_id)
         for answer, id_ in batch.answers:
             if not answer.done():
                 answer.set_result(self._records[id_])
+        for settled in batch.settled:
+            if not settled.done():
+                settled.set_result(None)
         for id_, effect in batch.effects:
             match effect:
                 case fx.ReleaseCompute():
@@ -341,36 +344,23 @@ class Driver:
             for id_ in old:
                 del self._finished[id_]
                 del self._records[id_]
-                if self._newest.get(id_.task_id) == id_.attempt:
-                    del self._newest[id_.task_id]
+                self._forget_newest(id_)
                 for listener in self._forgotten:
                     listener(id_)
 
-
-def summary(record: TaskRecord) -> dict[str, object]:
-    """The one canonical log line of a finished attempt."""
-    verdict, collected = record.verdict, record.collected
-    return {
-        "task_id": record.id.task_id,
-        "attempt": record.id.attempt,
-        "outcome": verdict.outcome.value if verdict else None,
-        "reason": verdict.reason.value if verdict else None,
-        "exit_code": verdict.exit_code if verdict else None,
-        "seconds": durations(record.timings),
-        "memory_peak_bytes": record.usage.memory_peak_bytes,
-        "gpu_uuids": list(record.lease.gpu_uuids),
-        "stored_bytes": collected.total_bytes if collected else 0,
-        "result_location": record.result_location,
-        "trace_id": record.trace.trace_id,
-    }
+    def _forget_newest(self, id_: AttemptId) -> None:
+        if self._newest.get(id_.task_id) != id_.attempt:
+            return
+        del self._newest[id_.task_id]
+        older = [other.attempt for other in self._records if other.task_id == id_.task_id]
+        if older:  # one that is not finished yet
+            self._newest[id_.task_id] = max(older)
 
 
-def durations(timings: Iterable[PhaseTiming]) -> dict[str, float]:
-    return {
-        timing.name: round((timing.ended_at - timing.started_at).total_seconds(), 4)
-        for timing in timings
-        if timing.ended_at is not None
-    }
+def _unwritable(why: str) -> CapacityError:
+    return CapacityError(
+        f"this node cannot write its journal: {why}", reason="JOURNAL_UNWRITABLE", hint="assign it elsewhere"
+    )
 
 
 def _fail(answer: asyncio.Future[TaskRecord], error: NodeServiceError) -> None:

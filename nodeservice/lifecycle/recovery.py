@@ -37,16 +37,16 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
             log.warning("recovery.engine_away", error=str(error))
             await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
             failures += 1
-    for container in containers:
-        await _take_up(context, driver, decode, container)
-    await _sweep(context, driver, leftover)
+    claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
+    await _sweep(context, driver, [name for name in leftover if _named(name) not in claimed])
 
 
-async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> None:
+async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> AttemptId | None:
+    """Resume or adopt or remove it. The attempt whose directory is needed from now on; None where there is none."""
     id_ = _identity(container)
     known = driver.get(id_) if id_ is not None else None
     if known is not None and known.phase is not Phase.FINISHED:
-        return
+        return id_
     if known is None:
         record = _from_labels(container, decode)
         if record is not None:
@@ -54,12 +54,14 @@ async def _take_up(context: Context, driver: Driver, decode: Decode, container: 
                 "recovery.adopted", task_id=record.id.task_id, attempt=record.id.attempt, container=container.name
             )
             driver.adopt(record)
-            return
+            return record.id
     log.warning("recovery.orphan_removed", container=container.name, id=container.id)
     try:
         await context.runtime.remove(container.id)
     except NodeServiceError as error:
         log.error("recovery.orphan_not_removed", container=container.name, error=str(error))
+        return id_  # it may still be writing there
+    return None
 
 
 def _identity(container: ContainerState) -> AttemptId | None:
@@ -95,10 +97,15 @@ def _from_labels(container: ContainerState, decode: Decode) -> TaskRecord | None
 async def _sweep(context: Context, driver: Driver, leftover: list[str]) -> None:
     """Remove work directories that were there at the start and that no unfinished attempt owns."""
     for name in leftover:
-        task_id, _, attempt = name.rpartition(".")
-        if not attempt.isdecimal():
+        id_ = _named(name)
+        if id_ is None:
             continue
-        record = driver.get(AttemptId(task_id, int(attempt)))
+        record = driver.get(id_)
         if record is None or record.phase is Phase.FINISHED:
             log.warning("recovery.swept", directory=name)
-            await asyncio.to_thread(context.dirs.remove, AttemptId(task_id, int(attempt)))
+            await asyncio.to_thread(context.dirs.remove, id_)
+
+
+def _named(directory: str) -> AttemptId | None:
+    task_id, _, attempt = directory.rpartition(".")
+    return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 
@@ -33,9 +34,12 @@ class Runner:
         self._context = context
         self._driver = driver
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._closing = False
 
     def start(self, record: TaskRecord, effect: fx.Effect) -> None:
         """Begin. An effect of a phase that is already over, and one already under way, are left alone."""
+        if self._closing:
+            return
         match effect:
             case fx.CancelStep():
                 self._interrupt(record.id, fx.PullImage)
@@ -46,8 +50,21 @@ class Runner:
                 if record.phase is _PHASE_OF[type(effect)]:
                     self._spawn(record.id, effect, self._carry_out(record.id, effect))
 
+    async def settle_reports(self) -> None:
+        """Begin nothing any more, and wait for the answers to reports that the master is taking just now.
+
+        Cut off, they would be sent a second time after the next start. The driver has to be running, to note the answers.
+        """
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._context.settings.settle_reports_seconds):
+                await self._context.uplink.settled()
+                await asyncio.sleep(0)  # the steps post what they heard
+                await self._driver.settled()
+
     async def close(self) -> None:
         """Interrupt everything. Containers run on; the next start takes them up again."""
+        self._closing = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -80,7 +97,10 @@ class Runner:
             try:
                 event = await self._step(effect)(record)
                 break
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                    raise
                 failures += 1
                 log.exception("step.failed", step=type(effect).__name__, task_id=id_.task_id, failures=failures)
                 if record.phase <= Phase.RUNNING and failures >= _TRIES_BEFORE_ABANDONING:

@@ -34,8 +34,11 @@ async def at_work(context: Context, driver: Driver, decode: Decode) -> AsyncIter
     try:
         yield tasks
     finally:
+        await runner.settle_reports()
+        context.bundles.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await timekeeper.close()
         await runner.close()
+        context.collecting.shutdown(wait=False, cancel_futures=True)

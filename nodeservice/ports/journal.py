@@ -33,6 +33,10 @@ class Journal(Protocol):
 class Uplink(Protocol):
     """The way to the master."""
 
+    async def settled(self) -> None:
+        """Return once no report is under way that the master may have taken though it has not answered yet."""
+        ...
+
     async def report(self, record: TaskRecord) -> None:
         """Deliver the outcome; returning means acknowledged. Raises TransientError otherwise, also when refused."""
         ...

@@ -49,7 +49,11 @@ class ResultStore(Protocol):
 
 
 class Bundles(Protocol):
-    """How output on this host becomes a bundle. All methods block; call them from a thread."""
+    """How output on this host becomes a bundle. All methods but `stop` block; call them from a thread."""
+
+    def stop(self) -> None:
+        """Break off what `collect` is doing: it raises TransientError (STOPPING)."""
+        ...
 
     def collect(self, spec: TaskSpec, work_dir: Path, log_path: Path) -> ResultBundle:
         """Freeze a work directory; one that is frozen already is taken as it is. Raises NodeFaultError (COLLECT_FAILED)."""
@@ -61,6 +65,10 @@ class Bundles(Protocol):
 
     def kept(self, spec: TaskSpec) -> ResultBundle:
         """The bundle of results that were kept on this host since the store did not take them."""
+        ...
+
+    def moved_to(self, spec: TaskSpec) -> str | None:
+        """Where kept results have gone, once `discard_kept` has begun; None while they are still here."""
         ...
 
     def discard_kept(self, spec: TaskSpec, location: str) -> None:

@@ -11,11 +11,12 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from nodeservice.core.model import Manifest, ManifestEntry
-from nodeservice.errors import NodeFaultError
+from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results import layout
 
@@ -35,7 +36,13 @@ _KINDS = {
 
 
 def collect(
-    results_dir: Path, log_path: Path, *, task_id: str, attempt: int, limit_bytes: int | None = None
+    results_dir: Path,
+    log_path: Path,
+    *,
+    task_id: str,
+    attempt: int,
+    limit_bytes: int | None = None,
+    stopping: threading.Event | None = None,
 ) -> tuple[Manifest, tuple[ResultFile, ...]]:
     """Walk, hash and list; blocking. A missing directory or log is left out: the attempt never came so far.
 
@@ -43,12 +50,14 @@ def collect(
     Sparse files count with their apparent size, since that is what a store would hold: without a limit a file of 8 EiB
     that occupies nothing would be read for years. The log is never skipped.
 
-    Files come sorted by stored path. Raises NodeFaultError (COLLECT_FAILED) when the disk cannot be read.
+    Files come sorted by stored path. Raises NodeFaultError (COLLECT_FAILED) when the disk cannot be read, and TransientError
+    (STOPPING) soon after `stopping` is set.
     """
-    walk = _Walk(results_dir, limit_bytes)
+    hasher = _Hasher(stopping or threading.Event())
+    walk = _Walk(results_dir, limit_bytes, hasher)
     try:
         walk.run()
-        log = _hash_log(log_path)
+        log = _hash_log(log_path, hasher)
     except OSError as error:
         raise NodeFaultError(
             f"results of {task_id}.{attempt} in {results_dir} cannot be read: {error.strerror}",
@@ -68,8 +77,9 @@ def collect(
 class _Walk:
     """One pass over a results directory. Holds two descriptors at a time, however deep the tree."""
 
-    def __init__(self, root: Path, limit_bytes: int | None) -> None:
+    def __init__(self, root: Path, limit_bytes: int | None, hasher: _Hasher) -> None:
         self._root = root
+        self._hasher = hasher
         self._left_bytes = limit_bytes
         self._limit_bytes = limit_bytes
         self.files: list[ResultFile] = []
@@ -137,7 +147,7 @@ class _Walk:
                 self._skip(path, f"{size} bytes would pass the limit of {self._limit_bytes} bytes for all results")
                 return
             stored = layout.stored_path(path)
-            entry = _hash(fd, stored)
+            entry = self._hasher.hash(fd, stored)
         finally:
             os.close(fd)
         if self._left_bytes is not None:
@@ -150,24 +160,30 @@ class _Walk:
         self.skipped.append(f"{layout.printable(path)}: {reason}")
 
 
-def _hash_log(log_path: Path) -> list[ResultFile]:
+def _hash_log(log_path: Path, hasher: _Hasher) -> list[ResultFile]:
     try:
         fd = os.open(log_path, _OPEN_FILE)
     except FileNotFoundError:
         return []
     try:
-        return [ResultFile(entry=_hash(fd, layout.LOG_NAME), source=log_path)]
+        return [ResultFile(entry=hasher.hash(fd, layout.LOG_NAME), source=log_path)]
     finally:
         os.close(fd)
 
 
-def _hash(fd: int, stored: str) -> ManifestEntry:
-    """Hash to the end of the file in pieces; the size is what was read, not what was announced."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file any more")
-    digest = hashlib.sha256()
-    size = 0
-    while piece := os.read(fd, PIECE_BYTES):
-        digest.update(piece)
-        size += len(piece)
-    return ManifestEntry(path=stored, size_bytes=size, sha256=digest.hexdigest())
+class _Hasher:
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+
+    def hash(self, fd: int, stored: str) -> ManifestEntry:
+        """Hash to the end of the file in pieces; the size is what was read, not what was announced."""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file any more")
+        digest = hashlib.sha256()
+        size = 0
+        while piece := os.read(fd, PIECE_BYTES):
+            if self._stopping.is_set():
+                raise TransientError("the node stops while results are collected", reason="STOPPING")
+            digest.update(piece)
+            size += len(piece)
+        return ManifestEntry(path=stored, size_bytes=size, sha256=digest.hexdigest())

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from nodeservice.core.model import TaskSpec
 from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest
-from nodeservice.results.layout import LOG_NAME, RESULTS_DIR
-
-MOVED_NAME = "MOVED"
-"""What stays of a kept directory once the store has taken it: a file with the new location."""
+from nodeservice.results.layout import LOG_NAME, MOVED_NAME, RESULTS_DIR
 
 
 class Bundles:
@@ -22,6 +20,11 @@ class Bundles:
     def __init__(self, *, worker_id: str, results_dir: Path) -> None:
         self._worker_id = worker_id
         self._results_dir = results_dir
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Break off what `collect` is doing, with TransientError (STOPPING): the next start does it again."""
+        self._stopping.set()
 
     def collect(self, spec: TaskSpec, work_dir: Path, log_path: Path) -> ResultBundle:
         """Freeze a work directory; one that is frozen already is taken as it is. Raises NodeFaultError (COLLECT_FAILED)."""
@@ -33,8 +36,8 @@ class Bundles:
                 work_dir / LOG_NAME,
                 task_id=spec.id.task_id,
                 attempt=spec.id.attempt,
-                # More than the disk holds can only be a sparse file, which would be read for years.
-                limit_bytes=shutil.disk_usage(work_dir).total,
+                limit_bytes=_most_bytes(spec, work_dir),
+                stopping=self._stopping,
             )
             manifest.write_local(work_dir, frozen)
         return self.reopen(spec, work_dir)
@@ -47,17 +50,27 @@ class Bundles:
         """The bundle of results that were kept in the results directory of this host."""
         return manifest.bundle_from_stored(self._kept_dir(spec), spec, self._worker_id)
 
+    def moved_to(self, spec: TaskSpec) -> str | None:
+        """Where the kept results have gone; None while they are still here."""
+        try:
+            return (self._kept_dir(spec) / MOVED_NAME).read_text().strip() or None
+        except FileNotFoundError:
+            return None
+
     def discard_kept(self, spec: TaskSpec, location: str) -> None:
-        """Drop the kept copy, leaving a pointer to where it is now. Repeating is harmless."""
+        """Drop the kept copy, leaving a pointer to where it is now. Repeating is harmless.
+
+        The pointer comes first: whoever is cut off in the middle finds it, and goes on from there.
+        """
         directory = self._kept_dir(spec)
         if not directory.is_dir():
             return
+        manifest.write_durably(directory / MOVED_NAME, f"{location}\n".encode())
         for entry in directory.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name not in (MOVED_NAME, manifest.MANIFEST_NAME):
                 entry.unlink()
-        (directory / MOVED_NAME).write_text(location + "\n")
         (directory / manifest.MANIFEST_NAME).unlink(missing_ok=True)
 
     def digest(self, bundle: ResultBundle) -> str:
@@ -65,3 +78,12 @@ class Bundles:
 
     def _kept_dir(self, spec: TaskSpec) -> Path:
         return self._results_dir / spec.id.task_id / str(spec.id.attempt)
+
+
+def _most_bytes(spec: TaskSpec, work_dir: Path) -> int:
+    """What is more than its bound on the disk allows can only be a sparse file, of which a store would write every zero.
+
+    Twice the bound, since a watched one is crossed before it is noticed.
+    """
+    whole_disk = shutil.disk_usage(work_dir).total
+    return min(2 * spec.request.disk_bytes, whole_disk) or whole_disk

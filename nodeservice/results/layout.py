@@ -1,8 +1,9 @@
 """Where a collected file is stored, and where it lies in the attempt's work directory.
 
 The work directory holds `results/` (mounted into the container), `stdout.log` (written by the node) and, once collected,
-`manifest.json`. The stored tree has `stdout.log` and `manifest.json` at its top, so a task's own entries of these names,
-and of the name `_task` itself, move below `_task/`. The mapping is one to one: two files never meet.
+`manifest.json`. The stored tree has `stdout.log` and `manifest.json` at its top, and `MOVED` once it was kept on this host
+and is elsewhere now. So a task's own entries of these names, and of the name `_task` itself, move below `_task/`. The
+mapping is one to one: two files never meet.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ RESULTS_DIR = "results"
 LOG_NAME = "stdout.log"
 MANIFEST_NAME = "manifest.json"
 TASK_DIR = "_task"
+MOVED_NAME = "MOVED"
+"""What stays of a kept directory once the store has taken it: a file with the new location."""
 
-_RESERVED = frozenset({LOG_NAME, MANIFEST_NAME, TASK_DIR})
+_RESERVED = frozenset({LOG_NAME, MANIFEST_NAME, MOVED_NAME, TASK_DIR})
 
 MAX_PATH_BYTES = 700
 """Longest stored path in UTF-8. An S3 key has at most 1,024 bytes, prefix and task id included (Amazon S3 user guide)."""

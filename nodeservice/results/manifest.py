@@ -37,6 +37,7 @@ __all__ = [
     "encode",
     "read_local",
     "sha256_of",
+    "write_durably",
     "write_local",
 ]
 
@@ -92,14 +93,20 @@ def write_local(work_dir: Path, manifest: Manifest) -> bytes:
     An upload after a restart goes on from it without hashing again. Repeating replaces the file atomically.
     """
     data = encode(manifest)
-    temporary = work_dir / f".{MANIFEST_NAME}.partial"
+    write_durably(work_dir / MANIFEST_NAME, data)
+    return data
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """The whole file or none of it, on disk when this returns. Raises NodeFaultError (COLLECT_FAILED)."""
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(work_dir / MANIFEST_NAME)
-        fd = os.open(work_dir, os.O_RDONLY | os.O_DIRECTORY)
+        temporary.replace(path)
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
         finally:
@@ -108,11 +115,10 @@ def write_local(work_dir: Path, manifest: Manifest) -> bytes:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise NodeFaultError(
-            f"{work_dir / MANIFEST_NAME} cannot be written: {error.strerror}",
+            f"{path} cannot be written: {error.strerror}",
             reason="COLLECT_FAILED",
             hint="check the disk of the state directory",
         ) from error
-    return data
 
 
 def read_local(work_dir: Path) -> tuple[Manifest, bytes] | None:

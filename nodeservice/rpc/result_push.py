@@ -15,6 +15,7 @@ from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.source import VerifiedReader
+from nodeservice.rpc.calls import answered
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
@@ -62,7 +63,7 @@ class MasterPushResultStore:
         total = bundle.manifest.total_bytes + len(bundle.manifest_bytes)
         call = stub.UploadTaskFiles(timeout=_GRACE_SECONDS + total / _SLOWEST_BYTES_PER_SECOND)
         try:
-            ack = await self._send(call, bundle)
+            ack = await answered(self._send(call, bundle), name="UploadTaskFiles")
         except grpc.aio.AioRpcError as error:
             raise _translated(await self._real_status(stub, bundle, error), bundle) from error
         finally:

@@ -16,6 +16,7 @@ from nodeservice.core.retry import Backoff
 from nodeservice.errors import TransientError
 from nodeservice.ports import Clock
 from nodeservice.rpc import convert
+from nodeservice.rpc.calls import answered
 from nodeservice.rpc.status import NodeStatus
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
@@ -58,6 +59,12 @@ class MasterLink:
         self._registered = asyncio.Event()
         self._connected_to: str | None = None
         self._wanted = asyncio.Event()
+        self._reports_under_way = 0
+        self._no_report = asyncio.Event()
+        self._no_report.set()
+
+    async def settled(self) -> None:
+        await self._no_report.wait()
 
     @property
     def address(self) -> str | None:
@@ -101,9 +108,16 @@ class MasterLink:
     async def report(self, record: TaskRecord) -> None:
         await self._registered.wait()
         result = convert.task_result(record, self._status.worker_id)
-        ack = await self._call(
-            "ReportTaskCompletion", lambda stub: stub.ReportTaskCompletion(result, timeout=self._deadline)
-        )
+        self._reports_under_way += 1
+        self._no_report.clear()
+        try:
+            ack = await self._call(
+                "ReportTaskCompletion", lambda stub: stub.ReportTaskCompletion(result, timeout=self._deadline)
+            )
+        finally:
+            self._reports_under_way -= 1
+            if not self._reports_under_way:
+                self._no_report.set()
         if not ack.success:
             raise TransientError(f"the master refused the report: {ack.message}", reason="REPORT_REFUSED")
 
@@ -134,7 +148,7 @@ class MasterLink:
         if self._stub is None:
             raise TransientError("no master is known yet", reason="NO_MASTER")
         try:
-            return await call(self._stub)
+            return await answered(call(self._stub), name=name)
         except grpc.aio.AioRpcError as error:
             raise TransientError(
                 f"{name} at {self._address}: {error.code().name} {error.details() or ''}".rstrip(),

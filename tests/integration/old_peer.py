@@ -193,7 +193,7 @@ class OldClient:
             "docker_image": "nodeservice/demo",
             "req_cpu": 0.1,
             "req_memory": 0.03125,
-            "req_storage": 0.001,
+            "req_storage": 0.01,
         } | fields
         return await self._call("AssignTask", OLD["Task"](**fields), "TaskAck")
 

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldClient, OldMaster
 
@@ -209,7 +210,7 @@ async def test_results_are_pushed_to_the_master_before_the_report(
             command = "echo hi > /results/a.txt; : > /results/empty; head -c 3000000 /dev/zero > /results/big"
             assert (await caller.assign(task_id=task_id, command=command, submitted_at=1764000000)).success
             report = await master.report_of(task_id)
-            assert report.status == "success", report
+            assert report.status == "success", pb.TaskResult.FromString(report.SerializeToString())
             files = master.files[task_id]
             assert files["a.txt"] == b"hi\n"
             assert files["empty"] == b""

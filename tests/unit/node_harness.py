@@ -61,6 +61,9 @@ class RecordingUplink:
         self.reports: list[TaskRecord] = []
         self.down = False
 
+    async def settled(self) -> None:
+        return
+
     async def report(self, record: TaskRecord) -> None:
         if self.down:
             raise TransientError("master away", reason="MASTER_UNREACHABLE")
@@ -106,6 +109,8 @@ class World:
     disk: FakeTaskDisk = field(default_factory=FakeTaskDisk)
     free_space: FakeFreeSpace = field(default_factory=FakeFreeSpace)
     keep_free_disk_bytes: int = 0
+    settle_reports_seconds: float = 0.0
+    """None: a killed process waits for nobody."""
     cgroups: TaskCgroups = field(default_factory=NoTaskCgroups)
     kill_patience_seconds: float = 5.0
 
@@ -147,6 +152,7 @@ class LiveNode:
                 pull_attempt_count=3,
                 kill_patience_seconds=world.kill_patience_seconds,
                 keep_host_seconds=0.02,
+                settle_reports_seconds=world.settle_reports_seconds,
                 keep_free_disk_bytes=world.keep_free_disk_bytes,
             ),
             encode_record=encode_record,

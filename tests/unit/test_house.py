@@ -151,6 +151,7 @@ SAMPLES: tuple[ev.Event, ...] = (
     ev.ContainerStarted(at=NOW, started_at=NOW),
     ev.ContainerExited(at=NOW, exit_code=0, oom_killed=False),
     ev.ContainerLost(at=NOW, message=""),
+    ev.ContainerGone(at=NOW),
     ev.ContainerStuck(at=NOW, message=""),
     ev.ResultsCollected(at=NOW, collected=COLLECTED, usage=Usage()),
     ev.CollectFailed(at=NOW, message="", usage=Usage()),

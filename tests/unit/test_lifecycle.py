@@ -286,7 +286,7 @@ async def _kill_at(world: World, writes: int, *, lost: bool) -> bool:
         return died
 
 
-@pytest.mark.parametrize("writes", range(1, 9))
+@pytest.mark.parametrize("writes", range(1, 10))
 @pytest.mark.parametrize("lost", [False, True], ids=["nothing done after it", "all done but not written"])
 @pytest.mark.parametrize("with_cancel", [False, True], ids=["", "then cancelled"])
 async def test_a_node_killed_at_any_journal_write_ends_every_task_in_one_report(
@@ -301,7 +301,7 @@ async def test_a_node_killed_at_any_journal_write_ends_every_task_in_one_report(
         record = await node.until_finished(T)
         assert record.verdict is not None
         # The one doubt that no node can remove: killed between the master's answer and the note of it, it reports again.
-        unsure = lost and writes == 8
+        unsure = lost and writes == 9
         assert len(world.uplink.reports) == (2 if unsure else 1)
         assert len(world.runtime.specs) <= 1, "no second container"
         assert "manifest.json" in world.store.stored["t/1"]

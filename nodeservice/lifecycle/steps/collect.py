@@ -23,6 +23,7 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
     await asyncio.to_thread(context.dirs.prepare, record.id)
     container = await make_sure_it_ended(context, driver, record.id)
+    driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
     path = context.dirs.log(record.id)
     if container is not None and container.has_run:
         await context.logs.capture(record.id, container.id, path, follow=False)
@@ -52,8 +53,12 @@ async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
     failures = 0
     while True:
         try:
-            return await asyncio.to_thread(
-                context.bundles.collect, record.spec, context.dirs.root(record.id), context.dirs.log(record.id)
+            return await asyncio.get_running_loop().run_in_executor(
+                context.collecting,
+                context.bundles.collect,
+                record.spec,
+                context.dirs.root(record.id),
+                context.dirs.log(record.id),
             )
         except NodeServiceError as error:
             failures += 1

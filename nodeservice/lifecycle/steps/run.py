@@ -48,10 +48,11 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
     spec, id_ = record.spec, record.id
     results = context.dirs.results(id_)
     env = (
+        *spec.env,
+        # Last, so that they are what they say.
         ("NODESERVICE_TASK_ID", id_.task_id),
         ("NODESERVICE_ATTEMPT", str(id_.attempt)),
         ("TRACEPARENT", record.trace.traceparent),
-        *spec.env,
     )
     return ContainerSpec(
         name=labels.container_name(id_),

@@ -64,6 +64,10 @@ async def _keep_here(
 
 async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
     """Upload results that were kept here, for as long as it takes; then drop the copy, leaving a pointer."""
+    moved_to = await asyncio.to_thread(context.bundles.moved_to, record.spec)
+    if moved_to is not None:
+        await asyncio.to_thread(context.bundles.discard_kept, record.spec, moved_to)
+        return ev.ResultsStored(at=context.clock.now(), location=moved_to)
     bundle = await asyncio.to_thread(context.bundles.kept, record.spec)
     failures = 0
     while True:

@@ -1,0 +1,223 @@
+"""The node in memory at the seams: adoption, the end of the process, a journal that is away, results that moved."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord
+from nodeservice.errors import CapacityError, TransientError
+from nodeservice.journal.memory import MemoryJournal
+from nodeservice.lifecycle.host_keeper import DISK_LOW
+from nodeservice.results.hand_over import Bundles
+from nodeservice.results.layout import MOVED_NAME, stored_path
+from nodeservice.testing.fake_runtime import FakeImage
+from tests.unit.node_harness import RecordingUplink, World, living, spec
+
+T = AttemptId("t")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.runtime.images["demo"] = FakeImage(output=b"hello")
+    return world
+
+
+async def test_what_an_adopted_container_has_written_is_still_there(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(world.runtime.running))
+        (node.dirs.results(T) / "a.txt").write_text("half of it")
+    world.journal = MemoryJournal()
+    async with living(world) as node:
+        await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        await asyncio.sleep(0.05)  # whatever sweeps has swept
+        assert (node.dirs.results(T) / "a.txt").read_text() == "half of it"
+        world.runtime.finish(world.runtime.running[0], 0)
+        await node.until_finished(T)
+    assert world.store.stored["t/1"]["a.txt"] == b"half of it"
+
+
+class SlowMaster(RecordingUplink):
+    """Takes a report at once, and answers when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def settled(self) -> None:
+        await self._idle.wait()
+
+    async def report(self, record: TaskRecord) -> None:
+        self._idle.clear()
+        try:
+            self.reports.append(record)
+            await self.answer.wait()
+        finally:
+            self._idle.set()
+
+
+async def test_a_node_that_stops_waits_for_the_answer_to_its_report_and_sends_no_second_one(world: World) -> None:
+    master = SlowMaster()
+    world.uplink, world.settle_reports_seconds = master, 5.0
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(master.reports))
+        asyncio.get_running_loop().call_later(0.05, master.answer.set)
+    async with living(world) as node:
+        await node.until_finished(T)
+    assert len(master.reports) == 1
+
+
+async def test_a_master_that_never_answers_does_not_keep_the_node_from_stopping(world: World) -> None:
+    master = SlowMaster()
+    world.uplink, world.settle_reports_seconds = master, 0.05
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(master.reports))
+    assert len(master.reports) == 1
+
+
+class HeldJournal(MemoryJournal):
+    full = False
+
+    async def save(self, records: object) -> None:
+        if self.full:
+            raise TransientError("the disk is full", reason="JOURNAL_UNWRITABLE")
+        await super().save(records)  # type: ignore[arg-type]
+
+
+async def test_while_the_journal_is_away_new_work_is_refused_at_once_and_a_stop_still_stops(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    journal = HeldJournal()
+    world.journal = journal
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        journal.full = True
+        now = node.clock.now()
+        asked = asyncio.create_task(
+            node.driver.request_stop(T, StopRequest(cause=StopCause.CANCELLED, requested_at=now, message="enough"))
+        )
+        await node.until(lambda: node.driver.journal_error is not None)
+        with pytest.raises(CapacityError) as caught:
+            async with asyncio.timeout(1.0):
+                await node.assign(spec("u"))
+        assert caught.value.reason == "JOURNAL_UNWRITABLE"
+        node.driver.post(T, _stop_again(node.clock.now()))
+        await node.until(lambda: not world.runtime.running)
+        assert not asked.done()
+        journal.full = False
+        await asked
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+
+
+def _stop_again(now: object) -> object:
+    from nodeservice.core import events as ev
+
+    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=now, message="enough")  # type: ignore[arg-type]
+    return ev.StopRequested(at=now, stop=stop)  # type: ignore[arg-type]
+
+
+async def test_cpu_and_memory_go_back_while_results_are_still_being_read(world: World) -> None:
+    async with living(world) as node:
+        reading, go_on = asyncio.Event(), asyncio.Event()
+        loop, collect = asyncio.get_running_loop(), node.context.bundles.collect
+
+        def slowly(*args: object) -> object:
+            loop.call_soon_threadsafe(reading.set)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result()
+            return collect(*args)  # type: ignore[arg-type]
+
+        node.context.bundles.collect = slowly  # type: ignore[assignment, method-assign]
+        await node.assign(spec())
+        await reading.wait()
+        assert node.phase(T) is Phase.COLLECTING
+        assert node.driver.ledger.leased.cpu_milli == 0
+        assert node.driver.ledger.leased.disk_bytes == spec().request.disk_bytes
+        go_on.set()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.outcome is Outcome.SUCCEEDED
+
+
+def test_a_kept_copy_that_was_being_dropped_when_the_node_died_tells_where_it_went(world: World) -> None:
+    bundles = Bundles(worker_id="node", results_dir=world.path / "results")
+    kept = world.path / "results" / "t" / "1"
+    (kept / "sub").mkdir(parents=True)
+    (kept / "stdout.log").write_text("x")
+    (kept / "manifest.json").write_text("{}")
+    assert bundles.moved_to(spec()) is None
+    bundles.discard_kept(spec(), "memory://t/1")
+    assert sorted(path.name for path in kept.iterdir()) == [MOVED_NAME]
+    # Cut off right after the pointer was written: the rest goes when it is asked for again.
+    (kept / "stdout.log").write_text("x")
+    assert bundles.moved_to(spec()) == "memory://t/1"
+    bundles.discard_kept(spec(), "memory://t/1")
+    assert sorted(path.name for path in kept.iterdir()) == [MOVED_NAME]
+
+
+def test_a_task_cannot_claim_that_its_results_have_moved() -> None:
+    assert stored_path(MOVED_NAME) == f"_task/{MOVED_NAME}"
+
+
+def test_a_sparse_file_past_the_bound_is_left_out_with_a_word(tmp_path: Path) -> None:
+    bundles = Bundles(worker_id="node", results_dir=tmp_path / "results")
+    work = tmp_path / "work"
+    (work / "results").mkdir(parents=True)
+    with (work / "results" / "hole").open("wb") as stream:
+        stream.truncate(3 * 2**20)
+    (work / "results" / "small").write_text("x")
+    bundle = bundles.collect(spec(), work, tmp_path / "log")
+    assert [file.entry.path for file in bundle.files] == ["small"]
+    assert any(line.startswith("hole: ") for line in bundle.manifest.skipped)
+
+
+def test_collecting_is_broken_off_when_the_node_stops(tmp_path: Path) -> None:
+    bundles = Bundles(worker_id="node", results_dir=tmp_path / "results")
+    work = tmp_path / "work"
+    (work / "results").mkdir(parents=True)
+    (work / "results" / "small").write_text("x")
+    bundles.stop()
+    with pytest.raises(TransientError, match="stops") as caught:
+        bundles.collect(spec(), work, tmp_path / "log")
+    assert caught.value.reason == "STOPPING"
+    assert not (work / "manifest.json").exists()
+
+
+async def test_a_host_that_runs_out_of_disk_takes_nothing_new_and_ends_who_wrote_most(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    world.keep_free_disk_bytes = 1000
+    world.free_space.free_bytes = 5000
+    async with living(world) as node:
+        for name, written_bytes in (("little", 10), ("much", 900)):
+            await node.assign(spec(name))
+            await node.until(lambda name=name: node.phase(AttemptId(name)) is Phase.RUNNING)  # type: ignore[misc]
+            world.disk.write(AttemptId(name), written_bytes)
+        world.free_space.free_bytes = 700
+        await node.until(lambda: DISK_LOW in node.driver.all_conditions())
+        with pytest.raises(CapacityError) as caught:
+            await node.assign(spec("late"))
+        assert caught.value.reason == DISK_LOW
+        assert len(world.runtime.running) == 2
+        world.free_space.free_bytes = 400
+        record = await node.until_finished(AttemptId("much"))
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.NODE_DISK_LOW
+        world.free_space.free_bytes = 5000
+        await node.until(lambda: DISK_LOW not in node.driver.all_conditions())
+        assert node.phase(AttemptId("little")) is Phase.RUNNING
+        await node.assign(spec("late"))
+        await node.until(lambda: node.phase(AttemptId("late")) is Phase.RUNNING)
+        for container_id in world.runtime.running:
+            world.runtime.finish(container_id, 0)
+        await node.until_finished(AttemptId("little"))
+        await node.until_finished(AttemptId("late"))
