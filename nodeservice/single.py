@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
@@ -22,6 +23,7 @@ from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import new_trace_ids
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 _ENGINE_SECONDS = 10.0
 
@@ -76,12 +78,12 @@ async def run_once(
             facts=facts,
             on_pull_progress=lambda _id: on_pull,
             retries_kept_results=False,
-        ):
+        ) as parts:
             received_at = node.clock.now()
             trace = new_trace_ids(traceparent)
-            record = await node.driver.assign(spec, trace=trace, received_at=received_at)
-            with _cancelled_by_signals(lambda: _cancel(node, record)):
-                await _follow(node, record, on_log)
+            record = await _while_all_work(parts, node.driver.assign(spec, trace=trace, received_at=received_at))
+            with _cancelled_by_signals(lambda: _cancel(node, record, "Cancelled by a signal.")):
+                await _while_all_work(parts, _follow(node, record, on_log))
             done = node.driver.get(spec.id) or record
             return Finished(record=done, manifest=manifest[0] if manifest else None)
     except TimeoutError as error:
@@ -94,8 +96,22 @@ async def run_once(
         await node.close()
 
 
-async def _cancel(node: daemon.Node, record: TaskRecord) -> None:
-    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now(), message="Cancelled by a signal.")
+async def _while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[None, None, T]) -> T:
+    """The result of `work`. Raises the error of a part of the node that failed meanwhile: nothing would move any more."""
+    task = asyncio.create_task(work)
+    waiting: set[asyncio.Task[Any]] = {task, *parts}
+    try:
+        while not task.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for part in done - {task}:
+                part.result()
+        return task.result()
+    finally:
+        task.cancel()
+
+
+async def _cancel(node: daemon.Node, record: TaskRecord, why: str) -> None:
+    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now(), message=why)
     await node.driver.request_stop(record.id, stop)
 
 
@@ -118,14 +134,24 @@ async def _awaited(call: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _follow(node: daemon.Node, record: TaskRecord, on_log: Callable[[bytes], None]) -> None:
-    """Pass the log on as it comes, until all is cleaned up (or kept here for a store that is away)."""
+    """Pass the log on as it comes, until all is cleaned up (or kept here for a store that is away).
+
+    Where nobody takes the log any more, the task is cancelled, as a program in a pipe would end, and followed to its end.
+    """
     path = node.dirs.log(record.id)
     position = 0
+    listens = True
     while True:
         signal_ = node.logs.changed(record.id)
         current = node.driver.get(record.id) or record
         over = current.phase > Phase.CLEANING
-        position = _pass_on(path, position, on_log)
+        if listens:
+            try:
+                position = _pass_on(path, position, on_log)
+            except OSError as error:
+                listens = False
+                if current.phase < Phase.COLLECTING:
+                    await _cancel(node, record, f"Cancelled, since nobody takes its log any more: {error.strerror}.")
         if over:
             return
         await signal_.wait()

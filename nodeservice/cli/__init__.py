@@ -6,8 +6,8 @@ import sys
 
 import typer
 
-from nodeservice.cli.exit_codes import ExitCode
-from nodeservice.errors import ConfigError, NodeServiceError
+from nodeservice.cli.exit_codes import code_of_error
+from nodeservice.errors import NodeServiceError
 
 
 def build_app() -> typer.Typer:
@@ -42,9 +42,6 @@ def main() -> None:
     """Entry point. Errors made on purpose become one clear line on stderr and a code of their own."""
     try:
         build_app()()
-    except ConfigError as error:
-        sys.stderr.write(f"nodeservice: {error}\n")
-        sys.exit(ExitCode.CONFIG)
     except NodeServiceError as error:
         sys.stderr.write(f"nodeservice: {error}\n")
-        sys.exit(ExitCode.UNAVAILABLE)
+        sys.exit(code_of_error(error))

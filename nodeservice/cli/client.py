@@ -85,7 +85,9 @@ def submit(
     """Queue a task and print its id. Exit code 75 when it is refused."""
     from nodeservice.cli.submission import Submission, traceparent
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     try:
         task = Submission(
             image=image, argv=tuple(command or ()), shell=shell, cpus=cpus, memory=memory, disk=disk, gpus=gpus,
@@ -140,7 +142,9 @@ def ps(
     from nodeservice.cli.task_json import task_summary
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     with link.open() as stub:
         answer = stub.ListTasks(pb.ListTasksRequest(limit=limit), timeout=CALL_SECONDS)
     tasks = [task_summary(view) for view in answer.tasks]
@@ -166,7 +170,9 @@ def show(
     """Tell the full story of a task: outcome, reason, phases, usage, limits, results, trace."""
     from nodeservice.cli.task_json import task_document
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     with link.open() as stub:
         document = task_document(_get(stub, task_id, attempt))
     if as_json:
@@ -191,7 +197,9 @@ def logs(
     """Print a task's log, both streams in their order. With --json, one object a line."""
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     with link.open() as stub:
         for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow)):
             if as_json:
@@ -227,7 +235,9 @@ def wait(
     from nodeservice.cli.task_json import FINAL_STATES, task_summary
     from nodeservice.cli.units import parse_seconds
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     end = None if timeout is None else time.monotonic() + parse_seconds(timeout)
     open_ids, ended = list(dict.fromkeys(task_ids)), {}
     order = list(open_ids)
@@ -274,7 +284,9 @@ def cancel(
     from nodeservice.cli.exit_codes import ExitCode
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     with link.open() as stub:
         ack = stub.CancelTask(pb.TaskID(task_id=task_id), timeout=CALL_SECONDS)
     if as_json:
@@ -298,7 +310,9 @@ def nodes(
     from nodeservice.cli.task_json import node_document
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure)
+    link = Connection(
+        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )
     with link.open() as stub:
         answer = stub.ListNodes(pb.ListNodesRequest(), timeout=CALL_SECONDS)
     documents = [node_document(view) for view in answer.nodes]

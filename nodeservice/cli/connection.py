@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +19,14 @@ from nodeservice.errors import ConfigError
 if TYPE_CHECKING:
     import grpc
 
+    from nodeservice.cli.exit_codes import ExitCode
+
 DEFAULT_MASTER = "127.0.0.1:50051"
 CALL_SECONDS = 40.0
 """Above 30 s, since a master may pass a call on to a node."""
 
 _MAX_ANSWER_BYTES = 64 * 1024**2
+_ADDRESS = re.compile(r"(\S+:///?)?[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}|unix:\S+")
 _HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe", "closed unexpectedly")
 
 Master = Annotated[str, typer.Option("--master", envvar="NODESERVICE_MASTER", help="HOST:PORT of the master.")]
@@ -46,13 +51,16 @@ class Connection:
     tls_key: Path | None = None
     tls_ca: Path | None = None
     insecure: bool = False
+    as_json: bool = False
+    """A failure is told on stdout too, as one object."""
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
         """A stub (`MasterWorkerStub`, which has no types) for the body of the block.
 
-        A call that fails inside ends the command with one line on stderr: code 69 where the master doesn't answer, 75
-        where it refuses. Raises ConfigError for options that contradict each other.
+        A call that fails inside ends the command with one line on stderr: code 69 where the master doesn't answer, 66 for
+        a task that it doesn't know, 75 where it refuses. Raises ConfigError for options that are wrong or contradict each
+        other.
         """
         # gRPC prints failed handshakes itself; what they mean is said below.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -60,6 +68,8 @@ class Connection:
 
         from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
+        if not _ADDRESS.fullmatch(self.master):
+            raise ConfigError(f"--master is {self.master!r}", field="master", hint="give HOST:PORT")
         channel = self._channel()
         try:
             yield pb_grpc.MasterWorkerStub(channel)
@@ -92,10 +102,18 @@ class Connection:
         code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
         details = (error.details() or "") if isinstance(error, grpc.Call) else str(error)
         if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            say(f"{self._cause(details)} ({code.name}: {details[:300]})")
-            return typer.Exit(ExitCode.UNAVAILABLE)
-        say(f"the master refused: {details[:2000]} ({code.name})")
-        return typer.Exit(ExitCode.REJECTED)
+            return self._exit(
+                ExitCode.UNAVAILABLE, "MASTER_UNREACHABLE", f"{self._cause(details)} ({code.name}: {details[:300]})"
+            )
+        if code is grpc.StatusCode.NOT_FOUND:
+            return self._exit(ExitCode.NOT_FOUND, code.name, details[:2000] or "the master knows no such task")
+        return self._exit(ExitCode.REJECTED, code.name, f"the master refused: {details[:2000]} ({code.name})")
+
+    def _exit(self, code: ExitCode, reason: str, message: str) -> typer.Exit:
+        say(message)
+        if self.as_json:
+            sys.stdout.write(json.dumps({"outcome": None, "reason": reason, "message": message}) + "\n")
+        return typer.Exit(code)
 
     def _cause(self, details: str) -> str:
         """What a call that got no answer means, with the remedy.

@@ -9,12 +9,15 @@ from __future__ import annotations
 from enum import IntEnum
 
 from nodeservice.core.model import Outcome, Reason
+from nodeservice.errors import CapacityError, ConfigError, NodeServiceError, RequestError, TransientError
 
 
 class ExitCode(IntEnum):
     USAGE = 2
     IMAGE = 65
     """The image is not there or may not be pulled (EX_DATAERR)."""
+    NOT_FOUND = 66
+    """The master knows no such task (EX_NOINPUT)."""
     UNAVAILABLE = 69
     """No engine or master answers (EX_UNAVAILABLE)."""
     NODE_FAULT = 70
@@ -29,6 +32,8 @@ class ExitCode(IntEnum):
     COMMAND_NOT_FOUND = 127
     CANCELLED = 130
     MEMORY_LIMIT = 137
+    OUTPUT_CLOSED = 141
+    """Whoever read the output went away; the task was cancelled (128 + SIGPIPE)."""
 
 
 class DoctorCode(IntEnum):
@@ -55,6 +60,21 @@ _BY_REASON = {
     Reason.IMAGE_PULL_FAILED: ExitCode.IMAGE,
     Reason.IMAGE_PULL_TIMEOUT: ExitCode.IMAGE,
 }
+
+
+def code_of_error(error: NodeServiceError) -> ExitCode:
+    """For what a command could not do."""
+    match error:
+        case RequestError() | CapacityError():
+            return ExitCode.REJECTED
+        case ConfigError():
+            return ExitCode.CONFIG
+        case _ if error.reason == "JOURNAL_CORRUPT":
+            return ExitCode.CONFIG
+        case TransientError():
+            return ExitCode.UNAVAILABLE
+        case _:
+            return ExitCode.NODE_FAULT
 
 
 def exit_code_of(*, outcome: str, reason: str, exit_code: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nodeservice.core.model import Manifest, Outcome, TaskRecord
-from nodeservice.errors import NodeServiceError
+from nodeservice.errors import InvariantError, NodeFaultError, NodeServiceError
 
 
 def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, object]:
@@ -55,12 +55,13 @@ def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, o
     }
 
 
-def rejection_as_dict(*, task_id: str, image: str, error: NodeServiceError) -> dict[str, object]:
-    """The same keys for a task that was not accepted."""
+def failure_as_dict(*, task_id: str, image: str, error: NodeServiceError) -> dict[str, object]:
+    """The same keys for a task that was not accepted, or of which the node itself lost hold."""
+    was_refused = not isinstance(error, NodeFaultError | InvariantError)
     return {
         "task_id": task_id,
         "attempt": 1,
-        "outcome": Outcome.REJECTED.value,
+        "outcome": (Outcome.REJECTED if was_refused else Outcome.FAILED).value,
         "reason": error.reason,
         "message": str(error),
         "field": error.field,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
@@ -64,15 +66,15 @@ def run(
     """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly.
 
     The exit code is the task's own; 124 deadline, 137 memory limit, 130 cancelled, 127 command not found, 126 not started,
-    65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration.
+    65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output closed.
     """
     import asyncio
     import json
     import secrets
 
-    from nodeservice.cli.exit_codes import ExitCode, exit_code_of
-    from nodeservice.cli.result_view import record_as_dict, rejection_as_dict
-    from nodeservice.errors import CapacityError, ConfigError, RequestError
+    from nodeservice.cli.exit_codes import ExitCode, code_of_error, exit_code_of
+    from nodeservice.cli.result_view import failure_as_dict, record_as_dict
+    from nodeservice.errors import NodeServiceError
     from nodeservice.telemetry.logs import configure_logging
 
     configure_logging("error", "console")
@@ -90,18 +92,18 @@ def run(
         )  # fmt: skip
         config = _config(id_, results, minio, otlp_endpoint)
         finished = asyncio.run(_run(config, spec, view))
-    except (RequestError, CapacityError) as error:
-        view.say(f"rejected: {error}")
+    except NodeServiceError as error:
+        code = code_of_error(error)
+        view.say(f"rejected: {error}" if code is ExitCode.REJECTED else str(error))
         if as_json:
-            sys.stdout.write(json.dumps(rejection_as_dict(task_id=id_, image=image, error=error)) + "\n")
-        raise typer.Exit(ExitCode.REJECTED) from error
-    except ConfigError as error:
-        view.say(str(error))
-        raise typer.Exit(ExitCode.CONFIG) from error
+            view.put(json.dumps(failure_as_dict(task_id=id_, image=image, error=error)))
+        raise typer.Exit(code) from error
     document = record_as_dict(finished.record, finished.manifest)
     view.verdict(finished.record)
     if as_json:
-        sys.stdout.write(json.dumps(document) + "\n")
+        view.put(json.dumps(document))
+    if view.closed:
+        raise typer.Exit(ExitCode.OUTPUT_CLOSED)
     verdict = finished.record.verdict
     if verdict is None:
         raise typer.Exit(ExitCode.NODE_FAULT)
@@ -165,7 +167,8 @@ def _config(id_: str, results: str | None, minio: str | None, otlp_endpoint: str
     if otlp_endpoint is not None:
         flags["otlp_endpoint"] = otlp_endpoint
     if results is not None and results.startswith("s3://"):
-        flags["bucket"], flags["result_store"] = results.removeprefix("s3://").rstrip("/"), "s3"
+        flags["bucket"], _, prefix = results.removeprefix("s3://").partition("/")
+        flags["result_prefix"], flags["result_store"] = prefix.strip("/") or None, "s3"
     else:
         flags["result_store"] = "file"
         if results is not None:
@@ -188,8 +191,11 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: _View) -> Finished:
             on_log=view.log,
             on_pull=view.pulling,
         )
-    finally:
-        shutil.rmtree(config.state_dir, ignore_errors=True)
+    except BaseException:
+        # Whatever still runs, now that this went wrong, and its directory.
+        await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
+        raise
+    shutil.rmtree(config.state_dir, ignore_errors=True)
     return finished
 
 
@@ -200,10 +206,18 @@ class _View:
         self._log = sys.stderr.buffer if log_to_stderr else sys.stdout.buffer
         self._shown = 0
         self._percent = -1
+        self.closed = False
+        """Whether somebody closed stdout, as `head` does once it has enough."""
 
     def say(self, text: str) -> None:
-        sys.stderr.write(f"nodeservice: {text}\n")
-        sys.stderr.flush()
+        """A line for a person. That nobody reads it any more is no reason to stop."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"nodeservice: {text}\n")
+            sys.stderr.flush()
+
+    def put(self, line: str) -> None:
+        """A line on stdout."""
+        self._write(sys.stdout.buffer, f"{line}\n".encode())
 
     def changed(self, record: TaskRecord) -> None:
         """One line for each phase as it ends."""
@@ -220,8 +234,20 @@ class _View:
             self.say(f"pull      {percent:3d} % of {total / 1e6:.1f} MB")
 
     def log(self, block: bytes) -> None:
-        self._log.write(block)
-        self._log.flush()
+        self._write(self._log, block)
+        if self.closed:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def _write(self, stream: BinaryIO, block: bytes) -> None:
+        if self.closed:
+            return
+        try:
+            stream.write(block)
+            stream.flush()
+        except BrokenPipeError:
+            self.closed = True
+            # What is still buffered would be complained about when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def verdict(self, record: TaskRecord) -> None:
         verdict = record.verdict

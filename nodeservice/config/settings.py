@@ -21,6 +21,7 @@ CREDENTIALS = {"minio_access_key": "MINIO_ACCESS_KEY", "minio_secret_key": "MINI
 _HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})\Z")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?\Z")
 _WORKER_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*\Z")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _MIB = 1024**2
 
@@ -106,6 +107,9 @@ class NodeConfig(BaseSettings):
     minio: HostPort | None = Field(None, description="HOST:PORT of the S3 or MinIO server")
     bucket: Annotated[str, _matching(_BUCKET, "a valid bucket name")] = Field(
         "nodeservice-results", description="3-63 of a-z 0-9 . -, beginning and ending with a letter or digit"
+    )
+    result_prefix: Annotated[str, _matching(_PREFIX, "a plain path")] | None = Field(
+        None, description="a path below the bucket, of A-Z a-z 0-9 . _ - and /, such as team/a"
     )
     minio_secure: bool = Field(False, description="true where the S3 server speaks TLS")
     minio_region: str | None = Field(None, description="the region's name; needed by few servers")

@@ -28,7 +28,7 @@ def open_store(config: NodeConfig) -> ResultStore:
                 secure=config.minio_secure,
                 region=config.minio_region or DEFAULT_REGION,
             )
-            return open_result_store(f"s3://{config.bucket}", s3=access)
+            return open_result_store(f"s3://{config.bucket}/{config.result_prefix or ''}", s3=access)
         case "http":
             if config.http_upload_url is None:
                 raise InvariantError("a configuration with result_store http has a URL")

@@ -175,7 +175,7 @@ async def test_refusals_and_mistakes_have_a_reason_and_a_code_and_keep_stdout_cl
     bad = await run("submit", *at, "--task-id", "../x", "--json", "img")
     assert (bad.code, bad.json["accepted"], bad.json["reason"]) == (75, False, "INVALID_REQUEST")
     unknown = await run("show", *at, "nobody", "--json")
-    assert (unknown.code, unknown.out) == (75, "")
+    assert (unknown.code, unknown.json["reason"]) == (66, "NOT_FOUND")
     assert "there is no task nobody" in unknown.err
     assert (await run("ps", "--master", "127.0.0.1:1", "--insecure")).code == 69
     both = await run("ps", *at, "--tls-ca", "x")

@@ -1,0 +1,98 @@
+"""`nodeservice run` as a shell uses it: in pipes that close, with JSON for every way to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import docker
+import pytest
+
+from nodeservice.cli.exit_codes import ExitCode
+
+RUN = [sys.executable, "-m", "nodeservice", "run"]
+
+
+def environment(tmp_path: Path, **more: str) -> dict[str, str]:
+    return os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")} | more
+
+
+def containers_of(client: docker.APIClient, task_id: str) -> list[str]:
+    found = client.containers(all=True, filters={"label": [f"nodeservice.task={task_id}"]})
+    return [entry["Id"] for entry in found] + [
+        entry["Id"] for entry in client.containers(all=True, filters={"name": [f"nodeservice.{task_id}"]})
+    ]
+
+
+@pytest.mark.engine
+def test_a_reader_who_has_enough_ends_the_task_and_nothing_is_left(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    command = [*RUN, "--task-id", node_id, demo_image, "--", "sh", "-c", "while :; do echo line; sleep 0.1; done"]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        words = process.stderr.read()
+        assert process.wait(60) == ExitCode.OUTPUT_CLOSED, words
+    assert "nobody takes its log" in words
+    assert containers_of(docker_client, node_id) == []
+    assert list((tmp_path / "state/nodeservice/run").iterdir()) == []
+
+
+@pytest.mark.engine
+def test_words_that_nobody_reads_do_not_stop_the_task(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        ended = subprocess.run(
+            [*RUN, "--task-id", node_id, demo_image, "--", "sh", "-c", "echo done"],
+            env=environment(tmp_path), stdout=subprocess.PIPE, stderr=write_end, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write_end)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
+    assert containers_of(docker_client, node_id) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "code", "reason"),
+    [
+        ([], {"DOCKER_HOST": "unix:///nowhere.sock"}, ExitCode.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
+        (["--results", "s3://b"], {}, ExitCode.CONFIG, "CONFIG"),
+        (["--memory", "much"], {}, ExitCode.REJECTED, "INVALID_REQUEST"),
+    ],
+)
+def test_each_way_not_to_begin_is_told_as_json_too(
+    tmp_path: Path, options: list[str], env: dict[str, str], code: ExitCode, reason: str
+) -> None:
+    ended = subprocess.run(
+        [*RUN, "--json", *options, "image"],
+        env=environment(tmp_path, **env), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    told = json.loads(ended.stdout)
+    assert (ended.returncode, told["outcome"], told["reason"]) == (code, "REJECTED", reason)
+    assert told["message"]
+    assert told["message"] in ended.stderr
+
+
+def test_a_client_that_reaches_nobody_says_so_as_json_too() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodeservice", "show", "--json", "--insecure", "--master", "127.0.0.1:1", "x"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, json.loads(ended.stdout)["reason"]) == (ExitCode.UNAVAILABLE, "MASTER_UNREACHABLE")
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodeservice", "ps", "--insecure", "--master", "no address"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == ExitCode.CONFIG
+    assert "--master is 'no address'" in ended.stderr
