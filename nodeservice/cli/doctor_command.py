@@ -17,6 +17,7 @@ def doctor(
     state_dir: Path = typer.Option(None, help="State directory, whose file system decides how the disk is bound."),
     docker_host: str = typer.Option(None, help="The engine's address. Default: DOCKER_HOST, or the usual socket."),
     image: str = typer.Option(None, help="An image with /bin/sh. Default: one made from this host's busybox."),
+    patience: float = typer.Option(1.0, min=1.0, help="Let each probe take so many times longer: for a busy machine."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on stdout."),
 ) -> None:
     """Try to break every limit in small containers, and tell what is hard, watched or missing, and how to get it.
@@ -40,9 +41,12 @@ def doctor(
     flags = {"state_dir": state_dir, "docker_host": docker_host}
     settings = load_config(config, flags, os.environ, serving=False)
     try:
-        diagnosis = asyncio.run(examine(settings, image=image))
+        diagnosis = asyncio.run(examine(settings, image=image, patience=patience))
     except NodeServiceError as error:
         sys.stderr.write(f"nodeservice: {error}\n")
+        if as_json:
+            told: dict[str, object] = {"sound": None, "reason": error.reason, "message": str(error), "checks": []}
+            sys.stdout.write(json.dumps(told) + "\n")
         raise typer.Exit(DoctorCode.NOT_EXAMINED) from error
     if as_json:
         sys.stdout.write(json.dumps(diagnosis.as_dict(), indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
@@ -211,9 +210,11 @@ class _View:
 
     def say(self, text: str) -> None:
         """A line for a person. That nobody reads it any more is no reason to stop."""
-        with contextlib.suppress(OSError):
+        try:
             sys.stderr.write(f"nodeservice: {text}\n")
             sys.stderr.flush()
+        except OSError:
+            _to_nowhere(sys.stderr.fileno())
 
     def put(self, line: str) -> None:
         """A line on stdout."""
@@ -246,8 +247,7 @@ class _View:
             stream.flush()
         except BrokenPipeError:
             self.closed = True
-            # What is still buffered would be complained about when the interpreter ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _to_nowhere(stream.fileno())
 
     def verdict(self, record: TaskRecord) -> None:
         verdict = record.verdict
@@ -261,3 +261,10 @@ class _View:
             self.say(f"remark: {remark}")
         if record.result_location:
             self.say(f"results: {record.result_location}")
+
+
+def _to_nowhere(stream_fd: int) -> None:
+    """What is still buffered would fail again when the interpreter ends, which then exits with 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream_fd)
+    os.close(nowhere)

@@ -21,12 +21,16 @@ from nodeservice.ports import EngineFacts
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.single import sweep_dead_runs
 
+_ALL_SECONDS = 90.0
+"""For all probes together; on an idle machine they take a tenth of it."""
 
-async def examine(config: NodeConfig, *, image: str | None = None) -> Diagnosis:
+
+async def examine(config: NodeConfig, *, image: str | None = None, patience: float = 1.0) -> Diagnosis:
     """Try every limit in small containers, under a node of its own beside whatever runs here.
 
     The state directory is that of `config`, since what its file system offers decides how the disk is bound. Nothing is left
-    behind. Raises ConfigError, TransientError (ENGINE_UNAVAILABLE) and NodeFaultError where nothing could be tried.
+    behind. `patience` lengthens what the probes may take, for a busy or emulated machine. Raises ConfigError, TransientError
+    (ENGINE_UNAVAILABLE) and NodeFaultError where nothing could be tried.
     """
     began = time.monotonic()
     token = secrets.token_hex(5)
@@ -39,10 +43,10 @@ async def examine(config: NodeConfig, *, image: str | None = None) -> Diagnosis:
         degraded = runtime.degraded
     finally:
         await runtime.close()
-    probes = all_probes(cpu_count=len(os.sched_getaffinity(0)), has_swap=has_swap())
+    probes = all_probes(cpu_count=len(os.sched_getaffinity(0)), has_swap=has_swap(), patience=patience)
     try:
         async with lent_image(url, image, token=token) as lent:
-            bench = await run_probes(own, probes, lent, facts)
+            bench = await run_probes(own, probes, lent, facts, all_seconds=_ALL_SECONDS * patience)
             described = _facts(facts, info, lent)
     finally:
         _remove_empty(own)

@@ -122,10 +122,18 @@ class Container:
         return Path(f"/proc/{self._inner.attrs['State']['Pid']}/cgroup").read_text()
 
 
-def places_left(parent: str) -> list[Path]:
+def places_of(parent: str) -> list[Path]:
+    """The task's cgroup in each hierarchy. The engine is told a path, or the name of a slice, which lies in others."""
     tops = {Path(mount.point) for mount in read_mounts() if mount.filesystem in ("cgroup", "cgroup2")}
-    node = Path(parent.lstrip("/")).parent
-    return [top / node for top in tops if (top / node).exists()]
+    if parent.startswith("/"):
+        return [place for top in tops if (place := top / parent.lstrip("/")).exists()]
+    return [place for top in tops for place in top.glob(f"**/{parent}")]
+
+
+def places_left(parent: str) -> list[Path]:
+    """The task's and the node's."""
+    above = str(Path(parent).parent) if parent.startswith("/") else f"{parent.rpartition('-')[0]}.slice"
+    return [*places_of(parent), *places_of(above)]
 
 
 async def test_the_container_sits_in_the_tasks_cgroup_with_the_limits_that_were_asked(
@@ -137,7 +145,9 @@ async def test_the_container_sits_in_the_tasks_cgroup_with_the_limits_that_were_
 
     with Container(engine, image, parent, task, "sleep 60") as container:
         memberships = container.own_cgroups().splitlines()
-        assert all(line.split(":", 2)[2].startswith(f"{parent}/") for line in memberships), memberships
+        assert all(line.split(":", 2)[2].startswith(f"{parent}/") or f"/{parent}/" in line for line in memberships), (
+            memberships
+        )
         readings = await cgroups.readings(TASK)
 
     written = receipt(task, Lease(granted=task.request), readings=readings, disk=None, engine={})
@@ -206,9 +216,10 @@ async def test_what_the_engine_left_below_goes_too(
 ) -> None:
     parent = await cgroups.prepare(spec())
     assert parent is not None
-    tops = [Path(mount.point) for mount in read_mounts() if mount.filesystem in ("cgroup", "cgroup2")]
-    for top in tops:
-        (top / parent.lstrip("/") / "left/behind").mkdir(parents=True, exist_ok=True)
+    places = places_of(parent)
+    assert places
+    for place in places:
+        (place / "left/behind").mkdir(parents=True, exist_ok=True)
 
     await cgroups.remove(TASK)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from nodeservice.core.model import Reason
 from nodeservice.doctor.finding import Finding, State
@@ -15,11 +16,12 @@ _DEAF = 'trap "" TERM INT HUP; while :; do sleep 1; done'
 _SCRIPT = f"( ({_DEAF}) & ); {_DEAF}"
 
 
-def probes() -> tuple[Probe, ...]:
-    return (Probe(name="time", script=_SCRIPT, judge=judge_time, timeout_seconds=_RUN_SECONDS),)
+def probes(patience: float = 1.0) -> tuple[Probe, ...]:
+    judge = partial(judge_time, late_seconds=_LATE_SECONDS * patience)
+    return (Probe(name="time", script=_SCRIPT, judge=judge, timeout_seconds=_RUN_SECONDS),)
 
 
-def judge_time(seen: Seen) -> Sequence[Finding]:
+def judge_time(seen: Seen, *, late_seconds: float = _LATE_SECONDS) -> Sequence[Finding]:
     if missing := not_tried(seen, ["time"], "see the message"):
         return missing
     record = seen.record
@@ -32,5 +34,5 @@ def judge_time(seen: Seen) -> Sequence[Finding]:
     if seen.processes_left:
         gone = f"alive still: {', '.join(str(pid) for pid in seen.processes_left)}"
     evidence = f"a task that ignores SIGTERM, with a daemon of its own, ended {late:.2f} s after its deadline; {gone}"
-    state = State.FAILED if seen.processes_left or late > _LATE_SECONDS else State.HARD
+    state = State.FAILED if seen.processes_left or late > late_seconds else State.HARD
     return [Finding(limit="time", state=state, evidence=evidence)]
