@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-START_SECONDS = 60.0
+PATIENCE_SECONDS = float(os.environ.get("NODESERVICE_TEST_PATIENCE_SECONDS", "60"))
+"""To start and to stop; an emulated machine needs more."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class NodeProcess:
                 stdout=stream, stderr=stream, stdin=asyncio.subprocess.DEVNULL,
                 env=os.environ | {"NODESERVICE_HEARTBEAT_SECONDS": "0.5", "NODESERVICE_LOG_FORMAT": "json"} | self.env,
             )  # fmt: skip
-        async with asyncio.timeout(START_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not (ready := [event for event in self.events() if event.get("event") == "node.ready"]):
                 if self.process.returncode is not None:
                     raise AssertionError(f"the node ended with {self.process.returncode}:\n{self.log.read_text()}")
@@ -84,7 +85,7 @@ class NodeProcess:
         process = self._running()
         if process.returncode is None:
             process.send_signal(number)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             return await process.wait()
 
     def _running(self) -> asyncio.subprocess.Process:

@@ -86,12 +86,13 @@ async def bench(
     node = NodeProcess(
         path=tmp_path, worker_id=node_id, options=("--master", f"127.0.0.1:{master.port}", *options), env=env
     )
-    await node.start()
-    channel = grpc.aio.insecure_channel(node.address)
-    yield Bench(node, master, pb_grpc.MasterWorkerStub(channel))  # type: ignore[no-untyped-call]
-    await channel.close()
-    await node.stop()
-    await master.stop()
+    try:
+        await node.start()
+        async with grpc.aio.insecure_channel(node.address) as channel:
+            yield Bench(node, master, pb_grpc.MasterWorkerStub(channel))  # type: ignore[no-untyped-call]
+    finally:
+        await node.stop()
+        await master.stop()
 
 
 def receipt(result: pb.TaskResult) -> dict[str, Any]:

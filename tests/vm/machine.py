@@ -1,0 +1,204 @@
+"""A virtual machine with systemd and cgroup v2 alone: another kernel, in which this project's own code and tests run.
+
+Its disk is built once by `tools/vm/build.sh` and kept; each machine writes to an overlay that goes with it. KVM is used only
+where a guest really boots with it; elsewhere QEMU emulates, about ten times slower than this host.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOT_SECONDS = 300.0
+PATIENCE_SECONDS = 600
+"""For one task in it."""
+PROJECT = "/srv/project"
+_SITE = "/payload/site"
+_LEFT_OUT = ("mypy", "mypyc", "ruff", "grpc_tools", "pip", "psycopg_binary", "__pycache__", "tests")
+_COMMAND_LINE = (
+    "root=/dev/vda rw rootflags=prjquota console=ttyS0 "
+    "cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 mitigations=off quiet"
+)
+
+
+class NoMachineError(Exception):
+    """It can't be had here; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """What pytest in the machine said."""
+
+    passed: int
+    failed: tuple[str, ...]
+    skipped: tuple[str, ...]
+    output: str
+
+
+@dataclass
+class Machine:
+    """`path` holds its disks and console. Use as a context manager: its process ends with the block."""
+
+    path: Path
+    image: Path = field(init=False)
+    port: int = field(init=False)
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Machine:
+        try:
+            self.image = _build()
+            self._make_disks()
+            self._boot()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(timeout=60)
+
+    def run(
+        self, script: str, *, timeout_seconds: float = 600.0, check: bool = True, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A shell script in it, as root, in the project's folder. With `check`, AssertionError tells what it said."""
+        words = "".join(f"export {name}='{value}'\n" for name, value in (env or {}).items())
+        done = subprocess.run(
+            [*self._ssh(), "sh -eu -s"],
+            input=f"cd {PROJECT} 2>/dev/null || cd /\nexport PYTHONPATH={PROJECT}:{_SITE}\n{words}{script}\n",
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"exit {done.returncode} of: {script}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def pytest(self, *arguments: str, env: Mapping[str, str] | None = None, timeout_seconds: float = 1500.0) -> TestRun:
+        """Tests of this checkout, there."""
+        words = " ".join(f"'{word}'" for word in arguments)
+        patient = {"NODESERVICE_TEST_PATIENCE_SECONDS": str(PATIENCE_SECONDS)} | dict(env or {})
+        done = self.run(
+            "rm -f /tmp/junit.xml\n"
+            f"python3 -m pytest -p no:cacheprovider -p no:unraisableexception -q --tb=native -o timeout=1400 --junitxml=/tmp/junit.xml {words}",
+            check=False,
+            env=patient,
+            timeout_seconds=timeout_seconds,
+        )
+        assert done.returncode in (0, 1), f"pytest did not run: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return _read_junit(self.run("cat /tmp/junit.xml").stdout, done.stdout)
+
+    def json(self, command: str, *, codes: Sequence[int] = (0,), timeout_seconds: float = 600.0) -> Any:
+        """What a command prints on stdout."""
+        done = self.run(command, check=False, timeout_seconds=timeout_seconds)
+        assert done.returncode in codes, f"exit {done.returncode} of {command}\n{done.stdout}\n{done.stderr}"
+        return json.loads(done.stdout)
+
+    def set_cgroup_driver(self, name: str) -> None:
+        """`systemd` or `cgroupfs`, by a restart of its engine."""
+        options = json.dumps({"exec-opts": [f"native.cgroupdriver={name}"]})
+        self.run(f"mkdir -p /etc/docker\necho '{options}' > /etc/docker/daemon.json\nsystemctl restart docker")
+        told = self.run("docker info --format '{{.CgroupDriver}} {{.CgroupVersion}}'").stdout.split()
+        assert told == [name, "2"], told
+
+    def _ssh(self) -> list[str]:
+        return [
+            "ssh", "-q", "-i", str(self.image / "id_ed25519"), "-p", str(self.port), "-o", "BatchMode=yes",
+            "-o", f"UserKnownHostsFile={self.image / 'known_hosts'}", "-o", "HostKeyAlias=nodeservice-vm",
+            "-o", "ConnectTimeout=10", "root@127.0.0.1",
+        ]  # fmt: skip
+
+    def _make_disks(self) -> None:
+        payload = self.path / "payload"
+        (payload / "project").mkdir(parents=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                target = payload / "project" / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, target)
+        (site,) = [Path(place) for place in sys.path if Path(place).name == "site-packages" and sys.prefix in place][:1]
+        shutil.copytree(site, payload / "site", ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        disks = {"payload.img": ["-d", str(payload)], "volume.img": None}
+        for name, options in disks.items():
+            with (self.path / name).open("wb") as image:
+                image.truncate(700 * 1024**2)
+            if options is not None:
+                subprocess.run(["mke2fs", "-q", "-t", "ext4", *options, self.path / name], check=True)
+        shutil.rmtree(payload)
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image / "disk.img",
+             self.path / "root.qcow2", "8G"],
+            check=True,
+        )  # fmt: skip
+
+    def _boot(self) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.port = int(found.getsockname()[1])
+        drives = [("root.qcow2", "qcow2"), ("payload.img", "raw"), ("volume.img", "raw")]
+        with (self.path / "qemu.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "qemu64",
+                    "-smp", "2", "-m", "2048", "-kernel", self.image / "vmlinuz", "-initrd", self.image / "initrd.img",
+                    "-append", _COMMAND_LINE,
+                    *(word for name, kind in drives
+                      for word in ("-drive", f"file={self.path / name},if=virtio,format={kind},cache=unsafe")),
+                    "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22",
+                    "-device", "virtio-net-pci,netdev=n", "-display", "none", "-monitor", "none",
+                    "-serial", f"file:{self.path / 'console'}",
+                ],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + BOOT_SECONDS
+        while self.run("true", check=False, timeout_seconds=60).returncode != 0:
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                console = (self.path / "console").read_text(errors="replace")[-2000:]
+                raise NoMachineError(f"QEMU does not boot: {(self.path / 'qemu.log').read_text()}\n{console}")
+            time.sleep(1)
+        self.run(f"mkdir -p /payload\nmount -o ro /dev/vdb /payload\ncp -r /payload/project {PROJECT}")
+        self.run("until docker info >/dev/null 2>&1; do sleep 1; done\npython3 tools/build_image.py >&2")
+
+
+def _build() -> Path:
+    if sys.version_info[:2] != (3, 11):
+        raise NoMachineError("the machine has Python 3.11 and takes over the packages of .venv, which has another")
+    done = subprocess.run(
+        ["sh", ROOT / "tools" / "vm" / "build.sh"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise NoMachineError((done.stderr.strip().splitlines() or ["tools/vm/build.sh failed"])[-1])
+    return Path(done.stdout.strip())
+
+
+def _read_junit(text: str, output: str) -> TestRun:
+    passed, failed, skipped = 0, [], []
+    for case in ET.fromstring(text).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(name)
+        elif (skip := case.find("skipped")) is not None:
+            skipped.append(f"{name}: {skip.get('message')}")
+        else:
+            passed += 1
+    return TestRun(passed, tuple(failed), tuple(skipped), output)
