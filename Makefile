@@ -10,7 +10,7 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test demo lock clean
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm demo lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,8 +47,11 @@ lint: setup ## Style, types and import layers
 test-fast: setup ## Tests without engine or servers, offline, in seconds
 	@$(BIN)/pytest -q -m "not engine and not minio and not crash and not slow" --hypothesis-profile=fast tests/core tests/unit tests/contract
 
-test: setup engine image minio test-deps lint ## Everything: installs what is missing, lints, runs all tests
-	@$(WITH_ENGINE) $(BIN)/pytest -q
+test: setup engine image minio test-deps lint ## Installs what is missing, lints, runs all tests but those of test-vm
+	@$(WITH_ENGINE) $(BIN)/pytest -q -m "not vm"
+
+test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a virtual machine (Debian x86_64, root; slow)
+	@$(BIN)/pytest -q -m vm tests/vm
 
 demo: setup engine image ## The main job, live: master, node and a batch of tasks
 	@DOCKER_HOST=$$(tools/engine.sh) $(BIN)/python tools/demo.py

@@ -91,7 +91,8 @@ class Machine:
         patient = {"NODESERVICE_TEST_PATIENCE_SECONDS": str(PATIENCE_SECONDS)} | dict(env or {})
         done = self.run(
             "rm -f /tmp/junit.xml\n"
-            f"python3 -m pytest -p no:cacheprovider -p no:unraisableexception -q --tb=native -o timeout=1400 --junitxml=/tmp/junit.xml {words}",
+            "python3 -m pytest -p no:cacheprovider -p no:unraisableexception -q --tb=native -o timeout=1400 "
+            f"--junitxml=/tmp/junit.xml {words}",
             check=False,
             env=patient,
             timeout_seconds=timeout_seconds,
