@@ -121,7 +121,7 @@ class NodeConfig(BaseSettings):
     http_upload_url: Annotated[str, _url("http", "https")] | None = Field(
         None, description="URL that takes the results"
     )
-    http_upload_limit_bytes: Bytes = Field(50 * _MIB, description="bytes of one multipart POST, at least 1")
+    http_upload_limit_bytes: Bytes = Field(50_000_000, description="bytes of one multipart POST, at least 1")
     result_store: Literal["file", "s3", "http", "master"] = Field(
         default_factory=lambda data: "s3" if data["minio"] else "file", description="file, s3, http or master"
     )

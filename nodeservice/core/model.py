@@ -271,6 +271,8 @@ class Collected:
     paths: tuple[str, ...]
     """Relative paths, cut at a bound that keeps reports small; `file_count` tells the truth."""
     skipped: tuple[str, ...] = ()
+    log_error: str | None = None
+    """Why the log may lack its end, where the engine could not give the rest of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

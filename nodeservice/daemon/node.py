@@ -141,6 +141,7 @@ async def working(
         settings=Settings(
             worker_id=config.worker_id,
             log_max_bytes=config.log_max_bytes,
+            pull_timeout_seconds=config.pull_timeout_seconds,
             upload_give_up_seconds=config.upload_give_up_seconds,
             retries_kept_results=retries_kept_results,
             keep_free_disk_bytes=config.keep_free_disk_bytes,

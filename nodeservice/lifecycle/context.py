@@ -60,6 +60,7 @@ class Settings:
     retries_kept_results: bool = True
     """False where the process ends with the task, so that nobody is left to upload later."""
     pull_attempt_count: int = 5
+    pull_timeout_seconds: float = 3600.0
     collect_attempt_count: int = 12
     engine_give_up_seconds: float = 300.0
     log_drain_seconds: float = 5.0

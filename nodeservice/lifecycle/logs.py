@@ -89,6 +89,7 @@ class LogBook:
     def forget(self, id_: AttemptId) -> None:
         self._tails.pop(id_, None)
         self._complete.pop(id_, None)
+        self._wake(id_)
 
     # ---- followers ------------------------------------------------------------------------------------------------
 

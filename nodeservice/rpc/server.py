@@ -98,10 +98,10 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
                 record = await self._driver.request_stop(record.id, stop)
         except NodeServiceError as error:
             return _refusal(error)
-        if record.stop is not None and record.stop.cause is StopCause.CANCELLED:
-            return pb.TaskAck(success=True, message="cancelling")
         if record.verdict is not None and record.verdict.outcome is Outcome.CANCELLED:
             return pb.TaskAck(success=True, message="cancelled")
+        if record.verdict is None and record.stop is not None and record.stop.cause is StopCause.CANCELLED:
+            return pb.TaskAck(success=True, message="cancelling")
         how = f"as {record.verdict.reason.value}" if record.verdict else "at its deadline"
         return pb.TaskAck(success=False, message=f"the task already ended {how}", reason="ALREADY_ENDED")
 

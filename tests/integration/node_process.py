@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE_SECONDS = float(os.environ.get("NODESERVICE_TEST_PATIENCE_SECONDS", "60"))
+PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "60"))
 """To start and to stop; an emulated machine needs more."""
 
 

@@ -25,7 +25,7 @@ from tests.integration.old_peer import OldMaster
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 MIB = 1024**2
-PATIENCE_SECONDS = float(os.environ.get("NODESERVICE_TEST_PATIENCE_SECONDS", "120"))
+PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "120"))
 """For one task to end; an emulated machine needs more."""
 DEAF = 'trap "" TERM INT HUP; while :; do sleep 1; done'
 

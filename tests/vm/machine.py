@@ -88,7 +88,7 @@ class Machine:
     def pytest(self, *arguments: str, env: Mapping[str, str] | None = None, timeout_seconds: float = 1500.0) -> TestRun:
         """Tests of this checkout, there."""
         words = " ".join(f"'{word}'" for word in arguments)
-        patient = {"NODESERVICE_TEST_PATIENCE_SECONDS": str(PATIENCE_SECONDS)} | dict(env or {})
+        patient = {"TEST_PATIENCE_SECONDS": str(PATIENCE_SECONDS)} | dict(env or {})
         done = self.run(
             "rm -f /tmp/junit.xml\n"
             "python3 -m pytest -p no:cacheprovider -p no:unraisableexception -q --tb=native -o timeout=1400 "
@@ -134,12 +134,10 @@ class Machine:
                 shutil.copy2(ROOT / name, target)
         (site,) = [Path(place) for place in sys.path if Path(place).name == "site-packages" and sys.prefix in place][:1]
         shutil.copytree(site, payload / "site", ignore=shutil.ignore_patterns(*_LEFT_OUT))
-        disks = {"payload.img": ["-d", str(payload)], "volume.img": None}
-        for name, options in disks.items():
+        for name, size_bytes in (("payload.img", 700 * 1024**2), ("volume.img", 3 * 1024**3)):
             with (self.path / name).open("wb") as image:
-                image.truncate(700 * 1024**2)
-            if options is not None:
-                subprocess.run(["mke2fs", "-q", "-t", "ext4", *options, self.path / name], check=True)
+                image.truncate(size_bytes)
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", payload, self.path / "payload.img"], check=True)
         shutil.rmtree(payload)
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image / "disk.img",

@@ -24,16 +24,32 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     await asyncio.to_thread(context.dirs.prepare, record.id)
     container = await make_sure_it_ended(context, driver, record.id)
     driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
-    path = context.dirs.log(record.id)
+    unread = None
     if container is not None and container.has_run:
-        await context.logs.capture(record.id, container.id, path, follow=False)
+        unread = await _drain_log(context, record, container.id)
     usage = await _bill(context, record)
     try:
         bundle = await _freeze(context, record)
     except NodeServiceError as error:
         return ev.CollectFailed(at=context.clock.now(), message=f"cannot collect the results: {error}", usage=usage)
-    collected = _collected(context, record, bundle)
+    collected = replace(_collected(context, record, bundle), log_error=unread)
     return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
+
+
+async def _drain_log(context: Context, record: TaskRecord, container_id: str) -> str | None:
+    """Bring the log to its end. What went wrong, where the engine can't give the rest: no reason to lose the results too."""
+    failures = 0
+    while True:
+        try:
+            await context.logs.capture(record.id, container_id, context.dirs.log(record.id), follow=False)
+        except NodeServiceError as error:
+            failures += 1
+            log.error("log.not_drained", task_id=record.id.task_id, failures=failures, error=str(error))
+            if failures >= context.settings.collect_attempt_count:
+                return str(error)
+            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+        else:
+            return None
 
 
 async def _bill(context: Context, record: TaskRecord) -> Usage:
