@@ -70,7 +70,8 @@ async def run_once(
 
     node.driver.on_change(note)
     try:
-        facts = await asyncio.wait_for(node.runtime.facts(), _ENGINE_SECONDS)
+        async with asyncio.timeout(_ENGINE_SECONDS):
+            facts = await node.runtime.facts()
         async with daemon.working(
             node,
             uplink=_LocalUplink(),

@@ -61,7 +61,8 @@ class LogProxy:
             if not follow:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(event.wait(), _RETRY_SECONDS)
+                async with asyncio.timeout(_RETRY_SECONDS):
+                    await event.wait()
             if row.worker_id:
                 await asyncio.sleep(_RETRY_SECONDS)
 
@@ -75,7 +76,8 @@ class LogProxy:
         try:
             while True:
                 patience = _FIRST_LINE_SECONDS if row.state.is_final or not follow else None
-                chunk = await asyncio.wait_for(call.read(), patience)
+                async with asyncio.timeout(patience):
+                    chunk = await call.read()
                 if not isinstance(chunk, pb.LogChunk):  # The end of the stream.
                     return
                 if skip and not chunk.is_complete:

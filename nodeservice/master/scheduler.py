@@ -63,7 +63,8 @@ class Scheduler:
                     log.error("scheduler.pass_failed", error=str(error))
                 await asyncio.sleep(self._settings.least_pause_seconds)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._settings.tick_seconds)
+                    async with asyncio.timeout(self._settings.tick_seconds):
+                        await self._wake.wait()
         finally:
             await self.delivery.close()
 

@@ -169,7 +169,8 @@ def _chunk(head: pb.FileChunk, path: str, data: bytes, *, is_last: bool) -> pb.F
 
 async def _happens(event: asyncio.Event) -> bool:
     try:
-        await asyncio.wait_for(event.wait(), _PROBE_SECONDS)
+        async with asyncio.timeout(_PROBE_SECONDS):
+            await event.wait()
     except TimeoutError:
         return False
     return True

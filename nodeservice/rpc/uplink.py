@@ -157,7 +157,8 @@ class MasterLink:
 
     async def _sleep_unless_wanted(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wanted.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wanted.wait()
 
     async def _connect(self, address: str) -> None:
         if address == self._connected_to:

@@ -101,7 +101,13 @@ def receipt(result: pb.TaskResult) -> dict[str, Any]:
 
 def left_behind(docker_client: docker.APIClient, node: NodeProcess) -> list[str]:
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
-    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{node.worker_id}*/*attack-*")]
+    # Not by Path.glob: it fails when a directory goes while it walks.
+    cgroups = [
+        f"{parent}/{name}"
+        for parent, names, _ in os.walk("/sys/fs/cgroup")
+        for name in names
+        if node.worker_id in parent and "attack-" in name
+    ]
     return [entry["Id"] for entry in containers] + cgroups
 
 

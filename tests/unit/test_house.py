@@ -105,6 +105,12 @@ def locked(name: str) -> dict[str, tuple[str, int]]:
     return pins
 
 
+def test_nobody_waits_with_a_call_that_can_swallow_a_cancellation() -> None:
+    """asyncio.wait_for before Python 3.12: a cancellation that meets the end of the wait is lost, and a shutdown hangs."""
+    found = [str(path.relative_to(ROOT)) for path in own_modules() if "asyncio.wait_for" in path.read_text()]
+    assert found == []
+
+
 @pytest.mark.parametrize("name", LOCK_FILES)
 def test_a_lock_file_names_no_host(name: str) -> None:
     text = (ROOT / "requirements" / name).read_text()

@@ -138,7 +138,8 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         for task in aside:
             task.cancel()
         with contextlib.suppress(TimeoutError):  # what is left is drained when results are collected
-            await asyncio.wait_for(follower, context.settings.log_drain_seconds)
+            async with asyncio.timeout(context.settings.log_drain_seconds):
+                await follower
     finally:
         for task in (follower, *aside):
             task.cancel()
