@@ -26,6 +26,11 @@ class RequestError(NodeServiceError):
     """The caller must change the request; the same request never succeeds."""
 
 
+def invalid_request(field: str, what: str, remedy: str) -> RequestError:
+    """INVALID_REQUEST: the sentence begins with the field and goes on with `what`, which shows the value."""
+    return RequestError(f"{field} {what}", reason="INVALID_REQUEST", field=field, hint=remedy)
+
+
 class CapacityError(NodeServiceError):
     """The request is sound, but not here or not now; elsewhere or later it may succeed."""
 

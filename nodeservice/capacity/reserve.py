@@ -41,12 +41,12 @@ def reserved_for_host(reserve: Reserve, capacity: Resources) -> Resources:
     )
 
 
-def allocatable_of(capacity: Resources, *, reserve: Reserve, disk_free_bytes: int, gpus_usable: bool) -> Resources:
-    """What tasks may have. Space that is used already is not ours to give, and a broken driver's GPUs can't be promised."""
+def allocatable_of(capacity: Resources, *, reserve: Reserve, disk_free_bytes: int, gpu_count: int) -> Resources:
+    """What tasks may have. Space that is used already is not ours to give; `gpu_count` are the GPUs that are well."""
     kept = reserved_for_host(reserve, capacity)
     return Resources(
         cpu_milli=capacity.cpu_milli - kept.cpu_milli,
         memory_bytes=capacity.memory_bytes - kept.memory_bytes,
         disk_bytes=max(0, min(disk_free_bytes, capacity.disk_bytes) - kept.disk_bytes),
-        gpu_count=capacity.gpu_count if gpus_usable else 0,
+        gpu_count=gpu_count,
     )

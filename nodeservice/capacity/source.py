@@ -18,6 +18,8 @@ from nodeservice.capacity.disk import read_disk
 from nodeservice.capacity.memory import MemoryFacts, read_memory
 from nodeservice.capacity.reserve import Reserve, allocatable_of
 from nodeservice.capacity.usage import CpuMeter, disk_percent, gpu_percent, memory_percent
+from nodeservice.core.gpu_pool import counted
+from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import Resources
 from nodeservice.errors import NodeServiceError
 from nodeservice.limits.hierarchy import host_cgroup_version
@@ -51,7 +53,8 @@ class _Local:
 class HostCapacity:
     """CapacitySource of this host. Files are read in one named thread, since a hung mount blocks whoever looks at it.
 
-    `engine` raises an error of nodeservice.errors where no engine answers; that is a fact in the answer. `root` stands
+    `engine` raises an error of nodeservice.errors where no engine answers; that is a fact in the answer. `units` makes of
+    what the driver tells what tasks can lease. `root` stands
     before /proc and /sys, so that a saved tree can be read.
     """
 
@@ -61,6 +64,7 @@ class HostCapacity:
         state_dir: Path,
         engine: Callable[[], Awaitable[EngineFacts]],
         gpus: GpuProvider,
+        units: Callable[[GpuInventory], tuple[GpuUnit, ...]],
         reserve: Reserve,
         root: Path = Path("/"),
         affinity_count: int | None = None,
@@ -68,6 +72,7 @@ class HostCapacity:
         self._state_dir = state_dir
         self._engine = engine
         self._gpus = gpus
+        self._units = units
         self._reserve = reserve
         self._root = root
         self._affinity_count = affinity_count
@@ -85,7 +90,7 @@ class HostCapacity:
             engine_error = str(error)
         gpus = await self._gpus.inventory()
         local = await self._run(lambda: self._read_local(engine))
-        return _capacity(local, engine, engine_error, gpus, self._reserve)
+        return _capacity(local, engine, engine_error, gpus, self._units(gpus), self._reserve)
 
     async def sample(self) -> UsageSample:
         """Load now; CPU since the sample before. What cannot be read keeps its last value: a heartbeat never fails here."""
@@ -130,7 +135,12 @@ class HostCapacity:
 
 
 def _capacity(
-    local: _Local, engine: EngineFacts | None, engine_error: str | None, gpus: GpuInventory, reserve: Reserve
+    local: _Local,
+    engine: EngineFacts | None,
+    engine_error: str | None,
+    gpus: GpuInventory,
+    units: tuple[GpuUnit, ...],
+    reserve: Reserve,
 ) -> NodeCapacity:
     host = HostFacts(
         hostname=socket.gethostname(),
@@ -156,9 +166,15 @@ def _capacity(
         cpu_milli=min(host.cpu_usable_milli, engine_milli or host.cpu_usable_milli),
         memory_bytes=min(host.memory_limit_bytes, engine_bytes or host.memory_limit_bytes),
         disk_bytes=host.disk.total_bytes,
-        gpu_count=len(gpus.gpus),
+        gpu_count=sum(1 for unit in units if unit.counts),
     )
     allocatable = allocatable_of(
-        capacity, reserve=reserve, disk_free_bytes=host.disk.free_bytes, gpus_usable=gpus.error is None
+        capacity, reserve=reserve, disk_free_bytes=host.disk.free_bytes, gpu_count=counted(units)
     )
-    return NodeCapacity(host=host, capacity=capacity, reserved=capacity.minus(allocatable), allocatable=allocatable)
+    return NodeCapacity(
+        host=host,
+        capacity=capacity,
+        reserved=capacity.minus(allocatable),
+        allocatable=allocatable,
+        gpu_units=units,
+    )

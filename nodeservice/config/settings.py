@@ -127,6 +127,15 @@ class NodeConfig(BaseSettings):
     )
     upload_give_up_seconds: float = Field(3600.0, ge=0, description="seconds before results are kept on this host")
 
+    # GPUs
+    gpu_sharing: Literal["enforced", "watched"] = Field(
+        "enforced", description="enforced, or watched to give parts of GPUs too that are only watched"
+    )
+    gpu_mig_counts: bool = Field(False, description="true to give MIG instances to tasks that ask for a number of GPUs")
+    gpu_mps_pipe_dir: Folder | None = Field(None, description="the directory in which an MPS server listens")
+    gpu_poll_seconds: Seconds = Field(1.0, description="seconds between two looks, more than 0")
+    gpu_quarantine_seconds: Seconds = Field(60.0, description="seconds without trouble before a GPU takes tasks again")
+
     # what a task that asks for nothing gets
     default_cpu_milli: int = Field(1000, ge=10, description="thousandths of a core, at least 10")
     default_memory_bytes: int = Field(512 * _MIB, ge=6 * _MIB, description="bytes, at least 6 MiB")

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.ledger import Ledger, Shortfall
 from nodeservice.core.model import GIB, TaskRecord, TaskSpec
-from nodeservice.errors import CapacityError, RequestError
+from nodeservice.errors import CapacityError, RequestError, invalid_request
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
@@ -46,9 +47,9 @@ class Admitted:
 def check_task_id(task_id: str, *, field: str = "task_id") -> None:
     """Raise RequestError (INVALID_REQUEST) unless the id is safe as a name and in a path."""
     if not task_id:
-        raise _invalid(field, "is empty", "give every task an id")
+        raise invalid_request(field, "is empty", "give every task an id")
     if not _ID.match(task_id) or ".." in task_id:
-        raise _invalid(
+        raise invalid_request(
             field,
             f"is {_shown(task_id)}, which is not safe as a name",
             "use 1–128 of A–Z a–z 0–9 . _ - beginning with a letter or digit, and no '..'",
@@ -59,9 +60,9 @@ def check(spec: TaskSpec) -> None:
     """Raise RequestError (INVALID_REQUEST) naming the field, the value and the remedy."""
     check_task_id(spec.id.task_id)
     if not 1 <= spec.id.attempt <= _MAX_ATTEMPT:
-        raise _invalid("attempt", f"is {spec.id.attempt}", f"count attempts from 1 to {_MAX_ATTEMPT}")
+        raise invalid_request("attempt", f"is {spec.id.attempt}", f"count attempts from 1 to {_MAX_ATTEMPT}")
     if not spec.image:
-        raise _invalid("docker_image", "is empty", "name an image, such as debian:12")
+        raise invalid_request("docker_image", "is empty", "name an image, such as debian:12")
     for field, text in (
         ("docker_image", spec.image),
         ("user_id", spec.user_id),
@@ -69,26 +70,28 @@ def check(spec: TaskSpec) -> None:
         ("task_type", spec.task_type),
     ):
         if len(text) > _MAX_TEXT or _CONTROL.search(text):
-            raise _invalid(field, f"is {_shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters")
+            raise invalid_request(
+                field, f"is {_shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
+            )
     _check_command(spec)
     _check_amounts(spec)
 
 
 def _check_command(spec: TaskSpec) -> None:
     if spec.command is not None and spec.argv:
-        raise _invalid("argv", "is given beside command", "give one of the two")
+        raise invalid_request("argv", "is given beside command", "give one of the two")
     for field, text in (("command", spec.command or ""), *(("argv", arg) for arg in spec.argv)):
         if "\0" in text or len(text.encode()) >= _MAX_COMMAND_BYTES:
-            raise _invalid(
+            raise invalid_request(
                 field, f"is {_shown(text)}", "use less than 128 KiB and no NUL; put long scripts in the image"
             )
     if len(spec.env) > _MAX_ENV_COUNT:
-        raise _invalid("env", f"has {len(spec.env)} variables", f"use at most {_MAX_ENV_COUNT}")
+        raise invalid_request("env", f"has {len(spec.env)} variables", f"use at most {_MAX_ENV_COUNT}")
     for name, value in spec.env:
         if not _ENV_NAME.match(name):
-            raise _invalid("env", f"has a variable named {_shown(name)}", "use letters, digits and _ in names")
+            raise invalid_request("env", f"has a variable named {_shown(name)}", "use letters, digits and _ in names")
         if "\0" in value or len(value.encode()) >= _MAX_COMMAND_BYTES:
-            raise _invalid("env", f"has a bad value for {name}", "use less than 128 KiB and no NUL")
+            raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB and no NUL")
 
 
 def _check_amounts(spec: TaskSpec) -> None:
@@ -100,17 +103,18 @@ def _check_amounts(spec: TaskSpec) -> None:
         ("req_gpu", request.gpu_count),
     ):
         if value < 0:
-            raise _invalid(field, f"is {value}", "ask for zero or more")
+            raise invalid_request(field, f"is {value}", "ask for zero or more")
     if request.cpu_milli < _MIN_CPU_MILLI:
-        raise _invalid("req_cpu", f"is {request.cpu_milli / 1000:g} cores", "ask for at least 0.01 cores")
+        raise invalid_request("req_cpu", f"is {request.cpu_milli / 1000:g} cores", "ask for at least 0.01 cores")
     if request.memory_bytes < _MIN_MEMORY_BYTES:
-        raise _invalid("req_memory", f"is {request.memory_bytes} bytes", "ask for at least 6 MiB")
+        raise invalid_request("req_memory", f"is {request.memory_bytes} bytes", "ask for at least 6 MiB")
     if not 1 <= spec.pids_limit <= _MOST_PIDS:
-        raise _invalid("pids_limit", f"is {spec.pids_limit}", f"allow 1 to {_MOST_PIDS} processes")
+        raise invalid_request("pids_limit", f"is {spec.pids_limit}", f"allow 1 to {_MOST_PIDS} processes")
     if spec.timeout_seconds is not None and not 0 < spec.timeout_seconds <= _MAX_SECONDS:
-        raise _invalid("timeout_seconds", f"is {spec.timeout_seconds:g}", "use more than 0 and at most a year")
+        raise invalid_request("timeout_seconds", f"is {spec.timeout_seconds:g}", "use more than 0 and at most a year")
     if not 0 <= spec.grace_seconds <= _DAY_SECONDS:
-        raise _invalid("grace_seconds", f"is {spec.grace_seconds:g}", "use 0 to a day")
+        raise invalid_request("grace_seconds", f"is {spec.grace_seconds:g}", "use 0 to a day")
+    check_gpu_request(spec.gpu, gpu_count=request.gpu_count)
     _check_details(spec)
 
 
@@ -118,17 +122,19 @@ def _check_details(spec: TaskSpec) -> None:
     for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds"):
         seconds: float | None = getattr(spec, field)
         if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
-            raise _invalid(field, f"is {seconds:g}", "use more than 0 and at most a year")
+            raise invalid_request(field, f"is {seconds:g}", "use more than 0 and at most a year")
     if spec.stop_signal not in STOP_SIGNALS:
-        raise _invalid("stop_signal", f"is {_shown(spec.stop_signal)}", f"use one of {', '.join(STOP_SIGNALS)}")
+        raise invalid_request("stop_signal", f"is {_shown(spec.stop_signal)}", f"use one of {', '.join(STOP_SIGNALS)}")
     if not 16 <= spec.open_files_limit <= _MAX_OPEN_FILES:
-        raise _invalid("open_files_limit", f"is {spec.open_files_limit}", f"use 16 to {_MAX_OPEN_FILES}")
+        raise invalid_request("open_files_limit", f"is {spec.open_files_limit}", f"use 16 to {_MAX_OPEN_FILES}")
     if spec.exclusive_cpus and spec.request.cpu_milli % 1000:
-        raise _invalid("exclusive_cpus", f"goes with {spec.request.cpu_milli / 1000:g} cores", "ask for whole cores")
+        raise invalid_request(
+            "exclusive_cpus", f"goes with {spec.request.cpu_milli / 1000:g} cores", "ask for whole cores"
+        )
     for field in ("read_bytes_per_second", "write_bytes_per_second"):
         rate: int | None = getattr(spec, field)
         if rate is not None and rate < _MIN_BYTES_PER_SECOND:
-            raise _invalid(field, f"is {rate}", f"use at least {_MIN_BYTES_PER_SECOND} bytes per second")
+            raise invalid_request(field, f"is {rate}", f"use at least {_MIN_BYTES_PER_SECOND} bytes per second")
 
 
 def admit(
@@ -168,7 +174,7 @@ def admit(
             reason="INSUFFICIENT_SLOTS",
             hint="assign it elsewhere",
         )
-    missing = ledger.shortfall(spec.request, exclusive_cpus=spec.exclusive_cpus)
+    missing = ledger.shortfall(spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
     if missing is not None:
         raise _no_room(missing)
     return Admitted()
@@ -186,7 +192,10 @@ _RESOURCES = {
 def _no_room(missing: Shortfall) -> CapacityError:
     reason, field, name = _RESOURCES[missing.resource]
     asked, available = _amount(missing.resource, missing.asked), _amount(missing.resource, missing.available)
-    if missing.ever:
+    if missing.words:
+        message = f"not enough {name}: {missing.words}"
+        hint = "try again later or elsewhere" if missing.ever else "ask for less, or elsewhere"
+    elif missing.ever:
         message, hint = f"not enough {name}: {asked} asked, {available} free", "try again later or elsewhere"
     else:
         message, hint = (
@@ -204,10 +213,6 @@ def _amount(resource: str, value: int) -> str:
             return f"{value / GIB:.3f} GiB"
         case _:
             return str(value)
-
-
-def _invalid(field: str, what: str, remedy: str) -> RequestError:
-    return RequestError(f"{field} {what}", reason="INVALID_REQUEST", field=field, hint=remedy)
 
 
 def _shown(text: str) -> str:

@@ -66,6 +66,8 @@ class ContainerExited(Event):
     """The engine's own instant of the end."""
     observed: Usage = field(default_factory=Usage)
     """What could only be seen while it ran."""
+    gpu_fault: str = ""
+    """A fault of one of its GPUs that was seen before it ended, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

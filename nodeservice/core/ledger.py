@@ -6,9 +6,11 @@ The ledger is a view of the journal: `Ledger.restore` rebuilds it from the recor
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nodeservice.core.cpus import Cpu, pick_cpus
+from nodeservice.core.gpu_pool import GpuLack, GpuQuestion, free_count, gpu_lack, pick_gpus
+from nodeservice.core.gpus import GpuRequest, GpuUnit
 from nodeservice.core.model import AttemptId, Lease, Phase, Resources, TaskRecord
 from nodeservice.errors import InvariantError
 
@@ -21,6 +23,8 @@ class Shortfall:
     asked: int
     available: int
     ever: bool
+    words: str = ""
+    """What the numbers cannot say."""
 
 
 @dataclass(slots=True)
@@ -43,20 +47,32 @@ class _Holding:
 class Ledger:
     """Mutable, owned by the one driver; plain arithmetic, no I/O."""
 
-    def __init__(self, allocatable: Resources, gpu_uuids: Sequence[str] = (), cpus: Sequence[Cpu] = ()) -> None:
+    def __init__(
+        self,
+        allocatable: Resources,
+        gpus: Sequence[GpuUnit] = (),
+        cpus: Sequence[Cpu] = (),
+        *,
+        gpu_sharing_allowed: bool = False,
+    ) -> None:
         self._allocatable = allocatable
         self._cpus = tuple(cpus)
-        self._gpu_uuids = tuple(gpu_uuids)
+        self._gpus = tuple(gpus)
+        self._gpu_sharing_allowed = gpu_sharing_allowed
         self._holdings: dict[AttemptId, _Holding] = {}
 
     @property
     def allocatable(self) -> Resources:
         return self._allocatable
 
-    def resize(self, allocatable: Resources, gpu_uuids: Sequence[str]) -> None:
+    @property
+    def gpus(self) -> tuple[GpuUnit, ...]:
+        return self._gpus
+
+    def resize(self, allocatable: Resources, gpus: Sequence[GpuUnit]) -> None:
         """The node changed. What is leased stays leased, so `free` may be zero for a while."""
         self._allocatable = allocatable
-        self._gpu_uuids = tuple(gpu_uuids)
+        self._gpus = tuple(gpus)
 
     @property
     def leased(self) -> Resources:
@@ -67,7 +83,13 @@ class Ledger:
 
     @property
     def free(self) -> Resources:
-        return self._allocatable.minus(self.leased).clamped()
+        """The GPUs in it are those that nobody holds, not even a part."""
+        left = self._allocatable.minus(self.leased).clamped()
+        return replace(left, gpu_count=free_count(self._gpus, self.gpu_leases()))
+
+    def gpu_leases(self) -> list[Lease]:
+        """All that hold GPUs now."""
+        return [holding.lease for holding in self._holdings.values() if holding.compute and holding.lease.gpu_uuids]
 
     @property
     def shared_cpu_ids(self) -> tuple[int, ...]:
@@ -78,10 +100,12 @@ class Ledger:
     def _taken_cpus(self) -> set[int]:
         return {cpu for holding in self._holdings.values() if holding.compute for cpu in holding.lease.cpu_ids}
 
-    def shortfall(self, request: Resources, *, exclusive_cpus: bool = False) -> Shortfall | None:
+    def shortfall(
+        self, request: Resources, *, exclusive_cpus: bool = False, gpu: GpuRequest | None = None
+    ) -> Shortfall | None:
         """None when the request fits now."""
         free = self.free
-        for resource in ("cpu_milli", "memory_bytes", "disk_bytes", "gpu_count"):
+        for resource in ("cpu_milli", "memory_bytes", "disk_bytes"):
             asked: int = getattr(request, resource)
             limit: int = getattr(self._allocatable, resource)
             available: int = getattr(free, resource)
@@ -89,6 +113,15 @@ class Ledger:
                 return Shortfall(resource=resource, asked=asked, available=limit, ever=False)
             if asked > available:
                 return Shortfall(resource=resource, asked=asked, available=available, ever=True)
+        lack = gpu_lack(self._gpu_question(request, gpu))
+        if lack is not None:
+            return Shortfall(
+                resource="gpu_count",
+                asked=request.gpu_count,
+                available=lack.available_count,
+                ever=lack.ever,
+                words=lack.words,
+            )
         if exclusive_cpus:
             # One CPU stays for the host and for everybody else.
             whole, most = request.cpu_milli // 1000, len(self._cpus) - 1
@@ -97,17 +130,27 @@ class Ledger:
                 return Shortfall(resource="cpu_ids", asked=whole, available=max(0, left), ever=whole <= most)
         return None
 
-    def grant(self, owner: AttemptId, request: Resources, *, exclusive_cpus: bool = False) -> Lease:
+    def _gpu_question(self, request: Resources, gpu: GpuRequest | None) -> GpuQuestion:
+        return GpuQuestion(
+            units=self._gpus,
+            leases=self.gpu_leases(),
+            count=request.gpu_count,
+            request=gpu or GpuRequest(),
+            sharing_allowed=self._gpu_sharing_allowed,
+        )
+
+    def grant(
+        self, owner: AttemptId, request: Resources, *, exclusive_cpus: bool = False, gpu: GpuRequest | None = None
+    ) -> Lease:
         """Lease all of it. Call `shortfall` first: granting what does not fit is an InvariantError."""
         if owner in self._holdings:
             raise InvariantError(f"{owner} already holds a lease")
-        missing = self.shortfall(request, exclusive_cpus=exclusive_cpus)
+        missing = self.shortfall(request, exclusive_cpus=exclusive_cpus, gpu=gpu)
         if missing is not None:
             raise InvariantError(f"{owner} was granted more {missing.resource} than is free")
-        taken = {uuid for h in self._holdings.values() if h.compute for uuid in h.lease.gpu_uuids}
-        gpus = [uuid for uuid in self._gpu_uuids if uuid not in taken][: request.gpu_count]
-        if len(gpus) < request.gpu_count:
-            raise InvariantError(f"{owner} was granted {request.gpu_count} GPUs, but only {len(gpus)} are free")
+        gpus = pick_gpus(self._gpu_question(request, gpu))
+        if isinstance(gpus, GpuLack):
+            raise InvariantError(f"{owner} was granted GPUs that are not free: {gpus.words}")
         cpu_ids: tuple[int, ...] = ()
         if exclusive_cpus:
             taken_cpus = self._taken_cpus()
@@ -115,7 +158,7 @@ class Ledger:
             cpu_ids = pick_cpus(self._cpus, free, request.cpu_milli // 1000) or ()
             if not cpu_ids:
                 raise InvariantError(f"{owner} was granted exclusive cores, but none fit")
-        lease = Lease(granted=request, gpu_uuids=tuple(gpus), cpu_ids=cpu_ids)
+        lease = Lease(granted=request, gpu_uuids=gpus.uuids, gpu_part=gpus.part, cpu_ids=cpu_ids)
         self._holdings[owner] = _Holding(lease)
         return lease
 

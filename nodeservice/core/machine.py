@@ -192,6 +192,7 @@ def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
         error=event.error,
         finished_at=event.finished_at,
         stop=record.stop,
+        gpu_fault=event.gpu_fault,
     )
     remarks = (*record.remarks, *verdicts.exit_remarks(facts))
     ended = replace(record, verdict=verdicts.of_exit(facts), remarks=remarks, usage=event.observed, stuck=False)

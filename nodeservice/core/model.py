@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 
+from nodeservice.core.gpus import GpuPart, GpuRequest, GpuUsage
+
 GIB = 1024**3
 MIB = 1024**2
 
@@ -83,6 +85,7 @@ class TaskSpec:
     argv: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     request: Resources
+    gpu: GpuRequest = field(default_factory=GpuRequest)
     pids_limit: int
     timeout_seconds: float | None = None
     grace_seconds: float = 10.0
@@ -142,6 +145,9 @@ class Reason(StrEnum):
     DEADLINE = "DEADLINE"
     WAIT_TIMEOUT = "WAIT_TIMEOUT"
     """It could not be started within the time that it was willing to wait."""
+    GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
+    GPU_FAULT = "GPU_FAULT"
+    """A GPU of it failed, or could not be made ready; the message says how."""
     LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
     """A limit read back after the start was not the one that was promised."""
     HOST_OUT_OF_MEMORY = "HOST_OUT_OF_MEMORY"
@@ -185,6 +191,8 @@ class StopCause(StrEnum):
     DISK_LIMIT = "DISK_LIMIT"
     NODE_DISK_LOW = "NODE_DISK_LOW"
     LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
+    GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
+    GPU_FAULT = "GPU_FAULT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +219,9 @@ class Lease:
 
     granted: Resources
     gpu_uuids: tuple[str, ...] = ()
+    """GPUs or MIG instances."""
+    gpu_part: GpuPart | None = None
+    """Set where it holds a part of its one GPU; else all of each."""
     cpu_ids: tuple[int, ...] = ()
     """Logical CPUs that are its alone; empty for a share of those that are nobody's."""
 
@@ -233,6 +244,7 @@ class Usage:
     network_received_bytes: int | None = None
     """As last seen while it ran: the interface goes with the container. Likewise `network_sent_bytes`."""
     network_sent_bytes: int | None = None
+    gpus: tuple[GpuUsage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

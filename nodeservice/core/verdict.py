@@ -25,14 +25,23 @@ _OF_STOP: Mapping[StopCause, tuple[Outcome, Reason, str]] = {
     StopCause.PULL_TIMEOUT: (Outcome.FAILED, Reason.IMAGE_PULL_TIMEOUT, "The image was not pulled in time."),
     StopCause.DISK_LIMIT: (Outcome.FAILED, Reason.DISK_LIMIT, "The task wrote more than its disk limit."),
     StopCause.NODE_DISK_LOW: (Outcome.FAILED, Reason.NODE_DISK_LOW, "The host was about to run out of disk."),
+    StopCause.GPU_MEMORY_LIMIT: (
+        Outcome.FAILED,
+        Reason.GPU_MEMORY_LIMIT,
+        "The task took more GPU memory than its limit.",
+    ),
+    StopCause.GPU_FAULT: (Outcome.FAILED, Reason.GPU_FAULT, "A GPU of the task failed."),
     StopCause.LIMIT_NOT_ENFORCED: (Outcome.FAILED, Reason.LIMIT_NOT_ENFORCED, "A limit does not hold on this node."),
 }
-AT_ONCE = frozenset({StopCause.DISK_LIMIT, StopCause.NODE_DISK_LOW, StopCause.LIMIT_NOT_ENFORCED})
+AT_ONCE = frozenset(
+    {StopCause.DISK_LIMIT, StopCause.NODE_DISK_LOW, StopCause.LIMIT_NOT_ENFORCED, StopCause.GPU_MEMORY_LIMIT}
+)
 """Causes for which the task gets no grace: each moment more breaks a promise made to others."""
 _RETRYABLE = frozenset(
     {
         Reason.CONTAINER_LOST,
         Reason.ENGINE_FAULT,
+        Reason.GPU_FAULT,
         Reason.HOST_OUT_OF_MEMORY,
         Reason.IMAGE_PULL_FAILED,
         Reason.IMAGE_PULL_TIMEOUT,
@@ -56,6 +65,8 @@ class ExitFacts:
     error: str = ""
     finished_at: datetime | None = None
     stop: StopRequest | None = None
+    gpu_fault: str = ""
+    """The fault of one of its GPUs that was seen before it ended, in words."""
 
 
 def is_retryable(reason: Reason) -> bool:
@@ -96,6 +107,8 @@ def _cause(facts: ExitFacts) -> tuple[Reason, str]:
     if facts.host_oom_killed:
         message = "The kernel killed a process of the task for lack of memory on the host, not at the task's own limit."
         return Reason.HOST_OUT_OF_MEMORY, message
+    if facts.gpu_fault:
+        return Reason.GPU_FAULT, f"Exited with code {exit_code} after a GPU of it failed: {facts.gpu_fault}"
     if error and exit_code in _NOT_AN_EXIT:
         return Reason.ENGINE_FAULT, f"The engine could not run the container to its end: {error}"
     message = f"Exited with code {exit_code}."
@@ -111,13 +124,15 @@ def exit_remarks(facts: ExitFacts) -> tuple[str, ...]:
     """What a reader of the verdict must still be told."""
     if facts.exit_code != 0:
         return ()
+    anyway = "although the task exited with code 0"
+    remarks: list[str] = []
     if facts.oom_killed:
-        return ("A process of the task was killed at the memory limit although the task exited with code 0.",)
-    if facts.host_oom_killed:
-        return (
-            "A process of the task was killed for lack of memory on the host although the task exited with code 0.",
-        )
-    return ()
+        remarks.append(f"A process of the task was killed at the memory limit {anyway}.")
+    elif facts.host_oom_killed:
+        remarks.append(f"A process of the task was killed for lack of memory on the host {anyway}.")
+    if facts.gpu_fault:
+        remarks.append(f"A GPU of the task failed {anyway}: {facts.gpu_fault}")
+    return tuple(remarks)
 
 
 def of_failure(reason: Reason, message: str) -> Verdict:

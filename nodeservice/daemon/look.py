@@ -9,8 +9,9 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import Resources
 from nodeservice.daemon.node import JOURNAL_NAME
-from nodeservice.daemon.settings import reserve
+from nodeservice.daemon.settings import reserve, sharing_policy
 from nodeservice.gpu.nvml import NvmlGpuProvider
+from nodeservice.gpu.units import units_of
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import NodeCapacity
@@ -30,10 +31,17 @@ async def look(config: NodeConfig) -> Seen:
     """Look at this host. A daemon that runs here is asked through its journal."""
     runtime = DockerRuntime(base_url=config.docker_host, node_id=config.worker_id)
     gpus = NvmlGpuProvider()
-    capacity = HostCapacity(state_dir=config.state_dir, engine=runtime.facts, gpus=gpus, reserve=reserve(config))
+    policy = sharing_policy(config)
+    capacity = HostCapacity(
+        state_dir=config.state_dir,
+        engine=runtime.facts,
+        gpus=gpus,
+        units=lambda inventory: units_of(inventory, {}, policy),
+        reserve=reserve(config),
+    )
     try:
         seen = await capacity.read()
-        ledger = Ledger(seen.allocatable, [gpu.uuid for gpu in seen.host.gpus.gpus])
+        ledger = Ledger(seen.allocatable, seen.gpu_units)
         path = config.state_dir / JOURNAL_NAME
         if path.exists():
             journal = SqliteJournal(path)

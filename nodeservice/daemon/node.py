@@ -14,20 +14,23 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
-from nodeservice.daemon.settings import reserve
+from nodeservice.daemon.settings import reserve, sharing_policy
 from nodeservice.errors import ConfigError
+from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.limits.disk import open_task_disk
 from nodeservice.limits.free_space import DirectoriesFreeSpace
+from nodeservice.limits.owners import ProcOwners
 from nodeservice.limits.process import ProcReader
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import EngineFacts, PullProgress, ResultStore, TraceSink, Uplink
@@ -48,6 +51,7 @@ class Node:
     runtime: DockerRuntime
     capacity: HostCapacity
     gpus: NvmlGpuProvider
+    keeper: GpuKeeper
     journal: SqliteJournal
     traces: TraceSink
     driver: Driver
@@ -84,20 +88,33 @@ async def build(config: NodeConfig) -> Node:
         relist_seconds=config.relist_seconds,
         node_id=config.worker_id,
     )
-    gpus = NvmlGpuProvider()
-    capacity = HostCapacity(state_dir=config.state_dir, engine=runtime.facts, gpus=gpus, reserve=reserve(config))
+    dirs = WorkDirs(config.state_dir)
+    gpus = NvmlGpuProvider(poll_seconds=config.gpu_poll_seconds)
+    keeper = GpuKeeper(
+        gpus,
+        clock=clock,
+        owners=ProcOwners(),
+        dirs=dirs,
+        policy=sharing_policy(config),
+        board=HealthBoard(quarantine_seconds=config.gpu_quarantine_seconds),
+        look_seconds=config.gpu_poll_seconds,
+    )
+    capacity = HostCapacity(
+        state_dir=config.state_dir, engine=runtime.facts, gpus=gpus, units=keeper.units, reserve=reserve(config)
+    )
     journal = SqliteJournal(config.state_dir / JOURNAL_NAME)
     traces = open_trace_sink(config.otlp_endpoint, worker_id=config.worker_id, insecure=config.otlp_insecure)
     seen = await capacity.read()
     driver = Driver(
         journal=journal,
-        ledger=Ledger(seen.allocatable, [gpu.uuid for gpu in seen.host.gpus.gpus], read_cpus()),
+        ledger=Ledger(
+            seen.allocatable, seen.gpu_units, read_cpus(), gpu_sharing_allowed=config.gpu_sharing == "watched"
+        ),
         clock=clock,
         traces=traces,
         finished_retention_count=config.finished_retention_count,
         finished_retention_seconds=config.finished_retention_seconds,
     )
-    dirs = WorkDirs(config.state_dir)
     logs = LogBook(runtime, max_bytes=config.log_max_bytes, tail_bytes=config.log_tail_bytes)
     driver.on_change(lambda record: logs.wake(record.id))
     driver.on_forget(dirs.remove_log)
@@ -105,7 +122,7 @@ async def build(config: NodeConfig) -> Node:
     await driver.open()
     return Node(
         config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
-        driver=driver, logs=logs, dirs=dirs, lock=lock,
+        driver=driver, logs=logs, dirs=dirs, lock=lock, keeper=keeper,
     )  # fmt: skip
 
 
@@ -117,6 +134,7 @@ async def working(
     store: ResultStore,
     facts: EngineFacts,
     on_pull_progress: Callable[[AttemptId], PullProgress | None] = lambda _id: None,
+    on_capacity_change: Callable[[], None] = lambda: None,
     retries_kept_results: bool = True,
 ) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Drive attempts while the block lasts. Containers that run at its end run on."""
@@ -145,6 +163,7 @@ async def working(
             upload_give_up_seconds=config.upload_give_up_seconds,
             retries_kept_results=retries_kept_results,
             keep_free_disk_bytes=config.keep_free_disk_bytes,
+            gpu_mps_pipe_dir=config.gpu_mps_pipe_dir,
             report_backoff=Backoff(
                 first_seconds=config.report_backoff_min_seconds, max_seconds=config.report_backoff_max_seconds
             ),
@@ -152,7 +171,9 @@ async def working(
         encode_record=encode_record,
         receipt=receipt,
         processes=ProcReader(),
+        gpus=node.keeper,
         on_pull_progress=on_pull_progress,
+        on_capacity_change=on_capacity_change,
     )
     try:
         async with at_work(context, node.driver, decode_record) as tasks:

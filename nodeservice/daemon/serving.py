@@ -58,6 +58,7 @@ async def _serve(
         version=__version__,
         capacity=node.capacity,
         driver=node.driver,
+        gpus=node.keeper,
     )
     credentials = None
     if not config.insecure:
@@ -85,7 +86,9 @@ async def _serve(
         on_master=lambda address: _master_called(node, link, address),
     )
     servicer.serve_on(server)
-    async with working(node, uplink=link, store=_store(config, link), facts=facts) as tasks:
+    async with working(
+        node, uplink=link, store=_store(config, link), facts=facts, on_capacity_change=link.register_again
+    ) as tasks:
         tasks.append(asyncio.create_task(link.run(), name="master link"))
         await server.start()
         log.info("node.ready", worker_id=config.worker_id, port=port, master=known_master, version=__version__)

@@ -5,11 +5,19 @@ Codes: enum nvmlReturn_t in nvml.h. Only their numbers are used: the binding's e
 
 from __future__ import annotations
 
+INVALID_ARGUMENT = 2
 NOT_SUPPORTED = 3
 NO_PERMISSION = 4
+NOT_FOUND = 6
 DRIVER_NOT_LOADED = 9
+TIMEOUT = 10
 LIBRARY_NOT_FOUND = 12
 FUNCTION_NOT_FOUND = 13
+GPU_IS_LOST = 15
+RESET_REQUIRED = 16
+UNKNOWN = 999
+OF_ONE_GPU = frozenset({INVALID_ARGUMENT, NOT_FOUND, GPU_IS_LOST, RESET_REQUIRED, UNKNOWN})
+"""What a call with one GPU's handle can fail with while the others are well."""
 
 _FAULTS = {
     1: ("NVML is not initialised", "the driver went away; it is initialised again at the next look"),

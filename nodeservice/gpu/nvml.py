@@ -1,41 +1,29 @@
 """The GPUs of this host through NVML: implements the port GpuProvider.
 
-NVML is initialised once and used from one thread: a look-up of handles is cheap then, and a driver that hangs blocks that
-thread alone. GPUs are keyed by UUID, since the index order changes across restarts.
+A driver may hang in any call. So nobody but two threads ever calls it: one looks at the GPUs again and again, one waits for
+events. Everybody else gets what was seen last, and an error once that is too old.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import structlog
 
-from nodeservice.gpu.faults import (
-    DRIVER_NOT_LOADED,
-    FUNCTION_NOT_FOUND,
-    LIBRARY_NOT_FOUND,
-    NO_PERMISSION,
-    NOT_SUPPORTED,
-    explain,
-)
-from nodeservice.gpu.worker import Worker
-from nodeservice.ports import Gpu, GpuInventory
+from nodeservice.errors import NodeFaultError
+from nodeservice.gpu.binding import LIBRARY, binding, can_load
+from nodeservice.gpu.events import XidListener
+from nodeservice.gpu.faults import explain
+from nodeservice.gpu.poller import Poller
+from nodeservice.gpu.session import NvmlSession
+from nodeservice.ports import GpuInventory, GpuXid
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
-_LIBRARY = "libnvidia-ml.so.1"
-"""The name that the binding loads; it takes no other."""
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
-_NVIDIA_VENDOR = "0x10de"
-_DISPLAY_CLASS = "0x03"
 _CLOSE_SECONDS = 1.0
 
 
@@ -43,168 +31,100 @@ class NvmlGpuProvider:
     """No library, or a library without driver and without hardware: no GPUs, no error. Anything else broken: an error."""
 
     def __init__(
-        self, *, timeout_seconds: float = 5.0, pci_devices: Path = _PCI_DEVICES, library: str = _LIBRARY
+        self,
+        *,
+        timeout_seconds: float = 5.0,
+        poll_seconds: float = 1.0,
+        pci_devices: Path = _PCI_DEVICES,
+        library: str = LIBRARY,
     ) -> None:
         self._timeout_seconds = timeout_seconds
-        self._pci_devices = pci_devices
         self._library = library
-        self._worker: Worker[GpuInventory] = Worker("nodeservice-nvml")
-        self._session = _Session(pci_devices)
-        self._call: Future[GpuInventory] | None = None
-        self._call_started = 0.0
-        self._last = GpuInventory()
+        self._session = NvmlSession(pci_devices=pci_devices)
+        self._poller: Poller[GpuInventory] = Poller(
+            "nodeservice-nvml", self._session.look, every_seconds=poll_seconds, on_look=self._looked
+        )
+        self._xids = XidListener(lambda: self._session.uuids, on_event=lambda: None)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._first_look = asyncio.Event()
+        self._told_error: str | None = None
         self._closed = False
 
     async def inventory(self) -> GpuInventory:
-        """As the port says. Callers at the same time share one look. When NVML does not answer within the time limit, the
-        last known inventory comes with an error, and at once for as long as that call hangs."""
-        if self._closed:
-            return self._last
-        if self._call is None:
-            # Without the library, the binding (several MiB) is never imported and no thread is started.
-            if not self._worker.is_started and not _can_load(self._library):
+        """As the port says. Without the library, no thread is started and the binding is never imported."""
+        if not self._poller.is_started and not self._closed:
+            if not can_load(self._library):
                 return GpuInventory()
-            self._call = self._worker.submit(self._session.read)
-            self._call_started = time.monotonic()
-        call = self._call
-        left_seconds = self._timeout_seconds - (time.monotonic() - self._call_started)
-        if left_seconds > 0:
-            await asyncio.wait([asyncio.wrap_future(call)], timeout=left_seconds)
-        if not call.done():
-            return replace(
-                self._last,
-                error=f"NVML has not answered for {self._timeout_seconds:g} s; look at `nvidia-smi` and `dmesg`",
-            )
-        if self._call is call:
-            self._call = None
-            found = call.result()
-            if found.error is not None and found.error != self._last.error:
+            self._loop = asyncio.get_running_loop()
+            self._poller.start()
+        if self._poller.last is None and not self._closed:
+            left_seconds = self._timeout_seconds - self._poller.busy_seconds
+            if left_seconds > 0:
+                await asyncio.wait([asyncio.ensure_future(self._first_look.wait())], timeout=left_seconds)
+        found = self._poller.last or GpuInventory()
+        if self._poller.busy_seconds >= self._timeout_seconds:
+            words = f"NVML has not answered for {self._timeout_seconds:g} s and more; look at `nvidia-smi` and `dmesg`"
+            found = replace(found, error=words)
+        if found.error != self._told_error:
+            self._told_error = found.error
+            if found.error is not None:
                 log.warning("gpu.faulty", error=found.error)
-            self._last = found
-        return self._last
+            else:
+                log.info("gpu.well_again")
+        return found
+
+    async def refresh(self) -> GpuInventory:
+        if self._poller.last is not None and not self._closed and self._poller.busy_seconds < self._timeout_seconds:
+            await asyncio.wait([asyncio.wrap_future(self._poller.look_now())], timeout=self._timeout_seconds)
+        return await self.inventory()
+
+    def take_xids(self) -> Sequence[GpuXid]:
+        return self._xids.take()
+
+    async def limit_memory(self, uuid: str, cgroup: str, limit_bytes: int) -> int:
+        future = self._poller.order(lambda: self._limit_memory(uuid, cgroup, limit_bytes))
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                held = await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            raise _not_enforced(f"NVML has not answered for {self._timeout_seconds:g} s") from error
+        assert isinstance(held, int)
+        return held
 
     async def close(self) -> None:
         """Shut NVML down, unless it hangs. Repeating is harmless."""
         if self._closed:
             return
         self._closed = True
-        if self._worker.is_started:
-            ending = asyncio.wrap_future(self._worker.submit(self._session.end))
+        self._xids.end()
+        if self._poller.is_started:
+            ending = asyncio.wrap_future(self._poller.order(self._session.end))
             await asyncio.wait([ending], timeout=_CLOSE_SECONDS)
-        self._worker.end()
+        self._poller.end()
 
+    def _looked(self) -> None:
+        """In the poller's thread."""
+        if self._session.uuids:
+            self._xids.start()
+        if self._loop is not None and not self._first_look.is_set() and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._first_look.set)
 
-class _Session:
-    """NVML between init and shutdown. Only for the worker's thread."""
-
-    def __init__(self, pci_devices: Path) -> None:
-        self._pci_devices = pci_devices
-        self._initialised = False
-
-    def read(self) -> GpuInventory:
-        """One look; raises nothing."""
+    def _limit_memory(self, uuid: str, cgroup: str, limit_bytes: int) -> int:
+        """In the poller's thread. The soft limit stays 0: it would outlive the cgroup in the driver's books."""
+        device = self._session.device(uuid)
+        if device is None or device.handle is None:
+            raise _not_enforced(f"{uuid} is not there")
+        nvml = binding()
+        name = cgroup.encode()
         try:
-            return self._read()
-        except Exception as error:
-            # Not an error of NVML, so the binding's or ours: the node goes on without GPUs and says so.
-            log.exception("gpu.inventory_failed")
-            return GpuInventory(error=f"the GPUs could not be read: {error!r}")
-
-    def _read(self) -> GpuInventory:
-        nvml = _binding()
-        try:
-            if not self._initialised:
-                nvml.nvmlInit()
-                self._initialised = True
-            return _inventory(nvml)
+            wanted = nvml.c_nvmlSetMemoryLimits_v1_t(name, 0, limit_bytes)
+            nvml.nvmlDeviceSetMemoryLimits_v1(device.handle, wanted)
+            held = nvml.c_nvmlGetMemoryLimits_v1_t(name)
+            nvml.nvmlDeviceGetMemoryLimits_v1(device.handle, held)
         except nvml.NVMLError as error:
-            code = int(error.value)
-            self.end()
-            if code == LIBRARY_NOT_FOUND or (code == DRIVER_NOT_LOADED and not _has_nvidia_hardware(self._pci_devices)):
-                return GpuInventory()
-            return GpuInventory(error=explain(code))
-
-    def end(self) -> GpuInventory:
-        if self._initialised:
-            self._initialised = False
-            nvml = _binding()
-            try:
-                nvml.nvmlShutdown()
-            except nvml.NVMLError as error:
-                log.debug("gpu.shutdown_failed", code=int(error.value))
-        return GpuInventory()
+            raise _not_enforced(explain(int(error.value), uuid)) from error
+        return int(held.hardLimit)
 
 
-def _inventory(nvml: Any) -> GpuInventory:
-    driver_version = _text(nvml.nvmlSystemGetDriverVersion())
-    gpus: list[Gpu] = []
-    errors: list[str] = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        try:
-            gpus.append(_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index)))
-        except nvml.NVMLError as error:
-            code = int(error.value)
-            # The count includes devices that this process may not open: they are not ours, which is no fault.
-            if code != NO_PERMISSION:
-                errors.append(explain(code, f"GPU {index}"))
-    gpus.sort(key=lambda gpu: (gpu.pci_address or "", gpu.uuid))
-    return GpuInventory(gpus=tuple(gpus), driver_version=driver_version, error="; ".join(errors) or None)
-
-
-def _gpu(nvml: Any, handle: Any) -> Gpu:
-    memory = _memory(nvml, handle)
-    utilization = _optional(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
-    pci = _optional(nvml, lambda: nvml.nvmlDeviceGetPciInfo(handle))
-    return Gpu(
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        memory_total_bytes=int(memory.total) if memory is not None else 0,
-        memory_used_bytes=int(memory.used) if memory is not None else None,
-        utilization_percent=float(utilization.gpu) if utilization is not None else None,
-        pci_address=_text(pci.busId).lower() if pci is not None else None,
-    )
-
-
-def _memory(nvml: Any, handle: Any) -> Any:
-    """Version 2, whose `used` leaves out what the driver reserves; version 1 from drivers that lack it."""
-    v2 = _optional(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2))
-    return v2 if v2 is not None else _optional(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
-
-
-def _optional(nvml: Any, call: Callable[[], T]) -> T | None:
-    """None where this device or driver does not tell; a real fault goes on as an error."""
-    try:
-        return call()
-    except nvml.NVMLError as error:
-        if int(error.value) in (NOT_SUPPORTED, FUNCTION_NOT_FOUND):
-            return None
-        raise
-
-
-def _binding() -> Any:
-    import pynvml
-
-    return pynvml
-
-
-def _can_load(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
-def _has_nvidia_hardware(pci_devices: Path) -> bool:
-    for device in pci_devices.glob("*"):
-        try:
-            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
-        except OSError:
-            continue
-        if vendor == _NVIDIA_VENDOR and kind.startswith(_DISPLAY_CLASS):
-            return True
-    return False
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+def _not_enforced(words: str) -> NodeFaultError:
+    return NodeFaultError(f"the driver does not limit the GPU memory: {words}", reason="LIMIT_NOT_ENFORCED")

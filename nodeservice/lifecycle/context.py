@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec
 from nodeservice.core.retry import Backoff
+from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.ports import (
@@ -17,6 +19,7 @@ from nodeservice.ports import (
     ContainerRuntime,
     DiskBound,
     FreeSpace,
+    GpuBound,
     ProcessReader,
     PullProgress,
     Reading,
@@ -47,6 +50,7 @@ class MakeReceipt(Protocol):
         readings: Sequence[Reading],
         disk: DiskBound | None,
         engine: Mapping[str, object],
+        gpu: GpuBound | None = None,
     ) -> ReceiptView: ...
 
 
@@ -73,6 +77,8 @@ class Settings:
     """At the end, for the master's answers to reports that are under way."""
     observe_seconds: float = 2.0
     """Between two looks at what a running container has used that goes when it ends."""
+    gpu_mps_pipe_dir: Path | None = None
+    """Where an MPS server listens, for tasks with a part of a GPU that is in exclusive process mode."""
     path_list_max_bytes: int = 512 * 1024
     """Bound on the paths named in a report, since gRPC messages end at 4 MiB; the manifest names all."""
     step_backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=0.5, max_seconds=30.0))
@@ -99,7 +105,10 @@ class Context:
     """For the label that lets a container tell its whole story."""
     receipt: MakeReceipt
     processes: ProcessReader
+    gpus: GpuKeeper
     on_pull_progress: Callable[[AttemptId], PullProgress | None]
+    on_capacity_change: Callable[[], None] = lambda: None
+    """Called when this node has more or less for tasks than it had."""
     collecting: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
     )

@@ -66,6 +66,8 @@ class Driver:
         self.draining = False
         self.conditions: dict[str, str] = {}
         """What is wrong with this node now, by name, in words. While there is any, it takes no new work."""
+        self.warnings: dict[str, str] = {}
+        """What else is wrong, by name, in words: it holds back only the tasks that need it."""
         self.journal_error: str | None = None
         self._held_up: str | None = None
         """Why what has happened cannot be journalled now, so that nothing behind it is decided."""
@@ -216,7 +218,7 @@ class Driver:
             )
             if admitted.existing is None:
                 spec = item.spec
-                lease = self.ledger.grant(spec.id, spec.request, exclusive_cpus=spec.exclusive_cpus)
+                lease = self.ledger.grant(spec.id, spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
                 self._note(
                     machine.accept(
                         spec=item.spec,

@@ -29,6 +29,7 @@ async def at_work(context: Context, driver: Driver, decode: Decode) -> AsyncIter
         asyncio.create_task(driver.run(), name="driver"),
         asyncio.create_task(recover(context, driver, decode), name="recovery"),
         asyncio.create_task(host_keeper.run(), name="host keeper"),
+        asyncio.create_task(context.gpus.run(driver, on_change=context.on_capacity_change), name="GPU keeper"),
     ]
     timekeeper.open()
     try:

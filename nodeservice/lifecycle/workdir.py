@@ -25,6 +25,9 @@ class WorkDirs:
         """Mounted in the container at /results and /output."""
         return self.root(id_) / "results"
 
+    def gpu_bill(self, id_: AttemptId) -> Path:
+        return self.root(id_) / "gpu.json"
+
     def log(self, id_: AttemptId) -> Path:
         return self.state_dir / "logs" / f"{id_}.log"
 

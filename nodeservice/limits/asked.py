@@ -5,6 +5,7 @@ Some of it no task asks for, and every task gets: no new privileges, a filter of
 
 from __future__ import annotations
 
+from nodeservice.core.gpus import HOLDS_COMPUTE
 from nodeservice.core.model import MIB, Lease, TaskSpec
 
 Value = int | str
@@ -79,6 +80,10 @@ def asked_limits(spec: TaskSpec, lease: Lease) -> dict[str, Value]:
         asked["read_bytes_per_second"] = spec.read_bytes_per_second
     if spec.write_bytes_per_second is not None:
         asked["write_bytes_per_second"] = spec.write_bytes_per_second
+    if lease.gpu_part is not None:
+        asked["gpu_memory_bytes"] = lease.gpu_part.memory_bytes
+        if lease.gpu_part.method in HOLDS_COMPUTE and lease.gpu_part.sm_percent:
+            asked["gpu_sm_percent"] = lease.gpu_part.sm_percent
     asked["shm_bytes"] = shm_bytes(request.memory_bytes)
     asked["open_files_limit"] = spec.open_files_limit
     asked["core_file_bytes"] = 0

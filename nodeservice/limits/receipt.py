@@ -16,10 +16,12 @@ from nodeservice.core.model import Lease, TaskSpec
 from nodeservice.limits.asked import Value, asked_limits
 from nodeservice.limits.compare import difference, in_force
 from nodeservice.limits.plan import PIDS_OVERHEAD
-from nodeservice.ports import DiskBound, Enforcement, Reading
+from nodeservice.ports import DiskBound, Enforcement, GpuBound, Reading
 
 ENGINE = "engine"
 _NOT_LOOKED_AT = "nothing was there to read it from"
+_BOUND_ELSEWHERE = frozenset({"disk_bytes", "gpu_memory_bytes", "gpu_sm_percent"})
+"""By more than one file of the kernel, so told by whoever bounds them."""
 _SWITCHES = frozenset({"oom_group", "seccomp", "no_new_privileges"})
 """0 is off."""
 _VERSION_OF_FILE = {"memory.limit_in_bytes": 1, "cpu.cfs_quota_us": 1, "memory.max": 2, "cpu.max": 2}
@@ -74,6 +76,7 @@ def receipt(
     readings: Sequence[Reading],
     disk: DiskBound | None,
     engine: Mapping[str, object],
+    gpu: GpuBound | None = None,
     page_bytes: int = mmap.PAGESIZE,
 ) -> Receipt:
     """`engine` is `ContainerState.limits`: by name of the limit, None for one that it says is not in force."""
@@ -84,7 +87,7 @@ def receipt(
     unread: dict[str, str] = {}
     mismatches: list[str] = []
     for name in dict.fromkeys((*asked, *(reading.limit for reading in readings))):
-        if name == "disk_bytes":
+        if name in _BOUND_ELSEWHERE:
             continue
         found = _look(name, asked.get(name), [reading for reading in readings if reading.limit == name], engine)
         if isinstance(found, str):
@@ -101,6 +104,13 @@ def receipt(
         read_from["disk_bytes"] = " ".join(str(place) for place, _ in disk.places)
     elif "disk_bytes" in asked:
         unread["disk_bytes"] = _NOT_LOOKED_AT
+    if gpu is not None:
+        effective["gpu_memory_bytes"], effective["gpu_sm_percent"] = gpu.memory_bytes, gpu.sm_percent
+        enforcement["gpu_memory_bytes"] = gpu.enforcement
+        enforcement["gpu_sm_percent"] = Enforcement.NONE if gpu.sm_percent is None else Enforcement.HARD
+        read_from["gpu_memory_bytes"] = read_from["gpu_sm_percent"] = gpu.source
+        if gpu.note:
+            unread["gpu_memory_bytes"] = gpu.note
     for name, wanted in asked.items():
         if name in effective:
             differs = difference(name, wanted, effective[name], page_bytes=page_bytes, gpu_count=len(lease.gpu_uuids))

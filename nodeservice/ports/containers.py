@@ -75,6 +75,8 @@ class ContainerSpec:
     """Logical CPUs to run on; empty means all."""
     read_bytes_per_second: int | None = None
     write_bytes_per_second: int | None = None
+    gpu_env: tuple[tuple[str, str], ...] = ()
+    """What keeps the task to its part of a GPU. Of the task's own environment, nothing that chooses GPUs gets through."""
     rate_devices: tuple[Path, ...] = ()
     """Block devices on which the container itself gets these rates, beside the cgroup of the task's own."""
 

@@ -1,4 +1,4 @@
-"""The host: its facts, its GPUs, its time."""
+"""The host: its facts, its time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import Resources
 from nodeservice.ports.containers import EngineFacts
+from nodeservice.ports.gpus import GpuInventory
 
 
 class Clock(Protocol):
@@ -19,35 +21,6 @@ class Clock(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One NVIDIA GPU, named by its UUID. Optional values are None where the driver does not tell."""
-
-    uuid: str
-    name: str
-    memory_total_bytes: int
-    memory_used_bytes: int | None = None
-    utilization_percent: float | None = None
-    pci_address: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuInventory:
-    """`error` is set when a driver is there but does not work; no driver at all is an empty list and no error."""
-
-    gpus: tuple[Gpu, ...] = ()
-    driver_version: str | None = None
-    error: str | None = None
-
-
-class GpuProvider(Protocol):
-    async def inventory(self) -> GpuInventory:
-        """What is there now. Never raises for a missing or broken driver: that is in the answer."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +66,8 @@ class NodeCapacity:
     capacity: Resources
     reserved: Resources
     allocatable: Resources
+    gpu_units: tuple[GpuUnit, ...] = ()
+    """What tasks can lease of the GPUs, and what of it is out of service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,11 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
+from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import (
     GIB,
     AttemptId,
@@ -23,8 +25,8 @@ from nodeservice.core.model import (
     TaskSpec,
 )
 from nodeservice.core.verdict import is_retryable
-from nodeservice.errors import RequestError
-from nodeservice.ports import Gpu
+from nodeservice.errors import invalid_request
+from nodeservice.rpc.convert_gpu import gpu_request, gpu_usage, gpus_allocated
 from nodeservice.wire import master_worker_pb2 as pb
 
 _MAX_AMOUNT = 2**60
@@ -49,6 +51,7 @@ class TaskDefaults:
 
 def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
     """Normalise a Task. Raises RequestError naming the field; `core.admission` checks the rest."""
+    gpu_count, gpu = gpu_request(task)
     request = Resources(
         cpu_milli=_amount("req_cpu", task.req_cpu, 1000, _exact(task, "cpu_milli"), defaults.request.cpu_milli),
         memory_bytes=_amount(
@@ -57,7 +60,7 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
         disk_bytes=_amount(
             "req_storage", task.req_storage, GIB, _exact(task, "disk_bytes"), defaults.request.disk_bytes
         ),
-        gpu_count=_gpu_count(task.req_gpu),
+        gpu_count=gpu_count,
     )
     return TaskSpec(
         id=AttemptId(task.task_id, task.attempt if task.HasField("attempt") else 1),
@@ -66,6 +69,7 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
         argv=tuple(task.argv),
         env=tuple((variable.name, variable.value) for variable in task.env),
         request=request,
+        gpu=gpu,
         pids_limit=task.pids_limit if task.HasField("pids_limit") else defaults.pids_limit,
         timeout_seconds=_timeout(task, defaults),
         grace_seconds=_finite("grace_seconds", task.grace_seconds)
@@ -106,23 +110,16 @@ def _amount(field: str, value: float, unit: int, exact: int | None, default: int
     """The exact amount; the old field's, converted; or the default for 0."""
     amount = _finite(field, value) * unit
     if amount < 0 or (exact is not None and exact < 0):
-        raise _invalid(field, value if exact is None else exact, "ask for zero or more")
+        raise invalid_request(field, f"is {(value if exact is None else exact)!r}", "ask for zero or more")
     if max(amount, exact or 0) > _MAX_AMOUNT:
-        raise _invalid(field, value, "ask for an amount that a machine can have")
+        raise invalid_request(field, f"is {value!r}", "ask for an amount that a machine can have")
     if exact is None:
         return round(amount) if value else default
     if value and abs(amount - exact) > _ROUNDING * max(amount, exact):
-        raise _invalid(field, value, f"it disagrees with the exact field, which says {exact}; send one, or the same")
+        raise invalid_request(
+            field, f"is {value!r}", f"it disagrees with the exact field, which says {exact}; send one, or the same"
+        )
     return exact
-
-
-def _gpu_count(value: float) -> int:
-    count = _finite("req_gpu", value)
-    if count < 0 or count > 1024:
-        raise _invalid("req_gpu", value, "ask for 0 to 1024 GPUs")
-    if count != int(count):
-        raise _invalid("req_gpu", value, "ask for whole GPUs: a share cannot be enforced here")
-    return int(count)
 
 
 def _timeout(task: pb.Task, defaults: TaskDefaults) -> float | None:
@@ -141,17 +138,13 @@ def _pull_policy(task: pb.Task) -> PullPolicy:
     try:
         return PullPolicy(text)
     except ValueError as error:
-        raise _invalid("pull_policy", text[:40], "use always, if-not-present or never") from error
+        raise invalid_request("pull_policy", f"is {text[:40]!r}", "use always, if-not-present or never") from error
 
 
 def _finite(field: str, value: float) -> float:
     if not math.isfinite(value):
-        raise _invalid(field, value, "use a finite number")
+        raise invalid_request(field, f"is {value!r}", "use a finite number")
     return value
-
-
-def _invalid(field: str, value: object, remedy: str) -> RequestError:
-    return RequestError(f"{field} is {value!r}", reason="INVALID_REQUEST", field=field, hint=remedy)
 
 
 # ---- to the wire ------------------------------------------------------------------------------------------------------
@@ -166,24 +159,16 @@ def resources(amount: Resources) -> pb.Resources:
     )
 
 
-def gpu_info(gpu: Gpu) -> pb.GpuInfo:
-    return pb.GpuInfo(
-        uuid=gpu.uuid,
-        name=gpu.name,
-        memory_total_bytes=gpu.memory_total_bytes,
-        memory_used_bytes=gpu.memory_used_bytes or 0,
-        utilization_percent=gpu.utilization_percent or 0.0,
-    )
-
-
-def running_task(record: TaskRecord) -> pb.RunningTask:
+def running_task(record: TaskRecord, units: Iterable[GpuUnit] = ()) -> pb.RunningTask:
+    """`units` are the GPUs of this node, for the size of a part of one."""
     held = Resources() if record.compute_released else record.lease.granted
     return pb.RunningTask(
         task_id=record.id.task_id,
         cpu_allocated=held.cpu_milli / 1000,
         memory_allocated=held.memory_bytes / GIB,
         status="stuck" if record.stuck else record.phase.name.lower(),
-        gpu_allocated=float(held.gpu_count),
+        gpu_allocated=0.0 if record.compute_released else gpus_allocated(record.lease, units),
+        gpu_uuids=() if record.compute_released else record.lease.gpu_uuids,
         attempt=record.id.attempt,
         phase=record.phase.name,
         phase_started_at_unix_ms=round(record.timings[-1].started_at.timestamp() * 1000),
@@ -242,8 +227,9 @@ def _usage(record: TaskRecord) -> pb.Usage:
     usage = pb.Usage()
     for field in dataclasses.fields(record.usage):
         value = getattr(record.usage, field.name)
-        if value is not None:
+        if value is not None and field.name != "gpus":
             setattr(usage, field.name, value)
+    usage.gpus.extend(gpu_usage(used) for used in record.usage.gpus)
     if record.collected is not None:
         usage.log_bytes = record.collected.log_bytes
         usage.result_bytes = record.collected.total_bytes

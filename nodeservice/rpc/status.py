@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from nodeservice.core.model import GIB, Phase
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.ports import CapacitySource
-from nodeservice.rpc import convert
+from nodeservice.lifecycle.gpu_keeper import GpuKeeper
+from nodeservice.ports import CapacitySource, GpuInventory
+from nodeservice.rpc import convert, convert_gpu
 from nodeservice.wire import master_worker_pb2 as pb
 
 
@@ -20,6 +21,7 @@ class NodeStatus:
     version: str
     capacity: CapacitySource
     driver: Driver
+    gpus: GpuKeeper
 
     async def registration(self) -> pb.WorkerInfo:
         """A fresh look at the host. The old `total_*` fields carry the allocatable amounts, since masters place on them."""
@@ -29,7 +31,7 @@ class NodeStatus:
         if ledger.leased.disk_bytes:
             # What tasks have written is missing from the free disk, and is leased: it must not count twice.
             allocatable = replace(allocatable, disk_bytes=ledger.allocatable.disk_bytes)
-        ledger.resize(allocatable, [gpu.uuid for gpu in node.host.gpus.gpus])
+        ledger.resize(allocatable, node.gpu_units)
         return pb.WorkerInfo(
             worker_id=self.worker_id,
             worker_ip=self.advertise,
@@ -40,7 +42,7 @@ class NodeStatus:
             capacity=convert.resources(node.capacity),
             allocatable=convert.resources(allocatable),
             free=convert.resources(ledger.free),
-            gpus=[convert.gpu_info(gpu) for gpu in node.host.gpus.gpus],
+            gpus=self._gpus(node.host.gpus),
             kernel=node.host.kernel,
             cgroup_version=node.host.cgroup_version,
             engine=engine.name if engine else "",
@@ -59,10 +61,18 @@ class NodeStatus:
             storage_usage=usage.disk_percent,
             gpu_usage=usage.gpu_percent,
             running_tasks=[
-                convert.running_task(record) for record in self.driver.live() if record.phase <= Phase.REPORTING
+                convert.running_task(record, ledger.gpus)
+                for record in self.driver.live()
+                if record.phase <= Phase.REPORTING
             ],
             allocatable=convert.resources(ledger.allocatable),
             free=convert.resources(ledger.free),
+            gpus=self._gpus(self.gpus.inventory),
             draining=self.driver.draining,
             conditions=[f"{name}: {words}" for name, words in self.driver.all_conditions().items()],
+            warnings=[f"{name}: {words}" for name, words in self.driver.warnings.items()],
         )
+
+    def _gpus(self, inventory: GpuInventory) -> list[pb.GpuInfo]:
+        ledger = self.driver.ledger
+        return convert_gpu.gpu_infos(inventory, ledger.gpus, ledger.gpu_leases(), self.gpus.state)

@@ -81,6 +81,10 @@ class MasterLink:
         self._address = address
         self._wanted.set()
 
+    def register_again(self) -> None:
+        """What this node has for tasks has changed."""
+        self._wanted.set()
+
     async def run(self) -> None:
         """Register and beat until cancelled."""
         failures = 0

@@ -79,7 +79,7 @@ def environment(spec: ContainerSpec) -> list[tuple[str, str]]:
     """
     blocked = (*_GPU_CHOICE, *_GPU_SIDE_DOORS) if spec.gpu_uuids else ("NVIDIA_", *_GPU_SIDE_DOORS)
     kept = [(name, value) for name, value in spec.env if not name.upper().startswith(blocked)]
-    return [*kept, ("NVIDIA_VISIBLE_DEVICES", ",".join(spec.gpu_uuids) or "void")]
+    return [*kept, *spec.gpu_env, ("NVIDIA_VISIBLE_DEVICES", ",".join(spec.gpu_uuids) or "void")]
 
 
 def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:

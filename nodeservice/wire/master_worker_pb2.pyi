@@ -55,18 +55,94 @@ class Resources(_message.Message):
     def __init__(self, cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., gpu_count: _Optional[int] = ...) -> None: ...
 
 class GpuInfo(_message.Message):
-    __slots__ = ("uuid", "name", "memory_total_bytes", "memory_used_bytes", "utilization_percent")
+    __slots__ = ("uuid", "name", "memory_total_bytes", "memory_used_bytes", "utilization_percent", "memory_reserved_bytes", "compute_capability", "pci_address", "numa_node", "mig_profile", "parent_uuid", "leasable", "counted", "state", "state_reason", "held_milli", "power_watts", "temperature_celsius", "throttle_reasons", "share_methods")
     UUID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     UTILIZATION_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    PCI_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUMA_NODE_FIELD_NUMBER: _ClassVar[int]
+    MIG_PROFILE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_UUID_FIELD_NUMBER: _ClassVar[int]
+    LEASABLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_REASON_FIELD_NUMBER: _ClassVar[int]
+    HELD_MILLI_FIELD_NUMBER: _ClassVar[int]
+    POWER_WATTS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
+    THROTTLE_REASONS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_METHODS_FIELD_NUMBER: _ClassVar[int]
     uuid: str
     name: str
     memory_total_bytes: int
     memory_used_bytes: int
     utilization_percent: float
-    def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_used_bytes: _Optional[int] = ..., utilization_percent: _Optional[float] = ...) -> None: ...
+    memory_reserved_bytes: int
+    compute_capability: str
+    pci_address: str
+    numa_node: int
+    mig_profile: str
+    parent_uuid: str
+    leasable: bool
+    counted: bool
+    state: str
+    state_reason: str
+    held_milli: int
+    power_watts: float
+    temperature_celsius: float
+    throttle_reasons: _containers.RepeatedScalarFieldContainer[str]
+    share_methods: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_used_bytes: _Optional[int] = ..., utilization_percent: _Optional[float] = ..., memory_reserved_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., pci_address: _Optional[str] = ..., numa_node: _Optional[int] = ..., mig_profile: _Optional[str] = ..., parent_uuid: _Optional[str] = ..., leasable: _Optional[bool] = ..., counted: _Optional[bool] = ..., state: _Optional[str] = ..., state_reason: _Optional[str] = ..., held_milli: _Optional[int] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., throttle_reasons: _Optional[_Iterable[str]] = ..., share_methods: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GpuRequest(_message.Message):
+    __slots__ = ("model", "min_memory_bytes", "min_compute_capability", "mig_profile", "uuids", "share")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MIN_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MIN_COMPUTE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    MIG_PROFILE_FIELD_NUMBER: _ClassVar[int]
+    UUIDS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    min_memory_bytes: int
+    min_compute_capability: str
+    mig_profile: str
+    uuids: _containers.RepeatedScalarFieldContainer[str]
+    share: GpuShare
+    def __init__(self, model: _Optional[str] = ..., min_memory_bytes: _Optional[int] = ..., min_compute_capability: _Optional[str] = ..., mig_profile: _Optional[str] = ..., uuids: _Optional[_Iterable[str]] = ..., share: _Optional[_Union[GpuShare, _Mapping]] = ...) -> None: ...
+
+class GpuShare(_message.Message):
+    __slots__ = ("memory_bytes", "sm_percent")
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    sm_percent: int
+    def __init__(self, memory_bytes: _Optional[int] = ..., sm_percent: _Optional[int] = ...) -> None: ...
+
+class GpuUsage(_message.Message):
+    __slots__ = ("uuid", "name", "seconds", "utilization_mean_percent", "utilization_peak_percent", "memory_peak_bytes", "energy_joules", "throttled_seconds", "xids")
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UTILIZATION_MEAN_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    UTILIZATION_PEAK_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
+    THROTTLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    XIDS_FIELD_NUMBER: _ClassVar[int]
+    uuid: str
+    name: str
+    seconds: float
+    utilization_mean_percent: float
+    utilization_peak_percent: float
+    memory_peak_bytes: int
+    energy_joules: float
+    throttled_seconds: float
+    xids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., seconds: _Optional[float] = ..., utilization_mean_percent: _Optional[float] = ..., utilization_peak_percent: _Optional[float] = ..., memory_peak_bytes: _Optional[int] = ..., energy_joules: _Optional[float] = ..., throttled_seconds: _Optional[float] = ..., xids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MasterInfo(_message.Message):
     __slots__ = ("master_id", "master_address")
@@ -111,7 +187,7 @@ class HeartbeatAck(_message.Message):
     def __init__(self, success: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("worker_id", "cpu_usage", "memory_usage", "storage_usage", "running_tasks", "gpu_usage", "allocatable", "free", "gpus", "draining", "conditions")
+    __slots__ = ("worker_id", "cpu_usage", "memory_usage", "storage_usage", "running_tasks", "gpu_usage", "allocatable", "free", "gpus", "draining", "conditions", "warnings")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CPU_USAGE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +199,7 @@ class Heartbeat(_message.Message):
     GPUS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CONDITIONS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     cpu_usage: float
     memory_usage: float
@@ -134,10 +211,11 @@ class Heartbeat(_message.Message):
     gpus: _containers.RepeatedCompositeFieldContainer[GpuInfo]
     draining: bool
     conditions: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., cpu_usage: _Optional[float] = ..., memory_usage: _Optional[float] = ..., storage_usage: _Optional[float] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., gpu_usage: _Optional[float] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., draining: _Optional[bool] = ..., conditions: _Optional[_Iterable[str]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., cpu_usage: _Optional[float] = ..., memory_usage: _Optional[float] = ..., storage_usage: _Optional[float] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., gpu_usage: _Optional[float] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., draining: _Optional[bool] = ..., conditions: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RunningTask(_message.Message):
-    __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms")
+    __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms", "gpu_uuids")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     CPU_ALLOCATED_FIELD_NUMBER: _ClassVar[int]
     MEMORY_ALLOCATED_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +224,7 @@ class RunningTask(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     PHASE_STARTED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    GPU_UUIDS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     cpu_allocated: float
     memory_allocated: float
@@ -154,7 +233,8 @@ class RunningTask(_message.Message):
     attempt: int
     phase: str
     phase_started_at_unix_ms: int
-    def __init__(self, task_id: _Optional[str] = ..., cpu_allocated: _Optional[float] = ..., memory_allocated: _Optional[float] = ..., status: _Optional[str] = ..., gpu_allocated: _Optional[float] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., phase_started_at_unix_ms: _Optional[int] = ...) -> None: ...
+    gpu_uuids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, task_id: _Optional[str] = ..., cpu_allocated: _Optional[float] = ..., memory_allocated: _Optional[float] = ..., status: _Optional[str] = ..., gpu_allocated: _Optional[float] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., phase_started_at_unix_ms: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EnvVar(_message.Message):
     __slots__ = ("name", "value")
@@ -165,7 +245,7 @@ class EnvVar(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second")
+    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second", "gpu")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     DOCKER_IMAGE_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +277,7 @@ class Task(_message.Message):
     OPEN_FILES_LIMIT_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     docker_image: str
     command: str
@@ -228,7 +309,8 @@ class Task(_message.Message):
     open_files_limit: int
     read_bytes_per_second: int
     write_bytes_per_second: int
-    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ...) -> None: ...
+    gpu: GpuRequest
+    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ..., gpu: _Optional[_Union[GpuRequest, _Mapping]] = ...) -> None: ...
 
 class TaskResult(_message.Message):
     __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids", "retryable")
@@ -285,7 +367,7 @@ class PhaseTiming(_message.Message):
     def __init__(self, name: _Optional[str] = ..., started_at_unix_ns: _Optional[int] = ..., duration_ns: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("memory_peak_bytes", "cpu_seconds", "log_bytes", "result_bytes", "result_file_count", "pids_peak_count", "cpu_throttled_seconds", "oom_kill_count", "read_bytes", "written_bytes", "disk_peak_bytes", "network_received_bytes", "network_sent_bytes")
+    __slots__ = ("memory_peak_bytes", "cpu_seconds", "log_bytes", "result_bytes", "result_file_count", "pids_peak_count", "cpu_throttled_seconds", "oom_kill_count", "read_bytes", "written_bytes", "disk_peak_bytes", "network_received_bytes", "network_sent_bytes", "gpus")
     MEMORY_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +381,7 @@ class Usage(_message.Message):
     DISK_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NETWORK_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NETWORK_SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     memory_peak_bytes: int
     cpu_seconds: float
     log_bytes: int
@@ -312,7 +395,8 @@ class Usage(_message.Message):
     disk_peak_bytes: int
     network_received_bytes: int
     network_sent_bytes: int
-    def __init__(self, memory_peak_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., log_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., result_file_count: _Optional[int] = ..., pids_peak_count: _Optional[int] = ..., cpu_throttled_seconds: _Optional[float] = ..., oom_kill_count: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., disk_peak_bytes: _Optional[int] = ..., network_received_bytes: _Optional[int] = ..., network_sent_bytes: _Optional[int] = ...) -> None: ...
+    gpus: _containers.RepeatedCompositeFieldContainer[GpuUsage]
+    def __init__(self, memory_peak_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., log_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., result_file_count: _Optional[int] = ..., pids_peak_count: _Optional[int] = ..., cpu_throttled_seconds: _Optional[float] = ..., oom_kill_count: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., disk_peak_bytes: _Optional[int] = ..., network_received_bytes: _Optional[int] = ..., network_sent_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[GpuUsage, _Mapping]]] = ...) -> None: ...
 
 class TaskID(_message.Message):
     __slots__ = ("task_id", "attempt")

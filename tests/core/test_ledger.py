@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodeservice.core.cpus import Cpu
+from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Resources
 from nodeservice.errors import InvariantError
 
 NODE = Resources(cpu_milli=4000, memory_bytes=1000, disk_bytes=1000, gpu_count=4)
-GPUS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")
+GPUS = tuple(GpuUnit(uuid=f"GPU-{letter}", name="H", memory_bytes=100) for letter in "abcd")
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 
 requests = st.builds(

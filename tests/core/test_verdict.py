@@ -19,12 +19,14 @@ REASON_OF = {
     StopCause.DISK_LIMIT: Reason.DISK_LIMIT,
     StopCause.NODE_DISK_LOW: Reason.NODE_DISK_LOW,
     StopCause.LIMIT_NOT_ENFORCED: Reason.LIMIT_NOT_ENFORCED,
+    StopCause.GPU_MEMORY_LIMIT: Reason.GPU_MEMORY_LIMIT,
+    StopCause.GPU_FAULT: Reason.GPU_FAULT,
 }
 CODES = (0, 1, 3, 125, 126, 127, 128, 137, 139, 143, 255)
 
 
 def expected(facts: ExitFacts) -> Reason:
-    """The table in words: our own signal, success, no such command, own limit, host, engine, the task itself."""
+    """The table in words: our own signal, success, no such command, own limit, host, GPU, engine, the task itself."""
     stop, finished = facts.stop, facts.finished_at
     too_late = stop is not None and finished is not None and finished < stop.requested_at
     if stop is not None and (stop.cause is StopCause.CANCELLED or not too_late):
@@ -37,6 +39,8 @@ def expected(facts: ExitFacts) -> Reason:
         return Reason.MEMORY_LIMIT
     if facts.host_oom_killed:
         return Reason.HOST_OUT_OF_MEMORY
+    if facts.gpu_fault:
+        return Reason.GPU_FAULT
     if facts.error and facts.exit_code in (125, 128, 255):
         return Reason.ENGINE_FAULT
     return Reason.EXIT_NONZERO
@@ -46,11 +50,17 @@ def test_the_whole_table_is_as_described() -> None:
     stops = [None, *(StopRequest(cause=cause, requested_at=T0) for cause in StopCause)]
     ends = (None, T0 - timedelta(seconds=1), T0, T0 + timedelta(seconds=1))
     count = 0
-    for code, own, host, error, finished, stop in product(
-        CODES, (False, True), (False, True), ("", "boom"), ends, stops
+    for code, own, host, error, gpu_fault, finished, stop in product(
+        CODES, (False, True), (False, True), ("", "boom"), ("", "XID 79"), ends, stops
     ):
         facts = ExitFacts(
-            exit_code=code, oom_killed=own, host_oom_killed=host, error=error, finished_at=finished, stop=stop
+            exit_code=code,
+            oom_killed=own,
+            host_oom_killed=host,
+            error=error,
+            gpu_fault=gpu_fault,
+            finished_at=finished,
+            stop=stop,
         )
         verdict = of_exit(facts)
         assert verdict.reason is expected(facts), facts
@@ -58,7 +68,7 @@ def test_the_whole_table_is_as_described() -> None:
         assert (verdict.outcome is Outcome.SUCCEEDED) == (verdict.reason is Reason.COMPLETED)
         assert (verdict.outcome is Outcome.CANCELLED) == (verdict.reason is Reason.CANCELLED)
         count += 1
-    assert count == len(CODES) * 2 * 2 * 2 * len(ends) * len(stops)
+    assert count == len(CODES) * 2 * 2 * 2 * 2 * len(ends) * len(stops)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -91,6 +101,12 @@ def test_every_cause_of_ours_has_a_verdict_and_says_what_it_was_given(cause: Sto
 
 def test_what_the_node_broke_may_be_tried_elsewhere_and_what_the_task_broke_may_not() -> None:
     mine = {Reason.MEMORY_LIMIT, Reason.DISK_LIMIT, Reason.DEADLINE, Reason.EXIT_NONZERO, Reason.COMMAND_NOT_FOUND}
-    theirs = {Reason.NODE_FAULT, Reason.HOST_OUT_OF_MEMORY, Reason.LIMIT_NOT_ENFORCED, Reason.NODE_DISK_LOW}
+    theirs = {
+        Reason.NODE_FAULT,
+        Reason.GPU_FAULT,
+        Reason.HOST_OUT_OF_MEMORY,
+        Reason.LIMIT_NOT_ENFORCED,
+        Reason.NODE_DISK_LOW,
+    }
     assert not [reason for reason in mine if is_retryable(reason)]
     assert all(is_retryable(reason) for reason in theirs)

@@ -13,10 +13,13 @@ from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, Resources, TaskRecord, TaskSpec
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import TransientError
+from nodeservice.gpu.health import HealthBoard
+from nodeservice.gpu.units import SharingPolicy
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
@@ -26,6 +29,7 @@ from nodeservice.ports import Reading, TaskCgroups
 from nodeservice.results.hand_over import Bundles
 from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids
 from nodeservice.testing.fake_disk import FakeFreeSpace, FakeTaskDisk
+from nodeservice.testing.fake_gpu import FakeGpuProvider, FakeOwners
 from nodeservice.testing.fake_runtime import FakeRuntime
 from nodeservice.testing.memory_store import MemoryResultStore
 
@@ -113,6 +117,10 @@ class World:
     """None: a killed process waits for nobody."""
     cgroups: TaskCgroups = field(default_factory=NoTaskCgroups)
     kill_patience_seconds: float = 5.0
+    gpus: FakeGpuProvider = field(default_factory=FakeGpuProvider)
+    owners: FakeOwners = field(default_factory=FakeOwners)
+    gpu_policy: SharingPolicy = field(default_factory=SharingPolicy)
+    gpu_ready_seconds: float = 0.2
 
 
 class LiveNode:
@@ -124,7 +132,7 @@ class LiveNode:
         self.journal = StoppingJournal(world.journal, writes, lost=lost)
         self.driver = Driver(
             journal=self.journal,  # type: ignore[arg-type]
-            ledger=Ledger(NODE),
+            ledger=Ledger(NODE, gpu_sharing_allowed=world.gpu_policy.allowed),
             clock=self.clock,
             traces=NoTraceSink(),
         )
@@ -158,6 +166,16 @@ class LiveNode:
             encode_record=encode_record,
             receipt=receipt,
             processes=NoProcesses(),
+            gpus=GpuKeeper(
+                world.gpus,
+                clock=self.clock,
+                owners=world.owners,
+                dirs=self.dirs,
+                policy=world.gpu_policy,
+                board=HealthBoard(quarantine_seconds=0.05),
+                look_seconds=0.01,
+                ready_seconds=world.gpu_ready_seconds,
+            ),
             on_pull_progress=lambda _id: None,
         )
         self.driver.on_change(lambda record: self.logs.wake(record.id))

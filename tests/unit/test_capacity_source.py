@@ -14,9 +14,11 @@ from rich.console import Console
 from nodeservice.capacity.reserve import Reserve, allocatable_of, reserved_for_host
 from nodeservice.capacity.source import HostCapacity
 from nodeservice.cli.inspect_view import capacity_as_dict, human_bytes, human_cores, render_capacity
+from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import GIB, MIB, Resources
 from nodeservice.errors import TransientError
-from nodeservice.ports import CapacitySource, EngineFacts, GpuProvider, NodeCapacity
+from nodeservice.gpu.units import SharingPolicy, units_of
+from nodeservice.ports import CapacitySource, EngineFacts, GpuInventory, GpuProvider, NodeCapacity
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
 
 ENGINE = EngineFacts(
@@ -30,6 +32,10 @@ ENGINE = EngineFacts(
     cpu_count=4096,
     memory_bytes=1 << 60,
 )
+
+
+def healthy(inventory: GpuInventory) -> tuple[GpuUnit, ...]:
+    return units_of(inventory, {}, SharingPolicy())
 
 
 def engine(facts: EngineFacts = ENGINE) -> Callable[[], Awaitable[EngineFacts]]:
@@ -51,7 +57,11 @@ async def read(
     reserve: Reserve | None = None,
 ) -> NodeCapacity:
     source = HostCapacity(
-        state_dir=state_dir, engine=ask_engine, gpus=gpus or FakeGpuProvider(), reserve=reserve or Reserve()
+        state_dir=state_dir,
+        engine=ask_engine,
+        gpus=gpus or FakeGpuProvider(),
+        units=healthy,
+        reserve=reserve or Reserve(),
     )
     try:
         return await source.read()
@@ -84,7 +94,7 @@ def test_a_configured_reserve_is_taken_as_it_is_and_zero_is_a_value() -> None:
 def test_more_is_never_reserved_than_there_is() -> None:
     capacity = Resources(cpu_milli=50, memory_bytes=100 * MIB, disk_bytes=10 * MIB, gpu_count=1)
 
-    left = allocatable_of(capacity, reserve=Reserve(), disk_free_bytes=10 * MIB, gpus_usable=True)
+    left = allocatable_of(capacity, reserve=Reserve(), disk_free_bytes=10 * MIB, gpu_count=1)
 
     assert left == Resources(gpu_count=1)
 
@@ -93,7 +103,7 @@ def test_only_free_disk_is_given_to_tasks() -> None:
     capacity = Resources(cpu_milli=1_000, memory_bytes=GIB, disk_bytes=100 * GIB)
 
     def left(free: int) -> int:
-        return allocatable_of(capacity, reserve=Reserve(), disk_free_bytes=free, gpus_usable=True).disk_bytes
+        return allocatable_of(capacity, reserve=Reserve(), disk_free_bytes=free, gpu_count=0).disk_bytes
 
     assert left(40 * GIB) == 35 * GIB
     assert left(2 * GIB) == 0
@@ -156,6 +166,7 @@ async def test_a_sample_is_in_percent_and_may_be_taken_at_any_time(tmp_path: Pat
         state_dir=tmp_path / "later",
         engine=no_engine,
         gpus=FakeGpuProvider(fake_gpu(utilization_percent=42.0)),
+        units=healthy,
         reserve=Reserve(),
     )
 
@@ -171,7 +182,7 @@ async def test_a_sample_that_cannot_read_the_host_keeps_the_last_values(tmp_path
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 250 kB\n")
     source = HostCapacity(
-        state_dir=tmp_path, engine=no_engine, gpus=FakeGpuProvider(), reserve=Reserve(), root=tmp_path
+        state_dir=tmp_path, engine=no_engine, gpus=FakeGpuProvider(), units=healthy, reserve=Reserve(), root=tmp_path
     )
     first = await source.sample()
     (tmp_path / "proc/meminfo").unlink()

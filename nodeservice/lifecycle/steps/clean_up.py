@@ -16,6 +16,7 @@ async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
         await context.runtime.remove(container.id)
     await context.cgroups.remove(record.id)
     await context.disk.remove(record.id)
+    context.gpus.forget(record.id)
     if record.collected is None:  # what could not be collected is not thrown away either
         await asyncio.to_thread(context.dirs.salvage, record.id)
     else:

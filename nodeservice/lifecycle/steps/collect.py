@@ -23,6 +23,8 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
     await asyncio.to_thread(context.dirs.prepare, record.id)
     container = await make_sure_it_ended(context, driver, record.id)
+    if record.lease.gpu_uuids:
+        await context.gpus.returned(record)
     driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
     unread = None
     if container is not None and container.has_run:
@@ -61,6 +63,7 @@ async def _bill(context: Context, record: TaskRecord) -> Usage:
         disk_peak_bytes=written.peak_bytes if written is not None else None,
         network_received_bytes=record.usage.network_received_bytes,
         network_sent_bytes=record.usage.network_sent_bytes,
+        gpus=context.gpus.usage(record.id),
     )
 
 

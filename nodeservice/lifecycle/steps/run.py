@@ -13,6 +13,7 @@ from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.steps import gpus
 from nodeservice.lifecycle.steps.failure import persist, reason_of
 from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
 
@@ -25,11 +26,14 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was created")
     id_, spec = record.id, record.spec
+    if record.lease.gpu_uuids and (why := await context.gpus.ready(record)):
+        message = f"A GPU of the task could not be made ready: {why}"
+        return ev.StepFailed(at=context.clock.now(), reason=Reason.GPU_FAULT, message=message)
     await asyncio.to_thread(context.dirs.prepare, id_)
     await _bound_disk(context, record)
     try:
         cgroup_parent = await context.cgroups.prepare(spec, record.lease.cpu_ids)
-        wanted = container_spec(context, record, cgroup_parent)
+        wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
         container_id = await persist(context, lambda: context.runtime.create(wanted))
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
@@ -107,6 +111,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         readings=readings,
         disk=await context.disk.bound(record.id),
         engine=state.limits,
+        gpu=await gpus.bound(context, record, state.pid),
     )
     return ev.ContainerStarted(
         at=context.clock.now(),
@@ -125,6 +130,8 @@ async def _bound_layer(context: Context, record: TaskRecord, container_id: str) 
 async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Follow the log, watch the disk, observe what goes with the container, wait for the end."""
     id_, container_id = record.id, _container(record)
+    if record.lease.gpu_uuids:
+        await _follow_gpus(context, record)
     observed = _Observed(record.usage)
     follower = asyncio.create_task(
         context.logs.follow_until_end(id_, container_id, context.dirs.log(id_)), name=f"log {id_}"
@@ -151,6 +158,8 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         return ev.ContainerLost(
             at=now, message=f"the engine lost the container's exit status ({state.status} {state.error})"
         )
+    if record.lease.gpu_uuids:
+        await context.gpus.ended(id_, well=state.exit_code == 0)
     kills = await context.cgroups.oom(id_)
     # The kernel's word on whose limit it was counts more than the engine's, which knows only that there was a kill.
     host_oom_killed = bool(kills.outside) and not kills.own_limit
@@ -162,7 +171,16 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         error=state.error,
         finished_at=state.finished_at,
         observed=observed.usage,
+        gpu_fault=context.gpus.fault(id_),
     )
+
+
+async def _follow_gpus(context: Context, record: TaskRecord) -> None:
+    """After a start and after a restart of the service alike."""
+    with contextlib.suppress(TransientError, NodeFaultError):
+        state = await context.runtime.find(_container(record))
+        if state is not None and state.pid:
+            context.gpus.follow(record.id, state.pid)
 
 
 class _Observed:

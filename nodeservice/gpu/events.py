@@ -1,0 +1,115 @@
+"""Waits for the driver's error events (XID) in a thread of its own, since the wait blocks.
+
+Events that came before the registration are never told, so it is made as soon as the GPUs are open, and made anew whenever
+NVML was begun anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import structlog
+
+from nodeservice.gpu.binding import binding, optional, text
+from nodeservice.gpu.faults import TIMEOUT
+from nodeservice.ports import GpuXid
+
+log = structlog.get_logger(__name__)
+
+_WAIT_MILLISECONDS = 1000
+_PAUSE_SECONDS = 1.0
+_MOST_WAITING = 1000
+_WHOLE_GPU = 0xFFFFFFFF
+
+
+class XidListener:
+    """`uuids` are asked before each wait: a change makes a new registration."""
+
+    def __init__(self, uuids: Callable[[], Sequence[str]], *, on_event: Callable[[], None]) -> None:
+        self._uuids = uuids
+        self._on_event = on_event
+        self._events: deque[GpuXid] = deque(maxlen=_MOST_WAITING)
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="nodeservice-nvml-events", daemon=True)
+            self._thread.start()
+
+    def take(self) -> list[GpuXid]:
+        """What came since the last call, oldest first."""
+        taken: list[GpuXid] = []
+        with suppress(IndexError):
+            while True:
+                taken.append(self._events.popleft())
+        return taken
+
+    def end(self) -> None:
+        """Let the thread end after its present wait. Does not wait."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        nvml = binding()
+        while not self._ended.is_set():
+            uuids = tuple(self._uuids())
+            if not uuids:
+                self._ended.wait(_PAUSE_SECONDS)
+                continue
+            try:
+                nvml.nvmlInit()  # counted: this thread's share of NVML, given back below
+            except nvml.NVMLError:
+                self._ended.wait(_PAUSE_SECONDS)
+                continue
+            try:
+                self._listen(nvml, uuids)
+            except Exception:
+                log.exception("gpu.events_failed")
+                self._ended.wait(_PAUSE_SECONDS)
+            finally:
+                with suppress(nvml.NVMLError):
+                    nvml.nvmlShutdown()
+
+    def _listen(self, nvml: Any, uuids: Sequence[str]) -> None:
+        try:
+            events = nvml.nvmlEventSetCreate()
+        except nvml.NVMLError as error:
+            log.warning("gpu.events_unavailable", code=int(error.value))
+            self._ended.wait(_PAUSE_SECONDS)
+            return
+        try:
+            for uuid in uuids:
+                _register(nvml, events, uuid)
+            while not self._ended.is_set() and tuple(self._uuids()) == tuple(uuids):
+                self._wait(nvml, events)
+        finally:
+            with suppress(nvml.NVMLError):
+                nvml.nvmlEventSetFree(events)
+
+    def _wait(self, nvml: Any, events: Any) -> None:
+        try:
+            event = nvml.nvmlEventSetWait_v2(events, _WAIT_MILLISECONDS)
+            uuid = text(nvml.nvmlDeviceGetUUID(event.device))
+        except nvml.NVMLError as error:
+            if int(error.value) != TIMEOUT:
+                # A lost GPU ends every wait at once; the look at the GPUs tells which one it is.
+                self._ended.wait(_PAUSE_SECONDS)
+            return
+        instance = int(event.gpuInstanceId)
+        xid = GpuXid(uuid=uuid, code=int(event.eventData), gpu_instance_id=None if instance == _WHOLE_GPU else instance)
+        self._events.append(xid)
+        self._on_event()
+
+
+def _register(nvml: Any, events: Any, uuid: str) -> None:
+    """For critical errors alone: others are read with each look. A GPU that can't tell of them goes without."""
+    with suppress(nvml.NVMLError):
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        supported = optional(nvml, nvml.nvmlDeviceGetSupportedEventTypes, handle) or 0
+        wanted = int(supported) & int(nvml.nvmlEventTypeXidCriticalError)
+        if wanted:
+            nvml.nvmlDeviceRegisterEvents(handle, wanted, events)

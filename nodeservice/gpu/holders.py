@@ -1,0 +1,88 @@
+"""Puts together who holds what and what the driver sees: memory by attempt, strangers, what is left behind. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from nodeservice.core.gpus import ShareMethod
+from nodeservice.core.model import MIB, AttemptId, Lease
+from nodeservice.gpu.bill import GpuSample
+from nodeservice.ports import Gpu, GpuInventory, GpuProcess, MigInstance
+
+_SLACK_BYTES = 256 * MIB
+_SLACK_SHARE = 100
+"""The driver holds a little by itself: what is no more than a hundredth, or 256 MiB, is taken for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A GPU, or one MIG instance of it."""
+
+    gpu: Gpu
+    instance: MigInstance | None = None
+
+    @property
+    def uuid(self) -> str:
+        return self.instance.uuid if self.instance is not None else self.gpu.uuid
+
+    @property
+    def name(self) -> str:
+        return self.instance.name if self.instance is not None else self.gpu.name
+
+    @property
+    def used_bytes(self) -> int | None:
+        return self.instance.memory_used_bytes if self.instance is not None else self.gpu.memory_used_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.instance.memory_total_bytes if self.instance is not None else self.gpu.memory_total_bytes
+
+    @property
+    def processes(self) -> tuple[GpuProcess, ...]:
+        if self.instance is None:
+            return self.gpu.processes
+        own = self.instance.gpu_instance_id
+        return tuple(process for process in self.gpu.processes if process.gpu_instance_id == own)
+
+    @property
+    def left_behind_bytes(self) -> int:
+        """What is used beyond what the driver holds by itself; 0 where that is not known."""
+        used = self.used_bytes or 0
+        return used if used > max(_SLACK_BYTES, self.total_bytes // _SLACK_SHARE) else 0
+
+
+def places(inventory: GpuInventory) -> dict[str, Place]:
+    """By UUID: all that tasks can hold, and GPUs that are split."""
+    found: dict[str, Place] = {}
+    for gpu in inventory.gpus:
+        found[gpu.uuid] = Place(gpu)
+        found.update((instance.uuid, Place(gpu, instance)) for instance in gpu.mig_instances)
+    return found
+
+
+def memory_of(place: Place, id_: AttemptId, owners: Mapping[int, AttemptId]) -> int | None:
+    """What the attempt's processes hold there; None where the driver does not tell it of one of them."""
+    held = [process.memory_bytes for process in place.processes if owners.get(process.pid) == id_]
+    return None if any(count is None for count in held) else sum(count or 0 for count in held)
+
+
+def strangers(place: Place, holders: Iterable[AttemptId], owners: Mapping[int, AttemptId]) -> list[int]:
+    """Processes there that belong to nobody who holds it."""
+    allowed = set(holders)
+    return sorted(process.pid for process in place.processes if owners.get(process.pid) not in allowed)
+
+
+def sample(place: Place, id_: AttemptId, lease: Lease, owners: Mapping[int, AttemptId]) -> GpuSample:
+    """What of it concerns one attempt that holds it."""
+    alone = lease.gpu_part is None or lease.gpu_part.method is ShareMethod.MIG
+    whole = alone and place.instance is None
+    own = memory_of(place, id_, owners)
+    return GpuSample(
+        uuid=place.uuid,
+        name=place.name,
+        utilization_percent=place.gpu.utilization_percent if whole else None,
+        memory_bytes=max(own or 0, place.used_bytes or 0) if alone else own,
+        energy_millijoules=place.gpu.energy_millijoules if whole else None,
+        throttle_reasons=place.gpu.throttle_reasons,
+    )

@@ -1,0 +1,146 @@
+"""NVML between init and shutdown: opens the GPUs, looks at them again and again, and begins anew after a fault.
+
+Only for the poller's thread. NVML is initialised once and the handles are kept: both are slow to get (a second and more
+where the driver does not stay loaded), and cheap to use. GPUs are keyed by UUID, since the index order changes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeservice.gpu.binding import binding, has_nvidia_hardware, text
+from nodeservice.gpu.faults import (
+    DRIVER_NOT_LOADED,
+    LIBRARY_NOT_FOUND,
+    NO_PERMISSION,
+    OF_ONE_GPU,
+    explain,
+)
+from nodeservice.gpu.reader import Device, open_device, read_closeness, read_fast, read_slow
+from nodeservice.ports import Gpu, GpuInventory
+
+log = structlog.get_logger(__name__)
+
+
+class NvmlSession:
+    """`slow_every`: how many looks there are from one at what changes slowly to the next."""
+
+    def __init__(self, *, pci_devices: Path, slow_every: int = 5) -> None:
+        self._pci_devices = pci_devices
+        self._slow_every = slow_every
+        self._open = False
+        self._looks = 0
+        self._devices: dict[str, Device] = {}
+        self._unreachable: tuple[str, ...] = ()
+        self._versions: tuple[str | None, str | None] = (None, None)
+
+    @property
+    def uuids(self) -> tuple[str, ...]:
+        """Of the GPUs that are open now."""
+        return tuple(self._devices) if self._open else ()
+
+    def look(self) -> GpuInventory:
+        """Raises nothing. With an error, the GPUs are those that were known before it."""
+        try:
+            return self._look()
+        except Exception as error:
+            # Not an error of NVML, so the binding's or ours: the node goes on without GPUs and says so.
+            log.exception("gpu.look_failed")
+            return self._told(_boot_seconds(), error=f"the GPUs could not be read: {error!r}")
+
+    def device(self, uuid: str) -> Device | None:
+        return self._devices.get(uuid)
+
+    def end(self) -> None:
+        """Shut NVML down. Repeating is harmless."""
+        if not self._open:
+            return
+        self._open = False
+        nvml = binding()
+        try:
+            nvml.nvmlShutdown()
+        except nvml.NVMLError as error:
+            log.debug("gpu.shutdown_failed", code=int(error.value))
+
+    def _look(self) -> GpuInventory:
+        nvml = binding()
+        began = _boot_seconds()
+        try:
+            if not self._open:
+                self._begin(nvml)
+            is_slow = self._looks % self._slow_every == 0
+            self._looks += 1
+            if is_slow:
+                nvml.nvmlDeviceGetCount()  # tells of a driver that went away where there is no GPU to ask
+            for device in self._devices.values():
+                self._look_at(nvml, device, is_slow=is_slow)
+        except nvml.NVMLError as error:
+            code = int(error.value)
+            self.end()
+            absent = code == DRIVER_NOT_LOADED and not has_nvidia_hardware(self._pci_devices)
+            if not self._devices and (absent or code == LIBRARY_NOT_FOUND):
+                return GpuInventory()
+            return self._told(began, error=explain(code))
+        return self._told(began)
+
+    def _begin(self, nvml: Any) -> None:
+        nvml.nvmlInit()
+        self._open = True
+        self._looks = 0
+        cuda = int(nvml.nvmlSystemGetCudaDriverVersion())
+        self._versions = text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+        known = {uuid: device.gpu for uuid, device in self._devices.items()}
+        self._devices, unreachable = {}, []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            try:
+                device = open_device(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
+                self._devices[device.gpu.uuid] = device
+            except nvml.NVMLError as error:
+                # The count includes devices that this process may not open: they are not ours, which is no fault.
+                if int(error.value) != NO_PERMISSION:
+                    unreachable.append(explain(int(error.value), f"GPU {index}"))
+        for uuid, gpu in known.items():
+            # One that was there before and is no more is lost; its tasks must hear of it.
+            self._devices.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more"), {}))
+        self._unreachable = tuple(unreachable)
+        read_closeness(nvml, [device for device in self._devices.values() if device.handle is not None])
+
+    def _look_at(self, nvml: Any, device: Device, *, is_slow: bool) -> None:
+        """What fails for one GPU is that GPU's; what fails for all goes on as an error."""
+        try:
+            if device.gpu.lost:
+                if not is_slow:
+                    return
+                device.handle = nvml.nvmlDeviceGetHandleByUUID(device.gpu.uuid)
+            if is_slow:
+                read_slow(nvml, device)
+            read_fast(nvml, device)
+        except nvml.NVMLError as error:
+            code = int(error.value)
+            if code not in OF_ONE_GPU and not device.gpu.lost:
+                raise
+            device.gpu = replace(device.gpu, lost=explain(code))
+
+    def _told(self, began: float, *, error: str | None = None) -> GpuInventory:
+        driver, cuda = self._versions
+        return GpuInventory(
+            gpus=tuple(sorted((device.gpu for device in self._devices.values()), key=_place)),
+            driver_version=driver,
+            cuda_version=cuda,
+            error=error,
+            unreachable=self._unreachable,
+            looked_at_seconds=began,
+        )
+
+
+def _boot_seconds() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _place(gpu: Gpu) -> tuple[str, str]:
+    return gpu.pci_address or "", gpu.uuid

@@ -1,0 +1,331 @@
+"""Keeps the GPUs honest: looks at them, takes the faulty ones out of service, ends tasks that lost or overdraw theirs.
+
+It looks each second while there are GPUs. A driver that hangs holds back nothing but the GPUs themselves: everything here
+works on what was seen last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import structlog
+
+from nodeservice.core import events as ev
+from nodeservice.core.gpus import GpuUnit, GpuUsage, ShareMethod
+from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord
+from nodeservice.gpu.health import GpuFault, GpuState, HealthBoard
+from nodeservice.gpu.holders import Place, memory_of, places, sample, strangers
+from nodeservice.gpu.units import SharingPolicy, units_of
+from nodeservice.gpu.xid import words as xid_words
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.gpu_bills import GpuBills
+from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.ports import Clock, GpuInventory, GpuProvider, GpuXid, ProcessOwners
+
+log = structlog.get_logger(__name__)
+
+GPU_DRIVER = "GPU_DRIVER"
+_STRANGER, _LEFT_BEHIND = "stranger", "left behind"
+_READY_LOOK_SECONDS = 0.2
+_LATE_EVENT_SECONDS = 0.3
+"""An event of the driver comes on a way of its own, and may come after the end of the task that it ended."""
+_SAVE_EVERY_LOOKS = 10
+_WITHOUT_GPUS_SECONDS = 30.0
+
+
+class GpuKeeper:
+    """Made before the driver of the lifecycle, which `run` gets: what a GPU is good for is asked from the start."""
+
+    def __init__(
+        self,
+        provider: GpuProvider,
+        *,
+        clock: Clock,
+        owners: ProcessOwners,
+        dirs: WorkDirs,
+        policy: SharingPolicy | None = None,
+        board: HealthBoard | None = None,
+        look_seconds: float = 1.0,
+        ready_seconds: float = 10.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._provider = provider
+        self._clock = clock
+        self._owners = owners
+        self._policy = policy or SharingPolicy()
+        self._board = board or HealthBoard()
+        self._look_seconds = look_seconds
+        self._ready_seconds = ready_seconds
+        self._monotonic = monotonic
+        self._inventory = GpuInventory()
+        self._driver: Driver | None = None
+        self._on_change: Callable[[], None] = lambda: None
+        self._pids: dict[AttemptId, int] = {}
+        self._bills = GpuBills(dirs)
+        self._faults: dict[AttemptId, str] = {}
+        self._noticed: dict[tuple[str, str], str] = {}
+        self._looks = 0
+
+    # ---- what there is ---------------------------------------------------------------------------------------------
+
+    def units(self, inventory: GpuInventory) -> tuple[GpuUnit, ...]:
+        """What tasks can lease, and what of it is out of service."""
+        return units_of(inventory, self._board.unwell(), self._policy)
+
+    def state(self, uuid: str) -> tuple[GpuState, str]:
+        return self._board.state(uuid)
+
+    @property
+    def inventory(self) -> GpuInventory:
+        """As of the last look."""
+        return self._inventory
+
+    # ---- work ------------------------------------------------------------------------------------------------------
+
+    async def run(self, driver: Driver, *, on_change: Callable[[], None]) -> None:
+        """Work until cancelled. `on_change` is called when what tasks can lease has changed."""
+        self._driver, self._on_change = driver, on_change
+        while True:
+            await self.look()
+            there = self._inventory.gpus or self._inventory.error
+            await self._clock.sleep(self._look_seconds if there else _WITHOUT_GPUS_SECONDS)
+
+    async def look(self) -> None:
+        """Take up what was seen last, and act on it."""
+        await self._take(await self._provider.inventory())
+
+    async def _look_now(self) -> None:
+        await self._take(await self._provider.refresh())
+
+    async def _take(self, inventory: GpuInventory) -> None:
+        self._inventory = inventory
+        now = self._monotonic()
+        xids = self._provider.take_xids()
+        faults = self._board.observe(inventory.gpus, xids, now_seconds=now) if inventory.error is None else []
+        seen = places(inventory)
+        holders = self._holders()
+        self._note_xids(xids, seen, holders)
+        self._fail_tasks(faults, seen, holders)
+        if inventory.gpus and inventory.error is None:
+            pids = [process.pid for gpu in inventory.gpus for process in gpu.processes]
+            owners = self._owners.owners(pids, self._pids, before_seconds=inventory.looked_at_seconds)
+            self._look_for_strangers(seen, holders, owners)
+            self._watch_memory(seen, holders, owners)
+            for record in holders:
+                bill = self._bills.of(record.id)
+                bill.add(
+                    [
+                        sample(seen[uuid], record.id, record.lease, owners)
+                        for uuid in record.lease.gpu_uuids
+                        if uuid in seen
+                    ],
+                    now_seconds=now,
+                )
+        self._looks += 1
+        if holders and self._looks % _SAVE_EVERY_LOOKS == 0:
+            await self._bills.save(record.id for record in holders)
+        self._tell_driver(inventory)
+
+    def _holders(self) -> list[TaskRecord]:
+        """Attempts that hold GPUs now."""
+        if self._driver is None:
+            return []
+        return [record for record in self._driver.live() if record.lease.gpu_uuids and not record.compute_released]
+
+    # ---- faults ----------------------------------------------------------------------------------------------------
+
+    def _note_xids(self, xids: Iterable[GpuXid], seen: Mapping[str, Place], holders: Iterable[TaskRecord]) -> None:
+        for xid in xids:
+            log.warning("gpu.xid", uuid=xid.uuid, code=xid.code, instance=xid.gpu_instance_id, what=xid_words(xid.code))
+            for record in holders:
+                for uuid in _touched(record, xid.uuid, xid.gpu_instance_id, seen):
+                    self._bills.of(record.id).note_xid(uuid, xid.code)
+
+    def _fail_tasks(self, faults: Iterable[GpuFault], seen: Mapping[str, Place], holders: Iterable[TaskRecord]) -> None:
+        for fault in faults:
+            log.error("gpu.fault", uuid=fault.uuid, instance=fault.gpu_instance_id, what=fault.words)
+            for record in holders:
+                if not _touched(record, fault.uuid, fault.gpu_instance_id, seen):
+                    continue
+                what = f"{fault.uuid}: {fault.words}"
+                self._faults.setdefault(record.id, what)
+                if record.phase <= Phase.RUNNING:
+                    self._stop(record, StopCause.GPU_FAULT, f"A GPU of the task failed: {what}.")
+
+    def fault(self, id_: AttemptId) -> str:
+        """What went wrong with a GPU while the attempt held it, in words; empty where nothing did."""
+        return self._faults.get(id_, "")
+
+    def _stop(self, record: TaskRecord, cause: StopCause, message: str) -> None:
+        if self._driver is None or record.stop is not None:
+            return
+        now = self._clock.now()
+        stop = StopRequest(cause=cause, requested_at=now, message=message)
+        self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+
+    # ---- who is there ----------------------------------------------------------------------------------------------
+
+    def _look_for_strangers(
+        self, seen: Mapping[str, Place], holders: Iterable[TaskRecord], owners: Mapping[int, AttemptId]
+    ) -> None:
+        """A GPU that somebody else uses, or whose memory did not come back, is given to nobody."""
+        by_uuid: dict[str, list[TaskRecord]] = {}
+        for record in holders:
+            for uuid in record.lease.gpu_uuids:
+                by_uuid.setdefault(uuid, []).append(record)
+        held_parents = {seen[uuid].gpu.uuid for uuid in by_uuid if uuid in seen}
+        words: dict[str, tuple[str, str]] = {}
+        for uuid, place in seen.items():
+            if place.gpu.mig_enabled and place.instance is None:
+                continue
+            stranger, left = words.get(place.gpu.uuid, ("", ""))
+            own = by_uuid.get(uuid, [])
+            # While a holder's container is being started or ended, it can't be said whose a process is.
+            if all(record.phase is Phase.RUNNING and record.id in self._pids for record in own):
+                pids = strangers(place, (record.id for record in own), owners)
+                stranger = stranger or (f"process {pids[0]} uses it, which is of no task that holds it" if pids else "")
+            if not own and place.left_behind_bytes and place.gpu.uuid not in held_parents:
+                left = left or f"{place.left_behind_bytes} bytes of its memory are in use though no task holds it"
+            words[place.gpu.uuid] = (stranger, left)
+        for uuid, (stranger, left) in words.items():
+            self._suspect(uuid, _STRANGER, stranger)
+            self._suspect(uuid, _LEFT_BEHIND, left)
+
+    def _suspect(self, uuid: str, by: str, why: str) -> None:
+        """At the second look in a row: what is gone at the next was just on its way."""
+        before = self._noticed.get((uuid, by), "")
+        self._noticed[uuid, by] = why
+        if not why or before:
+            self._board.suspect(uuid, by, why)
+
+    def _watch_memory(
+        self, seen: Mapping[str, Place], holders: Iterable[TaskRecord], owners: Mapping[int, AttemptId]
+    ) -> None:
+        for record in holders:
+            part = record.lease.gpu_part
+            if part is None or part.method is ShareMethod.MIG or record.phase is not Phase.RUNNING:
+                continue
+            (uuid,) = record.lease.gpu_uuids
+            used = memory_of(seen[uuid], record.id, owners) if uuid in seen else None
+            if used is not None and used > part.memory_bytes:
+                message = f"Took {used} bytes of GPU memory; its limit is {part.memory_bytes} bytes ({uuid})."
+                self._stop(record, StopCause.GPU_MEMORY_LIMIT, message)
+
+    # ---- one attempt -----------------------------------------------------------------------------------------------
+
+    async def ready(self, record: TaskRecord) -> str:
+        """Before the container is made: why the attempt can't have its GPUs, in words; empty when it can.
+
+        What the last holder left goes within moments; so long it is waited for.
+        """
+        until = self._monotonic() + self._ready_seconds
+        while True:
+            await self._look_now()
+            why = self._not_ready(record)
+            if not why or self._monotonic() >= until:
+                return why
+            await self._clock.sleep(_READY_LOOK_SECONDS)
+
+    def _not_ready(self, record: TaskRecord) -> str:
+        if self._inventory.error is not None:
+            return self._inventory.error
+        seen = places(self._inventory)
+        shared = record.lease.gpu_part is not None and record.lease.gpu_part.method is not ShareMethod.MIG
+        for uuid in record.lease.gpu_uuids:
+            place = seen.get(uuid)
+            if place is None:
+                return f"{uuid} is there no more"
+            state, why = self._board.state(place.gpu.uuid)
+            if state is not GpuState.WELL:
+                return f"{place.gpu.uuid}: {why}"
+            if not shared and (place.processes or place.left_behind_bytes):
+                return f"{uuid}: {len(place.processes)} processes and {place.left_behind_bytes} bytes are still on it"
+        return ""
+
+    def follow(self, id_: AttemptId, pid: int) -> None:
+        """The first process of the attempt's container: what is on the GPU in its cgroup is the attempt's."""
+        self._pids[id_] = pid
+
+    async def limit(self, record: TaskRecord, pid: int) -> tuple[int, str]:
+        """Set the driver's limit on the container's own cgroup: what is in force then, and where.
+
+        Raises NodeFaultError (LIMIT_NOT_ENFORCED).
+        """
+        part = record.lease.gpu_part
+        assert part is not None
+        cgroup = self._owners.cgroup(pid) or ""
+        held = await self._provider.limit_memory(record.lease.gpu_uuids[0], cgroup, part.memory_bytes)
+        return held, cgroup
+
+    async def ended(self, id_: AttemptId, *, well: bool) -> None:
+        """The container ended: look once more, after a moment for late events where it did not end well."""
+        if not well:
+            await self._clock.sleep(_LATE_EVENT_SECONDS)
+        await self._look_now()
+
+    async def returned(self, record: TaskRecord) -> None:
+        """Before the lease goes back: wait, within a bound, until nothing of the attempt is left on its GPUs.
+
+        What is left after that keeps the GPU out of service, not the attempt from its end.
+        """
+        self._pids.pop(record.id, None)
+        until = self._monotonic() + self._ready_seconds
+        while record.lease.gpu_part is None and (why := self._left(record)):
+            if self._monotonic() >= until:
+                log.warning("gpu.not_returned", task_id=record.id.task_id, attempt=record.id.attempt, why=why)
+                break
+            await self._clock.sleep(_READY_LOOK_SECONDS)
+            await self._look_now()
+
+    def _left(self, record: TaskRecord) -> str:
+        seen = places(self._inventory)
+        for uuid in record.lease.gpu_uuids:
+            place = seen.get(uuid)
+            if place is not None and not place.gpu.lost and (place.processes or place.left_behind_bytes):
+                return f"{uuid}: {len(place.processes)} processes, {place.left_behind_bytes} bytes"
+        return ""
+
+    def usage(self, id_: AttemptId) -> tuple[GpuUsage, ...]:
+        return self._bills.usage(id_)
+
+    def forget(self, id_: AttemptId) -> None:
+        self._bills.forget(id_)
+        for known in (self._pids, self._faults):
+            known.pop(id_, None)
+
+    # ---- the node --------------------------------------------------------------------------------------------------
+
+    def _tell_driver(self, inventory: GpuInventory) -> None:
+        driver = self._driver
+        if driver is None:
+            return
+        complaints = [*([inventory.error] if inventory.error else []), *inventory.unreachable]
+        if complaints:
+            driver.warnings[GPU_DRIVER] = "; ".join(complaints)
+        else:
+            driver.warnings.pop(GPU_DRIVER, None)
+        units = self.units(inventory)
+        if units != driver.ledger.gpus:
+            count = sum(1 for unit in units if unit.counts and not unit.unwell)
+            driver.ledger.resize(replace(driver.ledger.allocatable, gpu_count=count), units)
+            for unit in units:
+                if unit.unwell:
+                    log.warning("gpu.out_of_service", uuid=unit.uuid, why=unit.unwell)
+            self._on_change()
+
+
+def _touched(record: TaskRecord, gpu: str, instance_id: int | None, seen: Mapping[str, Place]) -> list[str]:
+    """Which units of a lease lie on this GPU; only the one with this id, where there is one."""
+    found: list[str] = []
+    for uuid in record.lease.gpu_uuids:
+        place = seen.get(uuid)
+        if place is None:
+            continue
+        other_instance = (
+            instance_id is not None and place.instance is not None and place.instance.gpu_instance_id != instance_id
+        )
+        if place.gpu.uuid == gpu and not other_instance:
+            found.append(uuid)
+    return found
