@@ -1,4 +1,4 @@
-"""Fixtures that find the real parts: the container engine and the demo image."""
+"""Fixtures that find the real parts: the container engine and the demo image. And the false NVIDIA driver."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import docker
@@ -14,6 +14,8 @@ import pytest
 from hypothesis import settings
 
 from nodeservice.runtime.endpoint import resolve_endpoint
+from nodeservice.testing.false_driver import FalseDriver, Machine
+from nodeservice.testing.false_driver.build import compiler
 
 settings.register_profile("fast", max_examples=15)  # for make test-fast; the whole run uses the default
 
@@ -61,6 +63,20 @@ def node_id(docker_client: docker.APIClient) -> Iterator[str]:
         docker_client.remove_container(entry["Id"], force=True, v=True)
     for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node}.node"):
         remove_cgroup(cgroup)
+
+
+@pytest.fixture(scope="session")
+def false_driver_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each library of the false driver is compiled to, once."""
+    if compiler() is None:
+        pytest.skip("NO C COMPILER on this host: the false NVIDIA driver cannot be built; install gcc")
+    return tmp_path_factory.mktemp("false-driver-cache")
+
+
+@pytest.fixture
+def false_driver(tmp_path: Path, false_driver_cache: Path) -> Callable[[str | Machine], FalseDriver]:
+    """Builds the machine of that name, once in a test."""
+    return lambda machine: FalseDriver.build(tmp_path / "driver", machine, cache=false_driver_cache)
 
 
 def remove_cgroup(directory: Path) -> None:
