@@ -23,6 +23,7 @@ from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.errors import InitMissingError, command_error
 from nodeservice.runtime.exits import ExitWatcher
 from nodeservice.runtime.gpu_access import GpuAccess, choose_gpu_access
+from nodeservice.runtime.inside import run_inside
 from nodeservice.runtime.libpod import libpod_body
 from nodeservice.runtime.log_file import read_log_file
 from nodeservice.runtime.logs import read_log
@@ -169,6 +170,9 @@ class DockerRuntime:
         async with aclosing(await self._reading(container_id, follow=follow)) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def run_inside(self, container_id: str, argv: Sequence[str], *, timeout_seconds: float) -> str:
+        return await run_inside(self._connection, container_id, argv, timeout_seconds=timeout_seconds)
 
     async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
         """As the port says. Raises TransientError (CONTAINER_NOT_STOPPING) if it lives on 10 s after SIGKILL."""
