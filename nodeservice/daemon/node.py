@@ -28,6 +28,7 @@ from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
+from nodeservice.limits.device_nodes import gpu_nodes_of
 from nodeservice.limits.disk import open_task_disk
 from nodeservice.limits.free_space import DirectoriesFreeSpace
 from nodeservice.limits.owners import ProcOwners
@@ -174,6 +175,7 @@ async def working(
         gpus=node.keeper,
         on_pull_progress=on_pull_progress,
         on_capacity_change=on_capacity_change,
+        gpu_nodes=lambda: gpu_nodes_of(node.keeper.inventory),
     )
     try:
         async with at_work(context, node.driver, decode_record) as tasks:

@@ -13,6 +13,7 @@ from nodeservice.core.retry import Backoff
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.limits.device_nodes import GpuNodes
 from nodeservice.ports import (
     Bundles,
     Clock,
@@ -50,7 +51,8 @@ class MakeReceipt(Protocol):
         readings: Sequence[Reading],
         disk: DiskBound | None,
         engine: Mapping[str, object],
-        gpu: GpuBound | None = None,
+        gpus: Sequence[GpuNodes],
+        gpu_part: GpuBound | None = None,
     ) -> ReceiptView: ...
 
 
@@ -109,6 +111,8 @@ class Context:
     on_pull_progress: Callable[[AttemptId], PullProgress | None]
     on_capacity_change: Callable[[], None] = lambda: None
     """Called when this node has more or less for tasks than it had."""
+    gpu_nodes: Callable[[], Sequence[GpuNodes]] = tuple
+    """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
     collecting: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
     )

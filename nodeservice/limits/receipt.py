@@ -15,6 +15,8 @@ from pathlib import PurePosixPath
 from nodeservice.core.model import Lease, TaskSpec
 from nodeservice.limits.asked import Value, asked_limits
 from nodeservice.limits.compare import difference, in_force
+from nodeservice.limits.device_nodes import GpuNodes
+from nodeservice.limits.gpu_check import GPU_LIMITS
 from nodeservice.limits.plan import PIDS_OVERHEAD
 from nodeservice.ports import DiskBound, Enforcement, GpuBound, Reading
 
@@ -76,10 +78,15 @@ def receipt(
     readings: Sequence[Reading],
     disk: DiskBound | None,
     engine: Mapping[str, object],
-    gpu: GpuBound | None = None,
+    gpus: Sequence[GpuNodes] = (),
+    gpu_part: GpuBound | None = None,
     page_bytes: int = mmap.PAGESIZE,
 ) -> Receipt:
-    """`engine` is `ContainerState.limits`: by name of the limit, None for one that it says is not in force."""
+    """`engine` is `ContainerState.limits`: by name of the limit, None for one that it says is not in force.
+
+    `gpus` are those of this host, the lease's among them; without them, GPUs are told apart by their number alone.
+    `gpu_part` is how a task is kept to its part of one; None where it has no part.
+    """
     asked = asked_limits(spec, lease)
     effective: dict[str, Value | None] = {}
     enforcement: dict[str, Enforcement] = {}
@@ -104,16 +111,21 @@ def receipt(
         read_from["disk_bytes"] = " ".join(str(place) for place, _ in disk.places)
     elif "disk_bytes" in asked:
         unread["disk_bytes"] = _NOT_LOOKED_AT
-    if gpu is not None:
-        effective["gpu_memory_bytes"], effective["gpu_sm_percent"] = gpu.memory_bytes, gpu.sm_percent
-        enforcement["gpu_memory_bytes"] = gpu.enforcement
-        enforcement["gpu_sm_percent"] = Enforcement.NONE if gpu.sm_percent is None else Enforcement.HARD
-        read_from["gpu_memory_bytes"] = read_from["gpu_sm_percent"] = gpu.source
-        if gpu.note:
-            unread["gpu_memory_bytes"] = gpu.note
+    if gpu_part is not None:
+        effective["gpu_memory_bytes"], effective["gpu_sm_percent"] = gpu_part.memory_bytes, gpu_part.sm_percent
+        enforcement["gpu_memory_bytes"] = gpu_part.enforcement
+        enforcement["gpu_sm_percent"] = Enforcement.NONE if gpu_part.sm_percent is None else Enforcement.HARD
+        read_from["gpu_memory_bytes"] = read_from["gpu_sm_percent"] = gpu_part.source
+        if gpu_part.note:
+            unread["gpu_memory_bytes"] = gpu_part.note
     for name, wanted in asked.items():
         if name in effective:
-            differs = difference(name, wanted, effective[name], page_bytes=page_bytes, gpu_count=len(lease.gpu_uuids))
+            held = effective[name]
+            differs = (
+                GPU_LIMITS[name](str(held), gpus, lease.gpu_uuids)
+                if name in GPU_LIMITS and held is not None
+                else difference(name, wanted, held, page_bytes=page_bytes)
+            )
             mismatches += [f"{name}: {differs} ({read_from[name]})"] if differs else []
     return Receipt(
         asked=asked,

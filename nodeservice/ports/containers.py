@@ -159,6 +159,15 @@ class ContainerRuntime(Protocol):
         """
         ...
 
+    async def run_inside(self, container_id: str, argv: Sequence[str], *, timeout_seconds: float) -> str:
+        """Run a program in a running container, under its limits; its standard output, which is not to be trusted.
+
+        Raises RequestError (EXEC_FAILED) for one that is not there, ends otherwise than with 0, or writes more than 64 KiB;
+        TransientError (EXEC_TIMEOUT) for one that takes too long, and lives on then until the container ends;
+        NodeFaultError (CONTAINER_LOST) where the container does not run.
+        """
+        ...
+
     async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
         """Send the signal, wait, send SIGKILL. A container already gone or ended is success."""
         ...

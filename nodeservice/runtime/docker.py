@@ -20,12 +20,14 @@ from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_spec import check_mount_sources, create_body
 from nodeservice.runtime.docker_state import init_failure
 from nodeservice.runtime.endpoint import resolve_endpoint
-from nodeservice.runtime.engine_process import read_engine_process
 from nodeservice.runtime.errors import InitMissingError, command_error
 from nodeservice.runtime.exits import ExitWatcher
+from nodeservice.runtime.gpu_access import GpuAccess, choose_gpu_access
+from nodeservice.runtime.inside import run_inside
+from nodeservice.runtime.libpod import libpod_body
 from nodeservice.runtime.log_file import read_log_file
 from nodeservice.runtime.logs import read_log
-from nodeservice.runtime.profile import EngineProfile, read_profile
+from nodeservice.runtime.profile import EngineProfile
 from nodeservice.runtime.pulls import ImagePulls
 
 log = structlog.get_logger(__name__)
@@ -90,6 +92,10 @@ class DockerRuntime:
     async def facts(self) -> EngineFacts:
         return (await self._profile(fresh=True)).facts
 
+    async def gpu_access(self, gpu_uuids: Sequence[str] = ()) -> GpuAccess:
+        """How these GPUs would be asked for now; with none named, the best way for any."""
+        return choose_gpu_access((await self._profile(fresh=True)).gpus, gpu_uuids)
+
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None = None) -> PulledImage:
         return await self._pulls.pull(image, policy=policy, on_progress=on_progress)
 
@@ -97,7 +103,8 @@ class DockerRuntime:
         """As the port says; a cancelled caller waits for the engine's answer, so no container appears behind its back."""
         if not _NAME.fullmatch(spec.name):
             raise RequestError(f"{spec.name[:80]!r} cannot be a container's name", reason="CREATE_FAILED", field="name")
-        profile = await self._profile()
+        # What can hand GPUs changes under the engine: a new MIG layout, a CDI specification written anew.
+        profile = await self._profile(fresh=bool(spec.gpu_uuids))
         try:
             container_id, is_new = await self._create(spec, profile)
         except InitMissingError:
@@ -164,6 +171,9 @@ class DockerRuntime:
             async for piece in pieces:
                 yield piece
 
+    async def run_inside(self, container_id: str, argv: Sequence[str], *, timeout_seconds: float) -> str:
+        return await run_inside(self._connection, container_id, argv, timeout_seconds=timeout_seconds)
+
     async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
         """As the port says. Raises TransientError (CONTAINER_NOT_STOPPING) if it lives on 10 s after SIGKILL."""
         if not await self._signal(container_id, signal) or await self._ended_within(container_id, grace_seconds):
@@ -208,11 +218,16 @@ class DockerRuntime:
 
     async def _create(self, spec: ContainerSpec, profile: EngineProfile) -> tuple[str, bool]:
         """The id, and whether it is new."""
-        body = create_body(spec, profile, node_id=self._node_id)
+        access = choose_gpu_access(profile.gpus, spec.gpu_uuids) if spec.gpu_uuids else None
+        is_native = access is not None and profile.gpus.is_podman
+        make = libpod_body if is_native else create_body
+        body = make(spec, profile, node_id=self._node_id, access=access)
+        if access is not None:
+            log.info("gpu.access", name=spec.name, how=access.words, passed_over=list(access.passed_over))
         if profile.makes_mount_sources:
             await asyncio.to_thread(check_mount_sources, spec)
         return await self._connection.call_to_end(
-            lambda client: calls.create(client, spec, body), doing=f"create {spec.name}"
+            lambda client: calls.create(client, spec, body, native=is_native), doing=f"create {spec.name}"
         )
 
     async def _reading(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
@@ -236,13 +251,7 @@ class DockerRuntime:
             return self._known_profile
         before = self.degraded
         profile = await self._connection.call(
-            lambda client: read_profile(
-                client.info(),
-                client.version(),
-                client.networks(),
-                lacks_init=self._lacks_init,
-                process=read_engine_process(self._connection.endpoint),
-            ),
+            lambda client: calls.profile(client, self._connection.endpoint, lacks_init=self._lacks_init),
             doing="describe itself",
         )
         self._known_profile, self._profile_is_stale = profile, False

@@ -13,9 +13,14 @@ import structlog
 
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ContainerSpec, ContainerState
+from nodeservice.runtime.cdi_specs import DEFAULT_DIRECTORIES, read_cdi_specs
 from nodeservice.runtime.docker_spec import is_same_request
 from nodeservice.runtime.docker_state import read_state
+from nodeservice.runtime.endpoint import Endpoint
+from nodeservice.runtime.engine_process import read_engine_process
 from nodeservice.runtime.errors import create_error, is_status, start_error
+from nodeservice.runtime.libpod import create_natively
+from nodeservice.runtime.profile import EngineProfile, read_profile
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -24,6 +29,19 @@ log = structlog.get_logger(__name__)
 
 _NAME_PATIENCE_SECONDS = 3.0
 _NAME_LOOK_SECONDS = 0.02
+
+
+def profile(client: APIClient, endpoint: Endpoint, *, lacks_init: bool) -> EngineProfile:
+    info = client.info()
+    process = read_engine_process(endpoint)
+    return read_profile(
+        info,
+        client.version(),
+        client.networks(),
+        lacks_init=lacks_init,
+        process=process,
+        specs=read_cdi_specs(process.root, info.get("CDISpecDirs") or DEFAULT_DIRECTORIES),
+    )
 
 
 def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
@@ -45,15 +63,15 @@ def log_path(client: APIClient, container_id: str) -> Path:
         raise
 
 
-def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any]) -> tuple[str, bool]:
+def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any], *, native: bool = False) -> tuple[str, bool]:
     """Create, or find one of the same request: the id, and whether it is new.
 
-    Whatever goes wrong on the way, the name tells whether it is there.
+    Whatever goes wrong on the way, the name tells whether it is there. `native` is for the body of a Podman specification.
     """
     from docker.errors import APIError
 
     try:
-        answer: dict[str, Any] = client.create_container_from_config(body, name=spec.name)
+        answer = create_natively(client, body) if native else client.create_container_from_config(body, name=spec.name)
     except Exception as error:
         refused = error if isinstance(error, APIError) else None
         if refused is not None and not _is_name_taken(refused):

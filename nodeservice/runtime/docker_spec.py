@@ -10,20 +10,25 @@ from nodeservice.core.model import MIB
 from nodeservice.errors import NodeFaultError, RequestError
 from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
 from nodeservice.ports import ContainerSpec, labels
+from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
 from nodeservice.runtime.profile import EngineProfile
 
 _MIN_LOG_BYTES = 1 * MIB
 _PERIOD_MICROSECONDS = 100_000
 _LONG_PERIOD_MICROSECONDS = 1_000_000
 _SMALLEST_QUOTA_MICROSECONDS = 1_000
-_GPU_CHOICE = ("NVIDIA_VISIBLE_DEVICES", "NVIDIA_MIG_")
-_GPU_SIDE_DOORS = ("CUDA_MPS_",)
+_OURS_TO_SET = ("NVIDIA_", "CUDA_MPS_")
+"""NVIDIA's runtime obeys the first, also MIG_CONFIG and IMEX_CHANNELS; an MPS pipe reaches the GPU of whoever serves it."""
+_CAPABILITIES_VARIABLE = "NVIDIA_DRIVER_CAPABILITIES"
+_DRIVER_CAPABILITIES = ("compute", "utility", "video", "graphics", "compat32", "ngx")
+"""Parts of the driver that are files only. `display`, and so `all`, would bring the host's X server."""
+_STANDARD_DRIVER_CAPABILITIES = ("compute", "utility")
 
 
-def create_body(spec: ContainerSpec, profile: EngineProfile, *, node_id: str) -> dict[str, Any]:
-    """The JSON of POST /containers/create.
+def check_request(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> None:
+    """Refuse what would not be kept. `access` is how the spec's GPUs are asked for, None for a spec without any.
 
-    Raises RequestError for amounts that would mean "no limit" to the engine, NodeFaultError for GPUs that it leaves out.
+    Raises RequestError for amounts that would mean "no limit" to the engine, NodeFaultError for GPUs that it can't hand.
     """
     for name in ("cpu_milli", "memory_bytes", "pids_limit"):
         if getattr(spec, name) < 1:
@@ -33,15 +38,23 @@ def create_body(spec: ContainerSpec, profile: EngineProfile, *, node_id: str) ->
                 field=name,
                 hint="ask for at least 1",
             )
-    if spec.gpu_uuids and not profile.hands_gpus:
+    if spec.gpu_uuids and (access is None or access.way is GpuWay.NONE):
+        why = f" ({'; '.join(access.passed_over)})" if access else ""
         raise NodeFaultError(
-            f"{profile.facts.name} {profile.facts.version} hands no GPUs to containers through its Docker-compatible API",
+            f"{profile.facts.name} {profile.facts.version} can hand no GPU to a container{why}",
             reason="NODE_FAULT",
-            hint="run this node with Docker",
+            hint=access.remedy if access else None,
         )
+
+
+def create_body(
+    spec: ContainerSpec, profile: EngineProfile, *, node_id: str, access: GpuAccess | None = None
+) -> dict[str, Any]:
+    """The JSON of POST /containers/create. Raises as `check_request`."""
+    check_request(spec, profile, access)
     body: dict[str, Any] = {
         "Image": spec.image,
-        "Env": [f"{name}={value}" for name, value in environment(spec)],
+        "Env": [f"{name}={value}" for name, value in environment(spec, access)],
         "Labels": {**spec.labels, labels.NODE: node_id},
         "StopSignal": spec.stop_signal,
         "StopTimeout": max(0, math.ceil(spec.grace_seconds)),
@@ -50,7 +63,7 @@ def create_body(spec: ContainerSpec, profile: EngineProfile, *, node_id: str) ->
         "AttachStderr": False,
         "Tty": False,
         "OpenStdin": False,
-        "HostConfig": _host_config(spec, profile),
+        "HostConfig": _host_config(spec, profile, access),
     }
     if spec.shell is not None:
         body["Entrypoint"] = ["/bin/sh", "-c"]
@@ -71,15 +84,31 @@ def check_mount_sources(spec: ContainerSpec) -> None:
             )
 
 
-def environment(spec: ContainerSpec) -> list[tuple[str, str]]:
+def environment(spec: ContainerSpec, access: GpuAccess | None = None) -> list[tuple[str, str]]:
     """The task's environment with GPU access decided by us alone.
 
-    NVIDIA's runtime grants what NVIDIA_VISIBLE_DEVICES names, and images set it to `all`; it is always set last here. An MPS
-    pipe named by the task would reach the GPU of whoever serves it.
+    NVIDIA's runtime grants what NVIDIA_VISIBLE_DEVICES names, and images set it to `all`: it is always set here, and last.
+    With CDI it is void too, as NVIDIA's own specifications have it, so that no runtime grants anything on top.
     """
-    blocked = (*_GPU_CHOICE, *_GPU_SIDE_DOORS) if spec.gpu_uuids else ("NVIDIA_", *_GPU_SIDE_DOORS)
-    kept = [(name, value) for name, value in spec.env if not name.upper().startswith(blocked)]
-    return [*kept, *spec.gpu_env, ("NVIDIA_VISIBLE_DEVICES", ",".join(spec.gpu_uuids) or "void")]
+    kept = [(name, value) for name, value in spec.env if not name.upper().startswith(_OURS_TO_SET)]
+    if not spec.gpu_uuids:
+        return [*kept, ("NVIDIA_VISIBLE_DEVICES", "void")]
+    by_environment = access is not None and access.way in (GpuWay.DEVICE_REQUEST, GpuWay.RUNTIME)
+    return [
+        *kept,
+        *spec.gpu_env,
+        (_CAPABILITIES_VARIABLE, ",".join(driver_capabilities(spec))),
+        ("NVIDIA_VISIBLE_DEVICES", ",".join(spec.gpu_uuids) if by_environment else "void"),
+    ]
+
+
+def driver_capabilities(spec: ContainerSpec) -> list[str]:
+    """Which parts of the driver a task with GPUs gets: those that it names and may have, else compute and utility."""
+    asked = dict(spec.env).get(_CAPABILITIES_VARIABLE, "")
+    words = [word.strip() for word in asked.split(",")]
+    if "all" in words:
+        return list(_DRIVER_CAPABILITIES)
+    return [word for word in _DRIVER_CAPABILITIES if word in words] or list(_STANDARD_DRIVER_CAPABILITIES)
 
 
 def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:
@@ -89,7 +118,7 @@ def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:
     return all(found.get(name) == value for name, value in spec.labels.items())
 
 
-def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
+def _host_config(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> dict[str, Any]:
     period, quota = cpu_quota(spec.cpu_milli)
     config: dict[str, Any] = {
         "CpuPeriod": period,
@@ -100,14 +129,14 @@ def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
         "PidsLimit": spec.pids_limit,
         # Counted in the container's memory; 64 MB, the engine's default, is too small for data loaders.
         "ShmSize": shm_bytes(spec.memory_bytes),
-        "Ulimits": _ulimits(spec, profile),
+        "Ulimits": ulimits(spec, profile),
         "SecurityOpt": ["no-new-privileges"],
         "CapDrop": list(DROPPED_CAPABILITIES),
         "Privileged": False,
         "AutoRemove": False,
         "RestartPolicy": {"Name": "no"},
         "NetworkMode": profile.network,
-        "LogConfig": _log_config(spec, profile),
+        "LogConfig": log_config(spec, profile),
         "Mounts": [
             # As a mount, not a bind: a source that is missing is refused, not made as an empty directory of root's.
             {"Type": "bind", "Source": str(mount.source), "Target": mount.target, "ReadOnly": mount.read_only}
@@ -123,14 +152,25 @@ def _host_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
         config["Init"] = True
     if spec.cgroup_parent is not None:
         config["CgroupParent"] = spec.cgroup_parent
-    if spec.gpu_uuids:
-        config["DeviceRequests"] = [
-            {"Driver": "nvidia", "DeviceIDs": list(spec.gpu_uuids), "Capabilities": [["gpu"]]},
-        ]
+    return config | _gpu_config(spec, profile, access)
+
+
+def _gpu_config(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> dict[str, Any]:
+    """GPUs by UUID, never by count: to an engine, a count of N means the first N."""
+    if access is not None and access.way is GpuWay.RUNTIME:
+        return {"Runtime": access.name}
+    config: dict[str, Any] = {}
+    if profile.gpus.plain_runtime is not None:
+        config["Runtime"] = profile.gpus.plain_runtime
+    if access is not None and access.way is GpuWay.CDI:
+        config["DeviceRequests"] = [{"Driver": "cdi", "DeviceIDs": cdi_names(spec.gpu_uuids)}]
+    elif access is not None:
+        request = {"Driver": access.name, "DeviceIDs": list(spec.gpu_uuids), "Capabilities": [["gpu"]]}
+        config["DeviceRequests"] = [request]
     return config
 
 
-def _ulimits(spec: ContainerSpec, profile: EngineProfile) -> list[dict[str, Any]]:
+def ulimits(spec: ContainerSpec, profile: EngineProfile) -> list[dict[str, Any]]:
     """As many open files as were asked, or as the engine may give: with more, no container would start."""
     most = profile.facts.open_files_max
     files = spec.open_files_limit if most is None else min(spec.open_files_limit, most)
@@ -148,7 +188,7 @@ def cpu_quota(cpu_milli: int) -> tuple[int, int]:
     return _LONG_PERIOD_MICROSECONDS, cpu_milli * _LONG_PERIOD_MICROSECONDS // 1000
 
 
-def _log_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
+def log_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
     """One file of twice the wanted size: each record has some 30 bytes of the engine's beside the line itself.
 
     So lines of 30 bytes and more are all still there when `log_max_bytes` of them have been written, and no follower has to

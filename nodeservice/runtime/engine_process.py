@@ -1,22 +1,29 @@
-"""What the engine's own process may do: its limits end those of its containers.
+"""What the engine's own process may do, and which programs it finds: its limits end those of its containers.
 
 Sources: unix(7) (SO_PEERCRED of a connected socket names the process that listens), getrlimit(2) (raising a hard limit needs
-CAP_SYS_RESOURCE), capabilities(7).
+CAP_SYS_RESOURCE), capabilities(7), systemd.exec(5) (the PATH of a service).
 """
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nodeservice.runtime.endpoint import Endpoint
 
+GPU_HOOK = "nvidia-container-runtime-hook"
+
 _CAP_SYS_RESOURCE = 1 << 24
 _CREDENTIALS = struct.Struct("3i")
 _CONNECT_SECONDS = 5.0
+_GPU_DRIVER = "proc/driver/nvidia/version"
+_SYSTEMD = 1
+"""It listens in the place of an engine that it starts when asked, which then has this PATH and the host's root."""
+_SYSTEMD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,26 +33,52 @@ class EngineProcess:
     open_files_max: int | None = None
     processes_max: int | None = None
     has_sys_resource: bool | None = None
+    root: Path = Path("/")
+    """Its root directory, as seen from here."""
+    has_gpu_hook: bool | None = None
+    """Whether NVIDIA's hook is on its PATH; Docker looks there once, when it starts."""
+    has_gpu_driver: bool = False
+    """Whether this host runs NVIDIA's kernel driver."""
 
 
 def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> EngineProcess:
-    """Blocks shortly. All unknown where the engine listens on TCP, or its process can't be seen."""
+    """Blocks shortly. All of the process unknown where the engine listens on TCP, or it can't be seen."""
+    unknown = EngineProcess(root=root, has_gpu_driver=(root / _GPU_DRIVER).exists())
     try:
         connection = endpoint.connect(timeout_seconds=_CONNECT_SECONDS)
     except OSError:
-        return EngineProcess()
+        return unknown
     with connection:
         if endpoint.socket_path is None:
-            return EngineProcess()
+            return unknown
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, _, _ = _CREDENTIALS.unpack(credentials)
+    place = root / "proc" / str(pid)
     try:
-        return _of(root / "proc" / str(pid), root)
+        process = _of(place, root, unknown)
     except (OSError, ValueError):
-        return EngineProcess()
+        return unknown
+    try:
+        own_root, path = (root, _SYSTEMD_PATH) if pid == _SYSTEMD else (place / "root", _path(place))
+        return replace(process, root=own_root, has_gpu_hook=has_program(GPU_HOOK, path, own_root))
+    except OSError:
+        return process
 
 
-def _of(place: Path, root: Path) -> EngineProcess:
+def has_program(name: str, path: str, root: Path) -> bool:
+    """Whether one of the directories in `path`, all below `root`, has an executable file of that name. Raises OSError."""
+    os.stat(root / ".")
+    candidates = (root / directory.lstrip("/") / name for directory in path.split(":") if directory.startswith("/"))
+    return any(candidate.is_file() and os.access(candidate, os.X_OK) for candidate in candidates)
+
+
+def _path(place: Path) -> str:
+    """As it was when the process began (proc_pid_environ(5)). Raises OSError."""
+    variables = (place / "environ").read_bytes().split(b"\0")
+    return next((os.fsdecode(entry[5:]) for entry in variables if entry.startswith(b"PATH=")), "")
+
+
+def _of(place: Path, root: Path, unknown: EngineProcess) -> EngineProcess:
     limits, status = (place / "limits").read_text(), (place / "status").read_text()
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     may_raise = bool(effective and int(effective[1], 16) & _CAP_SYS_RESOURCE)
@@ -53,8 +86,8 @@ def _of(place: Path, root: Path) -> EngineProcess:
     hard = _hard_limit(limits, "Max open files")
     if not may_raise and hard is not None:
         ceiling = min(ceiling, hard)
-    return EngineProcess(
-        open_files_max=ceiling, processes_max=_hard_limit(limits, "Max processes"), has_sys_resource=may_raise
+    return replace(
+        unknown, open_files_max=ceiling, processes_max=_hard_limit(limits, "Max processes"), has_sys_resource=may_raise
     )
 
 

@@ -29,6 +29,8 @@ _NO_SUCH_IMAGE = re.compile(
 _DISK_FULL = "no space left on device"
 _INIT_MISSING = "container-init binary not found"
 _GPU_STACK = re.compile(r"could not select device driver|nvidia-container|libnvidia|cdi device|unresolvable cdi")
+_NO_DRIVER = "could not select device driver"
+_NO_DRIVER_HINT = "restart the engine: it looks for NVIDIA's hook and for CDI only when it starts"
 _NOT_EXECUTABLE = re.compile(
     r"executable file not found|no such file or directory|permission denied|exec format error|is a directory"
     r"|not a directory",
@@ -120,7 +122,8 @@ def start_error(container: str, error: APIError, *, init_binary: str) -> NodeSer
     if _ABOUT_THE_COMMAND.search(text) and _NOT_EXECUTABLE.search(text):
         return command_error(said)
     if _DISK_FULL in text or _GPU_STACK.search(text):
-        return NodeFaultError(f"the engine could not start {container}: {said}", reason="NODE_FAULT")
+        hint = _NO_DRIVER_HINT if _NO_DRIVER in text else None
+        return NodeFaultError(f"the engine could not start {container}: {said}", reason="NODE_FAULT", hint=hint)
     if error.status_code in {502, 503, 504}:
         return translate(error, doing="start a container")
     return RequestError(f"the engine could not start {container}: {said}", reason="START_FAILED")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nodeservice.ports import EngineFacts
+from nodeservice.runtime.cdi_specs import CdiDevices
 from nodeservice.runtime.engine_process import EngineProcess
+from nodeservice.runtime.gpu_access import GpuFacts, GpuWay, choose_gpu_access, read_gpu_facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +22,7 @@ class EngineProfile:
     network: str
     has_init: bool
     init_binary: str
-    hands_gpus: bool
-    """Whether it understands DeviceRequests; an engine that does not leaves them out without a word."""
+    gpus: GpuFacts
     makes_mount_sources: bool
     """Whether a mount's source that is missing is made, as an empty directory of root's, instead of refused."""
     processes_ulimit: int | None = None
@@ -36,6 +37,7 @@ def read_profile(
     *,
     lacks_init: bool = False,
     process: EngineProcess = EngineProcess(),  # noqa: B008  (frozen)
+    specs: CdiDevices = CdiDevices(),  # noqa: B008  (frozen)
 ) -> EngineProfile:
     """From the answers to /info, /version and /networks. `lacks_init` is what a create has found out."""
     components = {str(entry.get("Name", "")): entry for entry in version.get("Components") or []}
@@ -63,8 +65,10 @@ def read_profile(
             f"the engine's init program {init_binary} is missing: zombies are not reaped, PID 1 ignores SIGTERM"
         )
 
-    if is_podman:
-        degraded.append("Podman hands no GPUs to containers through its Docker-compatible API: such tasks are refused")
+    gpus = read_gpu_facts(info, version, is_podman=is_podman, process=process, specs=specs)
+    access = choose_gpu_access(gpus, ())
+    if gpus.has_driver and access.way is GpuWay.NONE:
+        degraded.append(f"the engine can hand no GPU to a task ({'; '.join(access.passed_over)}): {access.remedy}")
 
     return EngineProfile(
         facts=EngineFacts(
@@ -84,7 +88,7 @@ def read_profile(
         network=network,
         has_init=has_init,
         init_binary=init_binary,
-        hands_gpus=not is_podman,
+        gpus=gpus,
         makes_mount_sources=is_podman,
         # As soon as one ulimit is given, Podman adds its default of 1,048,576 processes, which not every host allows it.
         processes_ulimit=process.processes_max if is_podman else None,

@@ -2,7 +2,7 @@
 
 docker-py's streams cannot be cut before the first byte of the answer, and the engine sends none while a registry is silent.
 They also end without an error when the connection breaks, so a log cut in the middle would look complete. Hence this small
-reader for the three endless calls (pull, events, log); all others go through docker-py.
+reader for the endless calls (pull, events, log, the output of a program run inside); all others go through docker-py.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class EngineStream:
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
     ) -> None:
-        """Send the request and wait, without limit, for the head of the answer. Raises StreamRefusedError."""
+        """Send the request, its body in JSON; wait without limit for the head of the answer. Raises StreamRefusedError."""
         connection = self._endpoint.connect(timeout_seconds=self._connect_timeout_seconds)
         with self._lock:
             if self._aborted:
@@ -64,9 +65,11 @@ class EngineStream:
                 raise ConnectionAbortedError("the stream was aborted")
             self._socket = connection
         target = f"{path}?{urlencode(query)}" if query else path
-        fields = {"Host": "localhost", "Connection": "close", "Content-Length": "0", **(headers or {})}
+        fields = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **(headers or {})}
+        if body:
+            fields["Content-Type"] = "application/json"
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-        connection.sendall("\r\n".join(lines).encode("ascii"))
+        connection.sendall("\r\n".join(lines).encode("ascii") + body)
         reader = cast("io.BufferedReader", connection.makefile("rb", buffering=_READ_BYTES))
         self._reader = reader
         status = self._read_head(reader)

@@ -29,6 +29,8 @@ class FakeImage:
     oom_killed: bool = False
     ignores_term: bool = False
     has_command: bool = True
+    inside: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    """What a program that is run inside writes; those that are not named are not there."""
     is_local: bool = True
     pull_holds: bool = False
     size_bytes: int = 2_000_000
@@ -240,6 +242,15 @@ class FakeRuntime:
             if not follow or not container.state.is_running or container_id not in self._containers:
                 return
             await container.changed.wait()
+
+    async def run_inside(self, container_id: str, argv: Sequence[str], *, timeout_seconds: float) -> str:
+        self._called("run_inside", container_id)
+        container = self._containers.get(container_id)
+        if container is None or not container.state.is_running:
+            raise NodeFaultError(f"container {container_id[:12]} does not run", reason="CONTAINER_LOST")
+        if tuple(argv) not in container.image.inside:
+            raise RequestError(f"{argv[0]} could not be run inside", reason="EXEC_FAILED")
+        return container.image.inside[tuple(argv)]
 
     async def stop(self, container_id: str, *, grace_seconds: float, signal: str = "SIGTERM") -> None:
         self._called("stop", container_id)

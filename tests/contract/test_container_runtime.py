@@ -67,7 +67,7 @@ SHELLS: dict[str, str | None] = {
 FAKE_IMAGES = {
     "writes": FakeImage(output=OUTPUT),
     "fails": FakeImage(exit_code=3),
-    "holds": FakeImage(holds=True),
+    "holds": FakeImage(holds=True, inside={("echo", "a b"): "a b\n", ("true",): ""}),
     "ignores-term": FakeImage(holds=True, ignores_term=True),
     "no-command": FakeImage(has_command=False),
 }
@@ -226,6 +226,34 @@ async def test_the_log_of_a_container_that_is_not_there_is_a_lost_container(benc
     with pytest.raises(NodeFaultError) as caught:
         await bench.log("0" * 64, follow=True)
     assert caught.value.reason == "CONTAINER_LOST"
+
+
+async def test_a_program_runs_inside_and_its_output_comes_back(bench: Bench) -> None:
+    container_id = await bench.started("holds")
+    assert await bench.runtime.run_inside(container_id, ("echo", "a b"), timeout_seconds=SOON_SECONDS) == "a b\n"
+    assert await bench.runtime.run_inside(container_id, ("true",), timeout_seconds=SOON_SECONDS) == ""
+
+
+@pytest.mark.parametrize("argv", [("/no/such/program",), ("false",)])
+async def test_a_program_that_is_not_there_or_fails_is_told_and_the_container_runs_on(
+    bench: Bench, argv: tuple[str, ...]
+) -> None:
+    container_id = await bench.started("holds")
+    with pytest.raises(RequestError) as caught:
+        await bench.runtime.run_inside(container_id, argv, timeout_seconds=SOON_SECONDS)
+    assert caught.value.reason == "EXEC_FAILED"
+    state = await bench.runtime.find(container_id)
+    assert state is not None
+    assert state.is_running
+
+
+async def test_nothing_runs_inside_a_container_that_does_not_run(bench: Bench) -> None:
+    ended = await bench.started("fails")
+    await bench.runtime.wait_exited(ended)
+    for container_id in (ended, "0" * 64):
+        with pytest.raises(NodeFaultError) as caught:
+            await bench.runtime.run_inside(container_id, ("true",), timeout_seconds=SOON_SECONDS)
+        assert caught.value.reason == "CONTAINER_LOST"
 
 
 async def test_many_waiters_all_learn_of_one_exit(bench: Bench) -> None:

@@ -91,6 +91,27 @@ async def output_of(runtime: DockerRuntime, spec: ContainerSpec) -> str:
     return (await read(runtime, container_id, follow=False)).decode()
 
 
+# ---- programs run inside ----
+
+
+async def test_a_program_that_takes_too_long_is_given_up_and_the_task_runs_on(
+    runtime: DockerRuntime, spec: ContainerSpec
+) -> None:
+    container_id = await run(runtime, replace(spec, shell="exec sleep 300"))
+    with pytest.raises(TransientError) as caught:
+        await runtime.run_inside(container_id, ("sleep", "300"), timeout_seconds=0.5)
+    assert caught.value.reason == "EXEC_TIMEOUT"
+    assert (
+        await runtime.run_inside(container_id, ("echo", "still here"), timeout_seconds=SOON_SECONDS) == "still here\n"
+    )
+
+
+async def test_a_program_that_writes_without_end_is_cut_off(runtime: DockerRuntime, spec: ContainerSpec) -> None:
+    container_id = await run(runtime, replace(spec, shell="exec sleep 300"))
+    with pytest.raises(RequestError, match="more than 65536 bytes"):
+        await runtime.run_inside(container_id, ("yes",), timeout_seconds=SOON_SECONDS)
+
+
 # ---- what a container is made with ----
 
 

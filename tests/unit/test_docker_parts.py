@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nodeservice.core.model import MIB
 from nodeservice.errors import ConfigError, NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.ports import ContainerSpec
-from nodeservice.runtime.docker_spec import cpu_quota, create_body, environment
+from nodeservice.runtime.docker_spec import cpu_quota, create_body
 from nodeservice.runtime.docker_state import init_failure, read_instant, read_state, read_status
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.errors import create_error, pull_error, start_error, translate
@@ -30,7 +30,6 @@ from nodeservice.runtime.streams import dechunk
 DIGEST = "sha256:" + "a" * 64
 OTHER_DIGEST = "sha256:" + "b" * 64
 IMAGE_ID = "sha256:" + "c" * 64
-GPU = "GPU-7a8b"
 
 INFO: dict[str, Any] = {
     "Plugins": {"Log": ["json-file", "local"]},
@@ -156,28 +155,6 @@ def test_a_shell_replaces_the_entrypoint_and_an_argv_keeps_it() -> None:
     assert not {"Cmd", "Entrypoint"} & body(SPEC).keys()
 
 
-def test_gpus_are_named_by_uuid_and_nothing_else_can_choose_them() -> None:
-    env = (
-        ("NVIDIA_VISIBLE_DEVICES", "all"),
-        ("NVIDIA_DRIVER_CAPABILITIES", "compute"),
-        ("nvidia_visible_devices", "all"),
-        ("CUDA_MPS_PIPE_DIRECTORY", "/x"),
-        ("CUDA_VISIBLE_DEVICES", "0"),
-    )
-    with_gpu = replace(SPEC, env=env, gpu_uuids=(GPU,))
-    assert body(with_gpu)["HostConfig"]["DeviceRequests"] == [
-        {"Driver": "nvidia", "DeviceIDs": [GPU], "Capabilities": [["gpu"]]}
-    ]
-    assert environment(with_gpu) == [
-        ("NVIDIA_DRIVER_CAPABILITIES", "compute"),
-        ("CUDA_VISIBLE_DEVICES", "0"),
-        ("NVIDIA_VISIBLE_DEVICES", GPU),
-    ]
-    without = replace(SPEC, env=env)
-    assert environment(without) == [("CUDA_VISIBLE_DEVICES", "0"), ("NVIDIA_VISIBLE_DEVICES", "void")]
-    assert "DeviceRequests" not in body(without)["HostConfig"]
-
-
 @given(st.integers(min_value=1, max_value=1_000_000))
 def test_every_share_of_a_cpu_is_exact_and_within_what_the_kernel_takes(cpu_milli: int) -> None:
     period, quota = cpu_quota(cpu_milli)
@@ -231,21 +208,13 @@ def test_podman_is_known_by_its_component() -> None:
     )
     assert set(body(SPEC, profile)["HostConfig"]["LogConfig"]["Config"]) == {"max-size"}
     assert body(SPEC, profile)["HostConfig"]["Init"] is True
-    (without_gpus,) = profile.degraded
-    assert "GPUs" in without_gpus
+    assert profile.degraded == ()
 
 
 def test_podman_without_an_init_program_runs_containers_without_one() -> None:
     profile = read_profile(INFO, {"Components": [{"Name": "Podman Engine"}]}, [], lacks_init=True)
     assert "Init" not in body(SPEC, profile)["HostConfig"]
     assert any("catatonit" in sentence for sentence in profile.degraded)
-
-
-def test_a_gpu_that_podman_would_leave_out_is_a_fault_of_the_node_before_anything_is_made() -> None:
-    profile = read_profile(INFO, {"Version": "4.3.1", "Components": [{"Name": "Podman Engine"}]}, [])
-    with pytest.raises(NodeFaultError, match=r"podman 4\.3\.1 hands no GPUs .*Docker") as caught:
-        body(replace(SPEC, gpu_uuids=("GPU-1",)), profile)
-    assert caught.value.reason == "NODE_FAULT"
 
 
 @pytest.mark.parametrize(
