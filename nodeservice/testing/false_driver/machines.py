@@ -167,7 +167,7 @@ def _uuid(kind: str, *path: object) -> str:
 
 def _switched(count: int) -> dict[str, Fact]:
     """NVLinks that go to NVSwitches, of which an eight-GPU board has four."""
-    return {f"nvlink.{link}": f"switch 00000000:{0xC1 + link % 4:02X}:00.0" for link in range(count)}
+    return {f"nvlink.{link}": f"switch 00000000:{0xE1 + link % 4:02X}:00.0" for link in range(count)}
 
 
 def _down(count: int) -> dict[str, Fact]:
