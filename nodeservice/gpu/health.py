@@ -83,7 +83,8 @@ class HealthBoard:
             return GpuState.WELL, ""
         if chart.state is GpuState.WELL and chart.suspicions:
             return GpuState.SUSPECT, next(iter(chart.suspicions.values()))
-        return chart.state, chart.words
+        remedy = f"; {_RESET_REMEDY}" if chart.needs_reset else ""
+        return chart.state, f"{chart.words}{remedy}"
 
     def unwell(self) -> dict[str, str]:
         """Why each GPU takes no new task that doesn't."""
@@ -168,8 +169,7 @@ class HealthBoard:
     def _quarantine(self, chart: _Chart, why: str, now: float) -> None:
         chart.last_trouble_at = now
         if chart.state is not GpuState.FAULTY or not chart.words:
-            remedy = f"; {_RESET_REMEDY}" if chart.needs_reset else ""
-            chart.state, chart.words = GpuState.FAULTY, f"{why}{remedy}"
+            chart.state, chart.words = GpuState.FAULTY, why
 
     def _chart(self, uuid: str) -> _Chart:
         return self._charts.setdefault(uuid, _Chart())

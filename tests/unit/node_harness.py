@@ -121,6 +121,7 @@ class World:
     owners: FakeOwners = field(default_factory=FakeOwners)
     gpu_policy: SharingPolicy = field(default_factory=SharingPolicy)
     gpu_ready_seconds: float = 0.2
+    gpu_quarantine_seconds: float = 0.05
 
 
 class LiveNode:
@@ -172,7 +173,7 @@ class LiveNode:
                 owners=world.owners,
                 dirs=self.dirs,
                 policy=world.gpu_policy,
-                board=HealthBoard(quarantine_seconds=0.05),
+                board=HealthBoard(quarantine_seconds=world.gpu_quarantine_seconds),
                 look_seconds=0.01,
                 ready_seconds=world.gpu_ready_seconds,
             ),

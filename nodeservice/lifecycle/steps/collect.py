@@ -23,7 +23,7 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
     await asyncio.to_thread(context.dirs.prepare, record.id)
     container = await make_sure_it_ended(context, driver, record.id)
-    if record.lease.gpu_uuids:
+    if record.lease.gpu_uuids and container is not None and container.has_run:
         await context.gpus.returned(record)
     driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
     unread = None

@@ -1,0 +1,415 @@
+"""Tasks with GPUs on a node in memory: faults, memory, what is left behind, a driver that goes away, the bill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nodeservice.core.gpus import GpuRequest, GpuShare, ShareMethod
+from nodeservice.core.model import GIB, AttemptId, Outcome, Phase, Reason, Resources, TaskRecord, TaskSpec
+from nodeservice.core.verdict import is_retryable
+from nodeservice.errors import CapacityError
+from nodeservice.gpu.health import GpuState
+from nodeservice.gpu.units import SharingPolicy
+from nodeservice.lifecycle.gpu_keeper import GPU_DRIVER
+from nodeservice.ports import Enforcement, GpuProcess, GpuXid, MigInstance
+from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
+from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from tests.unit.node_harness import LiveNode, World, living, spec
+
+A, B = AttemptId("a"), AttemptId("b")
+ONE, TWO = fake_gpu(0), fake_gpu(1)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(
+        path=tmp_path,
+        runtime=FakeRuntime(images={"demo": FakeImage(holds=True), "quick": FakeImage()}),
+        gpus=FakeGpuProvider(ONE, TWO),
+    )
+
+
+def gpu_spec(task_id: str, count: int = 1, **changes: object) -> TaskSpec:
+    request = Resources(cpu_milli=100, memory_bytes=2**26, disk_bytes=2**20, gpu_count=count)
+    return spec(task_id, request=request, **changes)
+
+
+def part(task_id: str, memory_bytes: int) -> TaskSpec:
+    return gpu_spec(task_id, 0, gpu=GpuRequest(share=GpuShare(memory_bytes=memory_bytes)))
+
+
+async def ready(node: LiveNode) -> None:
+    """The node knows its GPUs."""
+    await node.until(lambda: node.driver.ledger.free.gpu_count == 2)
+
+
+async def running(node: LiveNode, task: TaskSpec) -> TaskRecord:
+    await node.assign(task)
+    await node.until(lambda: node.phase(task.id) is Phase.RUNNING and task.id in node.context.gpus._pids)
+    record = node.driver.get(task.id)
+    assert record is not None
+    return record
+
+
+def only(uuids: tuple[str, ...]) -> str:
+    (uuid,) = uuids
+    return uuid
+
+
+def finish(node: LiveNode, record: TaskRecord, exit_code: int = 0) -> None:
+    assert record.container_id is not None
+    node.world.runtime.finish(record.container_id, exit_code)
+
+
+# ---- leases -----------------------------------------------------------------------------------------------------------
+
+
+async def test_sixteen_tasks_for_one_to_eight_gpus_on_eight_all_run_and_no_gpu_is_held_twice(world: World) -> None:
+    world.gpus = FakeGpuProvider(*(fake_gpu(number) for number in range(8)))
+    waiting = [gpu_spec(f"t{number}", number % 8 + 1) for number in range(16)]
+    seen: set[str] = set()
+    async with living(world) as node:
+        await node.until(lambda: node.driver.ledger.free.gpu_count == 8)
+        live: list[TaskRecord] = []
+        while waiting or live:
+            for task in list(waiting):
+                try:
+                    live.append(await running(node, task))
+                    waiting.remove(task)
+                except CapacityError:
+                    continue
+            held = [uuid for record in live for uuid in record.lease.gpu_uuids]
+            assert len(held) == len(set(held))
+            seen |= set(held)
+            done = live.pop(0)
+            finish(node, done)
+            assert len(done.lease.gpu_uuids) == done.spec.request.gpu_count
+            await node.until_finished(done.id)
+        assert node.driver.ledger.free.gpu_count == 8
+        assert len(seen) == 8
+    assert len(world.uplink.reports) == 16
+    assert {record.verdict.reason for record in world.uplink.reports if record.verdict} == {Reason.COMPLETED}
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_xid_fails_the_task_that_holds_the_gpu_and_no_other_and_the_gpu_comes_back(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        ill, well = await running(node, gpu_spec("a")), await running(node, gpu_spec("b"))
+        uuid = only(ill.lease.gpu_uuids)
+        world.gpus.xids.append(GpuXid(uuid=uuid, code=79))
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert (record.verdict.outcome, record.verdict.reason) == (Outcome.FAILED, Reason.GPU_FAULT)
+        assert is_retryable(record.verdict.reason)
+        assert uuid in record.verdict.message
+        assert "XID 79" in record.verdict.message
+        assert [used.xids for used in record.usage.gpus] == [(79,)]
+        assert node.phase(B) is Phase.RUNNING
+        # It takes no task until nothing has been wrong for a while; then it does again.
+        await node.until(lambda: node.context.gpus.state(uuid)[0] is GpuState.WELL)
+        await node.until(lambda: node.driver.ledger.free.gpu_count == 1)
+        finish(node, well)
+        again = await node.until_finished(B)
+        assert again.verdict is not None
+        assert again.verdict.reason is Reason.COMPLETED
+
+
+async def test_a_quarantined_gpu_is_offered_to_nobody_and_the_node_says_that_it_has_less(world: World) -> None:
+    changes: list[int] = []
+    async with living(world) as node:
+        await ready(node)
+        node.context.gpus._on_change = lambda: changes.append(node.driver.ledger.allocatable.gpu_count)
+        world.gpus.change(ONE.uuid, lost="GPU is lost")
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        with pytest.raises(CapacityError) as caught:
+            await node.assign(gpu_spec("a", 2))
+        assert "GPU is lost" in str(caught.value)
+        world.gpus.change(ONE.uuid, lost="")
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 2)
+    assert changes[-2:] == [1, 2]
+
+
+async def test_a_task_that_ends_badly_just_before_its_gpu_is_known_to_be_faulty_failed_because_of_it(
+    world: World,
+) -> None:
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        finish(node, record, 1)
+        world.gpus.xids.append(GpuXid(uuid=only(record.lease.gpu_uuids), code=48))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert (ended.verdict.reason, ended.verdict.exit_code) == (Reason.GPU_FAULT, 1)
+
+
+async def test_an_xid_of_the_task_s_own_making_is_told_in_the_bill_and_fails_nobody(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        world.gpus.xids += [GpuXid(uuid=only(record.lease.gpu_uuids), code=31)] * 2
+        await node.until(lambda: not world.gpus.xids)
+        finish(node, record, 1)
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.EXIT_NONZERO
+        assert ended.usage.gpus[0].xids == (31,)
+        assert node.driver.ledger.allocatable.gpu_count == 2
+
+
+async def test_an_error_of_one_mig_instance_fails_its_task_and_keeps_its_siblings_from_new_ones(world: World) -> None:
+    split = replace(
+        fake_gpu(0),
+        mig_enabled=True,
+        mig_instances=tuple(
+            MigInstance(
+                uuid=f"MIG-{number}",
+                name="H MIG 1g.10gb",
+                profile="1g.10gb",
+                memory_total_bytes=10 * GIB,
+                memory_used_bytes=0,
+                gpu_instance_id=number,
+                compute_instance_id=0,
+            )
+            for number in (7, 8, 9)
+        ),
+    )
+    world.gpus = FakeGpuProvider(split)
+    world.gpu_quarantine_seconds = 3600.0
+    of_mig = GpuRequest(mig_profile="1g.10gb")
+    async with living(world) as node:
+        await node.until(lambda: len(node.driver.ledger.gpus) == 3)
+        first, second = await running(node, gpu_spec("a", gpu=of_mig)), await running(node, gpu_spec("b", gpu=of_mig))
+        id_ = int(only(first.lease.gpu_uuids).removeprefix("MIG-"))
+        world.gpus.xids.append(GpuXid(uuid=split.uuid, code=95, gpu_instance_id=id_))
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_FAULT
+        with pytest.raises(CapacityError, match="out of service"):
+            await node.assign(gpu_spec("c", gpu=of_mig))
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, second)
+        await node.until_finished(B)
+
+
+# ---- the driver -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_driver_that_goes_away_costs_gpu_tasks_their_place_and_nobody_else_anything(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        world.gpus.current = replace(world.gpus.current, error="NVML has not answered for 5 s")
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 0)
+        assert "not answered" in node.driver.warnings[GPU_DRIVER]
+        assert node.driver.all_conditions() == {}
+        with pytest.raises(CapacityError, match="not answered"):
+            await node.assign(gpu_spec("b"))
+        await node.assign(spec("plain", image="quick"))
+        await node.until_finished(AttemptId("plain"))
+        assert node.phase(A) is Phase.RUNNING, "what runs may well be well"
+        world.gpus.current = replace(world.gpus.current, error=None)
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 2)
+        assert GPU_DRIVER not in node.driver.warnings
+        finish(node, record)
+        await node.until_finished(A)
+
+
+async def test_a_gpu_that_cannot_be_opened_is_told_as_a_warning(world: World) -> None:
+    world.gpus.current = replace(world.gpus.current, unreachable=("GPU 2: a GPU has fallen off the bus",))
+    async with living(world) as node:
+        await node.until(lambda: "fallen off" in node.driver.warnings.get(GPU_DRIVER, ""))
+        assert node.driver.ledger.allocatable.gpu_count == 2
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+def uses(world: World, uuid: str, *processes: tuple[int, int, AttemptId | None]) -> None:
+    """Processes (pid, bytes, whose) on a GPU."""
+    for pid, _, owner in processes:
+        if owner is not None:
+            world.owners.of[pid] = owner
+    world.gpus.change(
+        uuid,
+        processes=tuple(GpuProcess(pid=pid, memory_bytes=count) for pid, count, _ in processes),
+        memory_used_bytes=sum(count for _, count, _ in processes),
+    )
+
+
+async def test_a_task_that_takes_more_memory_than_its_part_is_ended_and_its_neighbour_is_not(world: World) -> None:
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        greedy, modest = await running(node, part("a", 10 * GIB)), await running(node, part("b", 10 * GIB))
+        uuid = only(greedy.lease.gpu_uuids)
+        assert modest.lease.gpu_uuids == greedy.lease.gpu_uuids, "a GPU that is shared already comes first"
+        assert node.driver.ledger.free.gpu_count == 1
+        uses(world, uuid, (1, 6 * GIB, A), (2, 5 * GIB, A), (3, 10 * GIB, B))
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_MEMORY_LIMIT
+        assert str(11 * GIB) in record.verdict.message
+        assert not is_retryable(record.verdict.reason)
+        assert only(tuple(used.memory_peak_bytes for used in record.usage.gpus)) == 11 * GIB  # type: ignore[arg-type]
+        assert node.phase(B) is Phase.RUNNING
+        assert record.limits["asked"]["gpu_memory_bytes"] == 10 * GIB  # type: ignore[index]
+        assert record.limits["enforcement"]["gpu_memory_bytes"] == "watched"  # type: ignore[index]
+        uses(world, uuid)
+        finish(node, modest)
+        await node.until_finished(B)
+
+
+async def test_parts_that_only_are_watched_are_given_to_nobody_unless_the_operator_says_so(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        with pytest.raises(CapacityError, match="gpu_sharing"):
+            await node.assign(part("a", GIB))
+
+
+async def test_a_limit_of_the_driver_is_set_read_back_and_told_as_hard(world: World) -> None:
+    world.gpus.change(ONE.uuid, memory_limits=True)
+    world.gpu_policy = SharingPolicy(driver_limits=True)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, part("a", 3 * GIB))
+        assert record.lease.gpu_part is not None
+        assert record.lease.gpu_part.method is ShareMethod.DRIVER
+        ((uuid, cgroup), limit) = only(tuple(world.gpus.limits.items()))  # type: ignore[arg-type,misc]
+        assert (uuid, limit) == (ONE.uuid, 3 * GIB)  # type: ignore[has-type]
+        assert cgroup.startswith("/sys/fs/cgroup/")  # type: ignore[has-type]
+        assert record.limits["effective"]["gpu_memory_bytes"] == 3 * GIB  # type: ignore[index]
+        assert record.limits["enforcement"]["gpu_memory_bytes"] == Enforcement.HARD.value  # type: ignore[index]
+        finish(node, record)
+        await node.until_finished(A)
+
+
+async def test_a_limit_that_the_driver_does_not_take_ends_the_task(world: World) -> None:
+    world.gpus.change(ONE.uuid, memory_limits=True)
+    world.gpus.keeps_limits = False
+    world.gpu_policy = SharingPolicy(driver_limits=True)
+    async with living(world) as node:
+        await ready(node)
+        await node.assign(part("a", 3 * GIB))
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+        assert "gpu_memory_bytes" in record.verdict.message
+
+
+# ---- before and after a lease -----------------------------------------------------------------------------------------
+
+
+async def test_a_gpu_that_somebody_else_uses_is_given_to_nobody_until_he_is_gone(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        uses(world, ONE.uuid, (999, 5 * GIB, None))
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        with pytest.raises(CapacityError, match="process 999"):
+            await node.assign(gpu_spec("a", 2))
+        uses(world, ONE.uuid)
+        await ready(node)
+
+
+async def test_memory_that_nobody_holds_keeps_a_gpu_from_the_next_task(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        world.gpus.change(TWO.uuid, memory_used_bytes=4 * GIB)
+        await node.until(lambda: "no task holds it" in node.context.gpus.state(TWO.uuid)[1])
+        world.gpus.change(TWO.uuid, memory_used_bytes=100 * 2**20)
+        await ready(node)
+
+
+async def test_a_gpu_that_is_taken_between_the_grant_and_the_start_fails_the_task_before_it_runs(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        world.gpus.change(ONE.uuid, memory_used_bytes=9 * GIB)
+        world.gpus.change(TWO.uuid, memory_used_bytes=9 * GIB)
+        await node.assign(gpu_spec("a"))
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_FAULT
+        assert "could not be made ready" in record.verdict.message
+        assert len(world.runtime.specs) == 0, "no container was made"
+
+
+async def test_a_lease_goes_back_once_the_memory_is_back(world: World) -> None:
+    world.gpu_ready_seconds = 30.0
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        uses(world, uuid, (7, 40 * GIB, A))
+        finish(node, record)
+        await node.until(lambda: node.phase(A) is Phase.COLLECTING)
+        for _ in range(20):
+            await node.context.clock.sleep(0.01)
+        assert node.driver.ledger.free.gpu_count == 1
+        uses(world, uuid)
+        await node.until_finished(A)
+        assert node.driver.ledger.free.gpu_count == 2
+
+
+async def test_memory_that_never_comes_back_keeps_the_gpu_out_of_service_and_not_the_task_from_its_end(
+    world: World,
+) -> None:
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        uses(world, uuid, (7, 40 * GIB, A))
+        finish(node, record)
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.COMPLETED
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+
+
+# ---- the bill ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_bill_tells_load_memory_energy_and_what_held_the_clocks_back(world: World) -> None:
+    world.gpus.change(ONE.uuid, energy_millijoules=5_000)
+    world.gpus.change(TWO.uuid, energy_millijoules=5_000)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        uses(world, uuid, (7, 40 * GIB, A))
+        world.gpus.change(uuid, utilization_percent=80.0, energy_millijoules=9_000, throttle_reasons=0x04)
+        await node.until(lambda: node.context.gpus.usage(A)[0].utilization_peak_percent == 80.0)
+        await node.until(lambda: (node.context.gpus.usage(A)[0].throttled_seconds or 0) > 0.01)
+        uses(world, uuid)
+        finish(node, record)
+        (used,) = (await node.until_finished(A)).usage.gpus
+        assert (used.uuid, used.name, used.memory_peak_bytes, used.energy_joules) == (uuid, "Fake GPU", 40 * GIB, 4.0)
+        assert used.utilization_mean_percent is not None
+        assert 0 < used.utilization_mean_percent <= 80.0
+        assert used.seconds > 0
+
+
+async def test_the_bill_goes_on_after_a_restart(world: World) -> None:
+    world.gpus.change(ONE.uuid, energy_millijoules=1_000)
+    world.gpus.change(TWO.uuid, energy_millijoules=1_000)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        uses(world, uuid, (7, 40 * GIB, A))
+        path = node.dirs.gpu_bill(A)
+        await node.until(lambda: path.exists() and json.loads(path.read_text())[uuid]["memory_peak_bytes"] == 40 * GIB)
+    uses(world, uuid, (7, 1 * GIB, A))
+    world.gpus.change(uuid, energy_millijoules=3_500)
+    async with living(world) as node:
+        await node.until(lambda: node.phase(A) is Phase.RUNNING)
+        assert node.driver.get(A).lease.gpu_uuids == (uuid,)  # type: ignore[union-attr]
+        uses(world, uuid)
+        finish(node, record)
+        (used,) = (await node.until_finished(A)).usage.gpus
+        assert (used.memory_peak_bytes, used.energy_joules) == (40 * GIB, 2.5)
