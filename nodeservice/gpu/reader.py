@@ -6,8 +6,8 @@ Sources: nvml.h (units, bits, field ids), which the binding follows name by name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from nodeservice.gpu.binding import optional, text
@@ -21,6 +21,8 @@ _RECOVERY_ACTION = 230
 """NVML_FI_DEV_GET_GPU_RECOVERY_ACTION."""
 _TEMPERATURE_GPU = 0
 _NO_INSTANCE = 0xFFFFFFFF
+_EXCLUSIVE_PROCESS = 3
+"""The compute mode in which an MPS server can be."""
 _WORD_BITS = 64
 _NVLINK_CLOSENESS = 1000
 _FARTHEST_TOPOLOGY = 60
@@ -34,7 +36,9 @@ class Device:
 
     handle: Any
     gpu: Gpu
-    mig_handles: dict[str, Any]
+    mig_handles: dict[str, Any] = field(default_factory=dict)
+    graphics: tuple[GpuProcess, ...] = ()
+    """Those of the slow look: tasks compute."""
 
 
 def open_device(nvml: Any, handle: Any) -> Device:
@@ -53,7 +57,7 @@ def open_device(nvml: Any, handle: Any) -> Device:
         cpu_ids=_cpu_ids(nvml, handle),
         memory_limits=hasattr(nvml, "nvmlDeviceGetMemoryLimits_v1") and _has(nvml, "nvmlDeviceSetMemoryLimits_v1"),
     )
-    device = Device(handle, gpu, {})
+    device = Device(handle, gpu)
     read_slow(nvml, device)
     read_fast(nvml, device)
     return device
@@ -70,8 +74,7 @@ def read_fast(nvml: Any, device: Device) -> None:
         memory_used_bytes=int(memory.used) if memory is not None else None,
         memory_reserved_bytes=int(getattr(memory, "reserved", 0)) if memory is not None else 0,
         utilization_percent=float(load.gpu) if load is not None else None,
-        processes=_processes(nvml, handle),
-        throttle_reasons=_throttle_reasons(nvml, handle),
+        processes=_processes(nvml, device),
         mig_instances=tuple(_with_memory(nvml, device, instance) for instance in gpu.mig_instances),
         lost="",
     )
@@ -83,6 +86,7 @@ def read_slow(nvml: Any, device: Device) -> None:
     mig = optional(nvml, nvml.nvmlDeviceGetMigMode, handle)
     mig_enabled = mig is not None and bool(mig[0])
     device.mig_handles = {}
+    device.graphics = _graphics_processes(nvml, handle)
     instances = _mig_instances(nvml, device) if mig_enabled else ()
     remapped = None if mig_enabled else optional(nvml, nvml.nvmlDeviceGetRemappedRows, handle)
     ecc = optional(nvml, nvml.nvmlDeviceGetEccMode, handle)
@@ -102,6 +106,7 @@ def read_slow(nvml: Any, device: Device) -> None:
         power_limit_watts=limit / 1000 if limit is not None else None,
         energy_millijoules=_number(int, nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, handle),
         temperature_celsius=_number(float, nvml, nvml.nvmlDeviceGetTemperature, handle, _TEMPERATURE_GPU),
+        throttle_reasons=_throttle_reasons(nvml, handle),
         compute_mode=_number(int, nvml, nvml.nvmlDeviceGetComputeMode, handle),
     )
 
@@ -134,24 +139,34 @@ def _memory(nvml: Any, handle: Any) -> Any:
     return v2 if v2 is not None else optional(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
 
 
-def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
-    """Of compute, graphics and MPS. The binding falls back to no older call by itself."""
-    found: dict[int, GpuProcess] = {}
-    for kind in ("Compute", "Graphics", "MPSCompute"):
-        for version in ("_v3", "_v2"):
-            listed = _listed(nvml, f"nvmlDeviceGet{kind}RunningProcesses{version}", handle)
-            if listed is None:
-                continue
-            for entry in listed:
-                instance = getattr(entry, "gpuInstanceId", _NO_INSTANCE)
-                used = entry.usedGpuMemory
-                found[int(entry.pid)] = GpuProcess(
-                    pid=int(entry.pid),
-                    memory_bytes=int(used) if used is not None else None,
-                    gpu_instance_id=None if instance in (None, _NO_INSTANCE) else int(instance),
-                )
-            break
+def _processes(nvml: Any, device: Device) -> tuple[GpuProcess, ...]:
+    """Those that compute, by themselves or as clients of MPS, and those that draw, as of the slow look."""
+    kinds = ("Compute", "MPSCompute") if device.gpu.compute_mode == _EXCLUSIVE_PROCESS else ("Compute",)
+    found = {process.pid: process for process in device.graphics}
+    for kind in kinds:
+        found.update((process.pid, process) for process in _of_kind(nvml, kind, device.handle))
     return tuple(found.values())
+
+
+def _graphics_processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
+    return tuple(_of_kind(nvml, "Graphics", handle))
+
+
+def _of_kind(nvml: Any, kind: str, handle: Any) -> Iterator[GpuProcess]:
+    """The binding falls back to no older call by itself."""
+    for version in ("_v3", "_v2"):
+        listed = _listed(nvml, f"nvmlDeviceGet{kind}RunningProcesses{version}", handle)
+        if listed is None:
+            continue
+        for entry in listed:
+            instance = getattr(entry, "gpuInstanceId", _NO_INSTANCE)
+            used = entry.usedGpuMemory
+            yield GpuProcess(
+                pid=int(entry.pid),
+                memory_bytes=int(used) if used is not None else None,
+                gpu_instance_id=None if instance in (None, _NO_INSTANCE) else int(instance),
+            )
+        return
 
 
 def _listed(nvml: Any, name: str, handle: Any) -> Any:

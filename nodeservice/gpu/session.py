@@ -106,7 +106,7 @@ class NvmlSession:
                     unreachable.append(explain(int(error.value), f"GPU {index}"))
         for uuid, gpu in known.items():
             # One that was there before and is no more is lost; its tasks must hear of it.
-            self._devices.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more"), {}))
+            self._devices.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more")))
         self._unreachable = tuple(unreachable)
         read_closeness(nvml, [device for device in self._devices.values() if device.handle is not None])
 

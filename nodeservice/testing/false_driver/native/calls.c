@@ -7,7 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NAP_NANOSECONDS = 2 * 1000 * 1000 };
+/* Between two looks at the state file of a call that waits: seldom enough to cost a caller nothing. */
+enum { NAP_NANOSECONDS = 20 * 1000 * 1000 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 unsigned init_count;
