@@ -339,7 +339,7 @@ def test_eight_gpus_reach_each_other_through_nvswitches(driver: FalseDriver) -> 
         assert nvml.code("nvmlDeviceGetNvLinkState(a, 18)") == INVALID
         assert nvml("nvmlDeviceGetNvLinkRemoteDeviceType(a, 0) == NVML_NVLINK_DEVICE_TYPE_SWITCH") is True
         remotes = nvml("sorted({nvmlDeviceGetNvLinkRemotePciInfo(a, link).busId for link in range(18)})")
-        assert remotes == [f"00000000:C{number}:00.0" for number in (1, 2, 3, 4)]
+        assert remotes == [f"00000000:E{number}:00.0" for number in (1, 2, 3, 4)]
         assert nvml("nvmlDeviceGetTopologyCommonAncestor(a, b) == NVML_TOPOLOGY_NODE") is True
         assert nvml("nvmlDeviceGetTopologyCommonAncestor(a, c) == NVML_TOPOLOGY_SYSTEM") is True
         assert nvml("[nvmlDeviceGetP2PStatus(a, c, index) for index in (0, 1, 2)]") == [0, 0, 0]
