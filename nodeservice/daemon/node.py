@@ -14,6 +14,7 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
+from nodeservice.daemon.fault_points import armed
 from nodeservice.daemon.settings import reserve, sharing_policy
 from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
@@ -103,7 +104,7 @@ async def build(config: NodeConfig) -> Node:
     capacity = HostCapacity(
         state_dir=config.state_dir, engine=runtime.facts, gpus=gpus, units=keeper.units, reserve=reserve(config)
     )
-    journal = SqliteJournal(config.state_dir / JOURNAL_NAME)
+    journal = armed(SqliteJournal(config.state_dir / JOURNAL_NAME), "journal")
     traces = open_trace_sink(config.otlp_endpoint, worker_id=config.worker_id, insecure=config.otlp_insecure)
     seen = await capacity.read()
     driver = Driver(
@@ -146,17 +147,17 @@ async def working(
     free_space = DirectoriesFreeSpace([*directories, facts.root_dir])
     fallback = open_result_store(config.results_dir.absolute().as_uri())
     context = Context(
-        runtime=node.runtime,
-        cgroups=cgroups,
-        disk=disk,
+        runtime=armed(node.runtime, "runtime"),
+        cgroups=armed(cgroups, "cgroups"),
+        disk=armed(disk, "disk"),
         free_space=free_space,
-        store=store,
-        fallback=None if config.result_store == "file" else fallback,
-        uplink=uplink,
+        store=armed(store, "store"),
+        fallback=None if config.result_store == "file" else armed(fallback, "fallback"),
+        uplink=armed(uplink, "uplink"),
         clock=node.clock,
         logs=node.logs,
         dirs=node.dirs,
-        bundles=Bundles(worker_id=config.worker_id, results_dir=config.results_dir),
+        bundles=armed(Bundles(worker_id=config.worker_id, results_dir=config.results_dir), "bundles"),
         settings=Settings(
             worker_id=config.worker_id,
             log_max_bytes=config.log_max_bytes,
