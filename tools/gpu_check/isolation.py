@@ -101,8 +101,9 @@ def _check(bench: Bench, finding: Finding, cgroup: DeviceCgroup) -> None:
             return probe.ask(nodes=["/dev/null", *names], copies=copies, nvml=True, **question)
 
     without = finding.fact("without any node", ask(BASE_RULES, cuda=True))
-    finding.expect(without["nodes"].pop("/dev/null") == "open", "/dev/null cannot be opened")
-    finding.expect(set(without["nodes"].values()) == {"EPERM"}, f"nodes that were not given: {without['nodes']}")
+    finding.expect(without["nodes"]["/dev/null"] == "open", "/dev/null cannot be opened")
+    barred = {name: without["nodes"][name] for name in names}
+    finding.expect(set(barred.values()) == {"EPERM"}, f"nodes that were not given: {barred}")
     finding.expect("open" not in without["copies"].values(), f"nodes made by mknod can be opened: {without['copies']}")
     finding.expect(without["nvml"]["init"] != 0 or without["nvml"]["counted"] == 0, "NVML works without its nodes")
     finding.expect(without["cuda"] != "works", "CUDA works without its nodes")
