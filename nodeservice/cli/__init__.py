@@ -53,6 +53,10 @@ def main() -> None:
         code = _run(arguments)
     except SystemExit as exit_:  # typer's answer to a pipe that nobody reads
         code = exit_.code if isinstance(exit_.code, int) else 1
+    except OSError as error:
+        if error.filename is not None or streams.takes_more():
+            raise
+        code = ExitCode.OUTPUT_CLOSED
     if not streams.flushed():
         code = ExitCode.OUTPUT_CLOSED
     # All is closed and flushed. A thread that waits for an engine which never answers must not hold up the end.

@@ -37,6 +37,15 @@ def flushed() -> bool:
     return True
 
 
+def takes_more() -> bool:
+    """Whether standard output takes another, empty line: to find out, after an error, whether it was the culprit."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        return False
+    return True
+
+
 def to_nowhere(number: int) -> None:
     """What is still buffered would fail again when the interpreter ends, which then exits with 120."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -106,7 +106,7 @@ class EngineConnection:
                 max_pool_size=_CALL_THREADS + _SIGNAL_THREADS,
             )
         except (DockerException, OSError) as error:
-            raise engine_unavailable(error) from error
+            raise engine_unavailable(error, address=self.endpoint.url) from error
         client.timeout = int(self.call_timeout_seconds)
         # A local socket needs neither proxies nor netrc, which requests would look up anew for every call.
         client.trust_env = False

@@ -186,3 +186,22 @@ def test_each_way_a_client_gets_nowhere_is_told_as_json_too(arguments: list[str]
     told = json.loads(ended.stdout)
     assert (ended.returncode, told["outcome"], told["reason"]) == (code, None, reason)
     assert told["message"] in ended.stderr
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_command_whose_output_takes_nothing_ends_without_a_traceback(tmp_path: Path, options: list[str]) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "-m", "nodeservice", "inspect", *options],
+        env=environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (ExitCode.OUTPUT_CLOSED, "")
+
+
+def test_an_engine_that_is_not_there_is_told_with_its_address_and_what_the_kernel_said(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [*RUN, "image"],
+        env=environment(tmp_path, DOCKER_HOST="unix:///nowhere.sock"), capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    told = "the container engine at unix:///nowhere.sock cannot be reached: No such file or directory (is it running"
+    assert told in ended.stderr
