@@ -2,8 +2,8 @@
 
 `TEST_FAULT_POINT=runtime.create.after:kill` ends the process by SIGKILL when the engine has just made a container and nobody
 knows of it yet; `:kill:3` at the third time; `:stop` freezes it by SIGSTOP; `:fail` lets the call fail as if its other side
-were away. The points lie around each call through a port that leaves something outside of this process: there is no moment in
-between that a crash could tell apart from these.
+were away. The points lie around each call through a port that leaves something outside of this process: no moment in
+between could be told apart from these by a crash.
 """
 
 from __future__ import annotations
