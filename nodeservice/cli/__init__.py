@@ -19,7 +19,15 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 def build_app() -> typer.Typer:
     """All commands. Each module imports what it needs when its command runs, so that none pays for another."""
-    from nodeservice.cli import client, doctor_command, inspect_command, master_command, run_command, serve_command
+    from nodeservice.cli import (
+        client,
+        doctor_command,
+        inspect_command,
+        master_command,
+        mode_command,
+        run_command,
+        serve_command,
+    )
 
     app = typer.Typer(
         name="nodeservice",
@@ -30,7 +38,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for module in (serve_command, run_command, inspect_command, doctor_command, master_command, client):
+    for module in (serve_command, run_command, inspect_command, doctor_command, mode_command, master_command, client):
         module.register(app)
     return app
 

@@ -148,6 +148,8 @@ class Reason(StrEnum):
     GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
     GPU_FAULT = "GPU_FAULT"
     """A GPU of it failed, or could not be made ready; the message says how."""
+    NODE_DRAINED = "NODE_DRAINED"
+    """Ended since its node was to be empty by then."""
     LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
     """A limit read back after the start was not the one that was promised."""
     HOST_OUT_OF_MEMORY = "HOST_OUT_OF_MEMORY"
@@ -193,6 +195,7 @@ class StopCause(StrEnum):
     LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
     GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
     GPU_FAULT = "GPU_FAULT"
+    NODE_DRAINED = "NODE_DRAINED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

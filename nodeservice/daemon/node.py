@@ -26,6 +26,7 @@ from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.logs import LogBook
+from nodeservice.lifecycle.node_mode import ModeKeeper
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
@@ -54,6 +55,7 @@ class Node:
     capacity: HostCapacity
     gpus: NvmlGpuProvider
     keeper: GpuKeeper
+    mode: ModeKeeper
     journal: SqliteJournal
     traces: TraceSink
     driver: Driver
@@ -121,10 +123,12 @@ async def build(config: NodeConfig) -> Node:
     driver.on_change(lambda record: logs.wake(record.id))
     driver.on_forget(dirs.remove_log)
     driver.on_forget(logs.forget)
+    mode = ModeKeeper(driver, journal, clock)
     await driver.open()
+    await mode.open()
     return Node(
         config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
-        driver=driver, logs=logs, dirs=dirs, lock=lock, keeper=keeper,
+        driver=driver, logs=logs, dirs=dirs, lock=lock, keeper=keeper, mode=mode,
     )  # fmt: skip
 
 

@@ -144,6 +144,28 @@ class GpuUsage(_message.Message):
     xids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., seconds: _Optional[float] = ..., utilization_mean_percent: _Optional[float] = ..., utilization_peak_percent: _Optional[float] = ..., memory_peak_bytes: _Optional[int] = ..., energy_joules: _Optional[float] = ..., throttled_seconds: _Optional[float] = ..., xids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class NodeMode(_message.Message):
+    __slots__ = ("mode", "deadline_seconds")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    deadline_seconds: float
+    def __init__(self, mode: _Optional[str] = ..., deadline_seconds: _Optional[float] = ...) -> None: ...
+
+class NodeModeAck(_message.Message):
+    __slots__ = ("success", "message", "mode", "unfinished_tasks", "reason")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_TASKS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    message: str
+    mode: str
+    unfinished_tasks: int
+    reason: str
+    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., mode: _Optional[str] = ..., unfinished_tasks: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class MasterInfo(_message.Message):
     __slots__ = ("master_id", "master_address")
     MASTER_ID_FIELD_NUMBER: _ClassVar[int]
