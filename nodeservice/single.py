@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ class Finished:
 
 class _LocalUplink:
     """The outcome is read from the record by the caller, so there is nobody to report to."""
+
+    heard_at: datetime | None = None
 
     async def settled(self) -> None:
         return

@@ -129,7 +129,7 @@ def _check_amounts(spec: TaskSpec) -> None:
 
 
 def _check_details(spec: TaskSpec) -> None:
-    for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds"):
+    for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "disconnect_limit_seconds"):
         seconds: float | None = getattr(spec, field)
         if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
             raise invalid_request(field, f"is {seconds:g}", "use more than 0 and at most a year")

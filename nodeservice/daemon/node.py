@@ -183,7 +183,7 @@ async def working(
         gpu_nodes=lambda: gpu_nodes_of(node.keeper.inventory),
     )
     try:
-        async with at_work(context, node.driver, decode_record) as tasks:
+        async with at_work(context, node.driver, decode_record, node.journal) as tasks:
             yield tasks
     finally:
         await store.close()
