@@ -11,6 +11,7 @@ from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec
 from nodeservice.core.retry import Backoff
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.limits.device_nodes import GpuNodes
 from nodeservice.ports import (
     Bundles,
     Clock,
@@ -47,6 +48,7 @@ class MakeReceipt(Protocol):
         readings: Sequence[Reading],
         disk: DiskBound | None,
         engine: Mapping[str, object],
+        gpus: Sequence[GpuNodes],
     ) -> ReceiptView: ...
 
 
@@ -100,6 +102,8 @@ class Context:
     receipt: MakeReceipt
     processes: ProcessReader
     on_pull_progress: Callable[[AttemptId], PullProgress | None]
+    gpu_nodes: Callable[[], Sequence[GpuNodes]] = tuple
+    """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
     collecting: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
     )

@@ -87,7 +87,9 @@ def asked_limits(spec: TaskSpec, lease: Lease) -> dict[str, Value]:
     asked["seccomp"] = SECCOMP_FILTER
     asked["oom_score_adj"] = OOM_SCORE_ADJ
     gpus = len(lease.gpu_uuids)
-    asked["devices"] = STANDARD_DEVICES + (f" and {gpus} GPU" if gpus else "")
+    asked["devices"] = asked["device_rules"] = STANDARD_DEVICES + (f" and {gpus} GPU" if gpus else "")
+    if gpus:
+        asked["gpu_uuids"] = " ".join(lease.gpu_uuids)
     return asked
 
 

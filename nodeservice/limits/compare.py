@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from nodeservice.limits.asked import Value, capability_names, ids_of
@@ -15,9 +14,6 @@ _AT_LEAST = frozenset({"no_new_privileges", "oom_score_adj", "oom_group"})
 _SYSTEMD_CPU_STEP = 10
 """systemd keeps CPU quotas in whole percents of a core, and the runtime rounds up to them."""
 _DISK_BLOCK_BYTES = 4096
-_STANDARD_DEVICES = frozenset({"console", "full", "null", "ptmx", "random", "tty", "urandom", "zero"})
-_GPU_DEVICE = re.compile(r"nvidia\d+")
-_GPU_SUPPORT = re.compile(r"nvidia(ctl|-uvm|-uvm-tools|-modeset|-nvswitchctl|-caps/nvidia-cap\d+)")
 
 
 def in_force(name: str, readings: Sequence[Reading]) -> Reading:
@@ -38,7 +34,7 @@ def in_force(name: str, readings: Sequence[Reading]) -> Reading:
     return limiting[-1]
 
 
-def difference(name: str, asked: Value, held: Value | None, *, page_bytes: int, gpu_count: int) -> str:
+def difference(name: str, asked: Value, held: Value | None, *, page_bytes: int) -> str:
     """In words, how what is in force differs from what was asked; empty where it doesn't.
 
     A limit that the task can't change itself was not set as promised where it is tighter, either.
@@ -50,8 +46,6 @@ def difference(name: str, asked: Value, held: Value | None, *, page_bytes: int, 
         case "capabilities":
             extra = _mask(held) & ~_mask(asked)
             return f"may also use {capability_names(extra)}" if extra else ""
-        case "devices":
-            return _foreign_devices(str(held), gpu_count)
         case "cpu_ids":
             return "" if ids_of(str(held)) == ids_of(str(asked)) else plain
         case "seccomp":
@@ -78,17 +72,6 @@ def _equal(name: str, asked: int, held: int, page_bytes: int) -> bool:
             -(-asked // _SYSTEMD_CPU_STEP) * _SYSTEMD_CPU_STEP,
         )
     return name == "disk_bytes" and abs(held - asked) < _DISK_BLOCK_BYTES
-
-
-def _foreign_devices(held: str, gpu_count: int) -> str:
-    names = [name for name in held.split() if name not in _STANDARD_DEVICES]
-    gpus = [name for name in names if _GPU_DEVICE.fullmatch(name)]
-    foreign = [
-        name for name in names if not (gpu_count and (_GPU_DEVICE.fullmatch(name) or _GPU_SUPPORT.fullmatch(name)))
-    ]
-    if foreign:
-        return f"sees {', '.join(foreign)}, which it was not granted"
-    return f"sees {len(gpus)} GPUs, was granted {gpu_count}" if len(gpus) > gpu_count else ""
 
 
 def _mask(value: Value | None) -> int:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from nodeservice.limits.device_nodes import to_word
+from nodeservice.limits.device_rules import DEVICE_RULES, read_device_rules
 from nodeservice.ports import Reading
 
 ENDED = "it had ended before it could be read"
@@ -53,11 +55,12 @@ def read_process(pid: int, root: Path = Path("/")) -> list[Reading]:
     directory = root / "proc" / str(pid)
     readings = _from_status(directory)
     if readings is None:
-        return [_unread(limit, directory) for limit in (*_LIMITS, "shm_bytes", "devices")]
+        return [_unread(limit, directory) for limit in (*_LIMITS, "shm_bytes", "devices", DEVICE_RULES)]
     readings += _guarded(directory, "oom_score_adj", ("oom_score_adj",), _score)
     readings += _guarded(directory, "limits", tuple(_RESOURCE_LIMITS.values()), _resource_limits)
     readings += _guarded(directory, "mountinfo", ("shm_bytes",), lambda path: [_shm(path)])
     readings += _guarded(directory, "root/dev", ("devices",), _devices)
+    readings += _guarded(directory, "cgroup", (DEVICE_RULES,), lambda _: [read_device_rules(pid, root)])
     return readings
 
 
@@ -73,6 +76,18 @@ def read_network(pid: int, root: Path = Path("/")) -> tuple[int, int] | None:
         return sum(int(counts[0]) for counts in counted), sum(int(counts[8]) for counts in counted)
     except (OSError, ValueError, IndexError):
         return None
+
+
+def holds_file(pid: int, path: str, root: Path = Path("/")) -> bool:
+    """Whether the container of that process has a plain file there, not a link. Raises OSError where it is gone."""
+    *parents, name = path.strip("/").split("/")
+    try:
+        with _opened(root / "proc" / str(pid) / "root", *parents) as descriptor:
+            return stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if not (root / "proc" / str(pid) / "root").exists():
+            raise
+        return False
 
 
 def _from_status(directory: Path) -> list[Reading] | None:
@@ -173,25 +188,26 @@ def _bytes(text: str) -> int | None:
 
 
 def _devices(path: Path) -> list[Reading]:
-    """Names of the device nodes in the container's /dev, two levels deep."""
+    """The device nodes in the container's /dev, two levels deep, each by name and numbers."""
     with _opened(path.parent, "dev") as descriptor:
-        names = sorted(_device_names(descriptor))
-    return [Reading(limit="devices", value=" ".join(names), source=str(path))]
+        words = sorted(_device_words(descriptor))
+    return [Reading(limit="devices", value=" ".join(words), source=str(path))]
 
 
-def _device_names(descriptor: int, prefix: str = "") -> Iterator[str]:
+def _device_words(descriptor: int, prefix: str = "") -> Iterator[str]:
     with os.scandir(descriptor) as entries:
         found = list(islice(entries, _MAX_ENTRY_COUNT + 1))
     if len(found) > _MAX_ENTRY_COUNT:
         raise ValueError(f"more than {_MAX_ENTRY_COUNT} entries")
     for entry in found:
-        mode = entry.stat(follow_symlinks=False).st_mode
+        status = entry.stat(follow_symlinks=False)
+        mode, number = status.st_mode, (os.major(status.st_rdev), os.minor(status.st_rdev))
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            yield prefix + entry.name
+            yield to_word(prefix + entry.name, number, is_block=stat.S_ISBLK(mode))
         elif stat.S_ISDIR(mode) and not prefix and entry.name not in _UNREAD_DIRECTORIES:
             inner = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
             try:
-                yield from _device_names(inner, f"{entry.name}/")
+                yield from _device_words(inner, f"{entry.name}/")
             finally:
                 os.close(inner)
 

@@ -15,6 +15,8 @@ from pathlib import PurePosixPath
 from nodeservice.core.model import Lease, TaskSpec
 from nodeservice.limits.asked import Value, asked_limits
 from nodeservice.limits.compare import difference, in_force
+from nodeservice.limits.device_nodes import GpuNodes
+from nodeservice.limits.gpu_check import GPU_LIMITS
 from nodeservice.limits.plan import PIDS_OVERHEAD
 from nodeservice.ports import DiskBound, Enforcement, Reading
 
@@ -74,9 +76,13 @@ def receipt(
     readings: Sequence[Reading],
     disk: DiskBound | None,
     engine: Mapping[str, object],
+    gpus: Sequence[GpuNodes] = (),
     page_bytes: int = mmap.PAGESIZE,
 ) -> Receipt:
-    """`engine` is `ContainerState.limits`: by name of the limit, None for one that it says is not in force."""
+    """`engine` is `ContainerState.limits`: by name of the limit, None for one that it says is not in force.
+
+    `gpus` are those of this host, the lease's among them; without them, GPUs are told apart by their number alone.
+    """
     asked = asked_limits(spec, lease)
     effective: dict[str, Value | None] = {}
     enforcement: dict[str, Enforcement] = {}
@@ -103,7 +109,12 @@ def receipt(
         unread["disk_bytes"] = _NOT_LOOKED_AT
     for name, wanted in asked.items():
         if name in effective:
-            differs = difference(name, wanted, effective[name], page_bytes=page_bytes, gpu_count=len(lease.gpu_uuids))
+            held = effective[name]
+            differs = (
+                GPU_LIMITS[name](str(held), gpus, lease.gpu_uuids)
+                if name in GPU_LIMITS and held is not None
+                else difference(name, wanted, held, page_bytes=page_bytes)
+            )
             mismatches += [f"{name}: {differs} ({read_from[name]})"] if differs else []
     return Receipt(
         asked=asked,

@@ -16,8 +16,8 @@ class Reading:
 
     `limit` is one of cpu_milli, memory_bytes, memory_swap_bytes, pids_limit, cpu_ids, read_bytes_per_second,
     write_bytes_per_second, oom_group, shm_bytes, open_files_limit, core_file_bytes, capabilities, seccomp,
-    no_new_privileges, oom_score_adj, disk_bytes, devices. `value` is a number, or a text such as a CPU list.
-    `source` is the file (or the engine's field) that it was read from.
+    no_new_privileges, oom_score_adj, disk_bytes, devices, device_rules, gpu_uuids. `value` is a number, or a text such
+    as a CPU list. `source` is the file (or the engine's field) that it was read from.
     """
 
     limit: str

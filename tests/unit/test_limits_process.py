@@ -32,6 +32,7 @@ MOUNTS = """\
 78 76 0:43 / /dev rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755
 92 78 0:47 / /dev/shm rw,nosuid,nodev,noexec,relatime - tmpfs shm rw,size=98304k
 """
+CGROUP_MOUNT = "30 25 0:26 / /cg rw - cgroup cgroup rw,devices\n"
 NETWORK = """\
 Inter-|   Receive                                                |  Transmit
  face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
@@ -52,6 +53,12 @@ def root(tmp_path: Path) -> Path:
     (process / "oom_score_adj").write_text("0\n")
     (process / "mountinfo").write_text(MOUNTS)
     (process / "net/dev").write_text(NETWORK)
+    (process / "cgroup").write_text("7:devices:/docker/c1\n0::/\n")
+    (process / "stat").write_text("4711 (sh) S 1 7 7 0 -1 4194560 100 0 0 0\n")
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/mountinfo").write_text(CGROUP_MOUNT)
+    (tmp_path / "cg/docker/c1").mkdir(parents=True)
+    (tmp_path / "cg/docker/c1/devices.list").write_text("c *:* m\nc 1:3 rwm\n")
     return tmp_path
 
 
@@ -76,6 +83,7 @@ def test_every_limit_is_read_with_the_file_it_was_read_from(root: Path) -> None:
         "core_file_bytes": 0,
         "shm_bytes": 96 * MIB,
         "devices": "",
+        "device_rules": "c *:* m, c 1:3 rwm",
     }
     assert all(Path(one.source.split(" ")[0]).exists() for one in readings)
 
@@ -109,7 +117,7 @@ def test_a_number_that_another_bears_by_now_is_told_like_one_that_ended(root: Pa
 
     readings = read_process(PID, root)
 
-    assert len(readings) == 8
+    assert len(readings) == 9
     assert {(one.readable, one.note) for one in readings} == {(False, ENDED)}
     assert read_network(PID, root) is None
 
@@ -176,15 +184,18 @@ def test_of_two_mounts_on_shared_memory_the_later_counts(root: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="device nodes are made by root alone")
-def test_device_nodes_are_named_and_nothing_else_is(root: Path) -> None:
+def test_device_nodes_are_told_by_name_and_by_number_where_it_is_not_the_usual_one(root: Path) -> None:
     devices = process(root) / "root/dev"
     (devices / "nvidia-caps").mkdir()
-    for name in ("null", "nvidia0", "nvidia-caps/nvidia-cap1", "pts/0"):
+    for name in ("null", "zero", "nvidia-caps/nvidia-cap1", "pts/0"):
         os.mknod(devices / name, 0o020666, os.makedev(1, 3))
+    os.mknod(devices / "a b=1", 0o060600, os.makedev(254, 0))
     (devices / "plain").write_text("")
     (devices / "link").symlink_to("/dev/null")
 
-    assert by_limit(read_process(PID, root))["devices"].value == "null nvidia-caps/nvidia-cap1 nvidia0"
+    assert (
+        by_limit(read_process(PID, root))["devices"].value == "a?b?1=b254:0 null nvidia-caps/nvidia-cap1=1:3 zero=1:3"
+    )
 
 
 def test_no_link_of_the_container_is_followed(root: Path) -> None:
@@ -220,4 +231,4 @@ def test_traffic_that_makes_no_sense_is_none(root: Path) -> None:
 def test_the_reader_is_what_the_port_asks_for(root: Path) -> None:
     reader: ProcessReader = ProcReader(root)
 
-    assert (len(reader.readings(PID)), reader.network(PID)) == (9, (250, 37))
+    assert (len(reader.readings(PID)), reader.network(PID)) == (10, (250, 37))

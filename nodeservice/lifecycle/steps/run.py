@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
@@ -14,10 +15,13 @@ from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps.failure import persist, reason_of
+from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
 
 log = structlog.get_logger(__name__)
 _STUCK_LOOK_SECONDS = 1.0
+_INSIDE_SECONDS = 10.0
+"""For a program of the driver's: its first call on an idle GPU takes seconds."""
 
 
 async def create(context: Context, record: TaskRecord) -> ev.Event:
@@ -101,9 +105,12 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     readings = [*await context.cgroups.readings(record.id)]
     if state.pid:
         readings += context.processes.readings(state.pid)
+        if record.lease.gpu_uuids:
+            readings.append(await read_gpu_uuids(state.pid, _inside(context, container_id)))
     receipt = context.receipt(
         record.spec,
         record.lease,
+        gpus=context.gpu_nodes(),
         readings=readings,
         disk=await context.disk.bound(record.id),
         engine=state.limits,
@@ -114,6 +121,10 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         limits=receipt.as_dict(),
         not_enforced=receipt.not_enforced if state.is_running else (),
     )
+
+
+def _inside(context: Context, container_id: str) -> Callable[[Sequence[str]], Awaitable[str]]:
+    return lambda argv: context.runtime.run_inside(container_id, argv, timeout_seconds=_INSIDE_SECONDS)
 
 
 async def _bound_layer(context: Context, record: TaskRecord, container_id: str) -> None:
