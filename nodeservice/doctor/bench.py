@@ -34,6 +34,8 @@ class Bench:
     seen: Mapping[str, Seen]
     share: Share | None
     allocatable: Resources
+    gpu_uuids: tuple[str, ...] = ()
+    """Of all GPUs of this host."""
 
 
 class _NoMaster:
@@ -79,8 +81,13 @@ async def run_probes(
                 async with asyncio.timeout(all_seconds):
                     await _run_all(node, list(specs.values()), ended, refused)
             seen = {name: _seen(node, spec.id, refused) for name, spec in specs.items()}
-            allocatable = (await node.capacity.read()).allocatable
-        return Bench(seen=seen, share=shares[0] if shares else None, allocatable=allocatable)
+            capacity = await node.capacity.read()
+        return Bench(
+            seen=seen,
+            share=shares[0] if shares else None,
+            allocatable=capacity.allocatable,
+            gpu_uuids=tuple(gpu.uuid for gpu in capacity.host.gpus.gpus),
+        )
     finally:
         await asyncio.shield(_clear(node, config, facts, [spec.id for spec in specs.values()]))
 

@@ -31,6 +31,10 @@ _BY_RECEIPT = {
     "system calls": ("seccomp", "use a kernel with CONFIG_SECCOMP_FILTER, and an engine that is not set to unconfined"),
     "no new privileges": ("no_new_privileges", "use an engine that honours the security option no-new-privileges"),
     "OOM score": ("oom_score_adj", "see that the engine does not give containers a lower score than the host's own"),
+    "device rules": (
+        "device_rules",
+        "let the engine guard devices by cgroup; on cgroup v2 reading it back needs CAP_BPF",
+    ),
     "devices": ("devices", "see which runtime hook or default of the engine hands devices to every container"),
 }
 
