@@ -144,14 +144,19 @@ class GpuProvider(Protocol):
     async def close(self) -> None: ...
 
 
+NOBODY = AttemptId("")
+"""Who owns a process that lives and belongs to no attempt."""
+
+
 class ProcessOwners(Protocol):
-    """Whose processes are those that a driver names? Never raises; what ended meanwhile is nobody's."""
+    """Whose processes are those that a driver names? Never raises."""
 
     def owners(
         self, pids: Sequence[int], attempts: Mapping[AttemptId, int], *, before_seconds: float
     ) -> Mapping[int, AttemptId]:
-        """By pid. `attempts` gives the first process of each attempt's container, as far as that runs.
+        """By pid, NOBODY for a stranger's. What ended meanwhile is not in it, nor is an MPS server, which works for all.
 
+        `attempts` gives the first process of each attempt's container, as far as that runs.
         A process belongs to the attempt below whose cgroup it lives, whatever it calls its own cgroups. One that was
         started after `before_seconds` (since the host was started) is not the one that was meant: its number was used again.
         """
