@@ -54,6 +54,8 @@ class Gpu:
     cpu_ids: tuple[int, ...] = ()
     """The CPUs that are near it; empty where the driver does not tell."""
     mig_enabled: bool = False
+    mig_slice_count: int = 7
+    """Into how many slices its compute can be split: 7 on A100, H100, H200 and B200, less on smaller ones."""
     mig_instances: tuple[MigInstance, ...] = ()
     closeness: Mapping[str, int] = field(default_factory=dict)
     """To other GPUs, by UUID; higher is better. 1,000 for each NVLink, and less than that for a way over PCI Express."""
