@@ -117,6 +117,7 @@ class GpuBound:
     source: str
     sm_percent: int | None = None
     """None: nothing holds its compute back."""
+    sm_enforcement: Enforcement = Enforcement.HARD
     note: str = ""
 
 
