@@ -81,7 +81,7 @@ def gpu_infos(
 
 
 def _info(gpu: Gpu, unit: GpuUnit | None, held: Mapping[str, int], state: State) -> pb.GpuInfo:
-    how, why = state(gpu.uuid)
+    how, why = _state_of(gpu, unit, state)
     info = pb.GpuInfo(
         uuid=gpu.uuid,
         name=gpu.name,
@@ -94,7 +94,7 @@ def _info(gpu: Gpu, unit: GpuUnit | None, held: Mapping[str, int], state: State)
         leasable=unit is not None,
         counted=unit is not None and unit.counts,
         state=how.value,
-        state_reason=why or (unit.unwell if unit is not None else ""),
+        state_reason=why,
         held_milli=held.get(gpu.uuid, 0),
         throttle_reasons=throttle_names(gpu.throttle_reasons),
         share_methods=[method.value for method in unit.share_methods] if unit is not None else [],
@@ -111,7 +111,7 @@ def _info(gpu: Gpu, unit: GpuUnit | None, held: Mapping[str, int], state: State)
 def _instance(
     gpu: Gpu, instance: MigInstance, unit: GpuUnit | None, held: Mapping[str, int], state: State
 ) -> pb.GpuInfo:
-    how, why = state(gpu.uuid)
+    how, why = _state_of(gpu, unit, state)
     return pb.GpuInfo(
         uuid=instance.uuid,
         name=instance.name,
@@ -124,9 +124,17 @@ def _instance(
         leasable=unit is not None,
         counted=unit is not None and unit.counts,
         state=how.value,
-        state_reason=why or (unit.unwell if unit is not None else ""),
+        state_reason=why,
         held_milli=held.get(instance.uuid, 0),
     )
+
+
+def _state_of(gpu: Gpu, unit: GpuUnit | None, state: State) -> tuple[GpuState, str]:
+    """A GPU that is well takes no tasks all the same where its driver or its modes forbid it."""
+    how, why = state(gpu.uuid)
+    if how is GpuState.WELL and unit is not None and unit.unwell:
+        return GpuState.SUSPECT, unit.unwell
+    return how, why
 
 
 def _held_milli(units: Mapping[str, GpuUnit], leases: Iterable[Lease]) -> dict[str, int]:
