@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from nodeservice.cli.gpu_options import (
+    GpuAsk,
+    GpuCapability,
+    GpuMemory,
+    GpuMig,
+    GpuMinMemory,
+    GpuModel,
+    Gpus,
+    GpuSms,
+    GpuUuid,
+    gpus_asked,
+)
 from nodeservice.cli.task_options import (
     ExclusiveCpus,
     OpenFiles,
@@ -41,7 +53,14 @@ def run(
     cpus: str = typer.Option("1", help="Cores, such as 0.5."),
     memory: str = typer.Option("512m", help="Memory, such as 64m or 2g; hard, with swap off."),
     disk: str = typer.Option("1g", help="Most that the task may write: layer, /results and log together."),
-    gpus: int = typer.Option(0, help="Number of whole GPUs."),
+    gpus: Gpus = None,
+    gpu_model: GpuModel = None,
+    gpu_min_memory: GpuMinMemory = None,
+    gpu_capability: GpuCapability = None,
+    gpu_mig: GpuMig = None,
+    gpu_uuid: GpuUuid = None,
+    gpu_memory: GpuMemory = None,
+    gpu_sms: GpuSms = None,
     timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default: none."),
     grace: str = typer.Option("10s", help="From SIGTERM to SIGKILL."),
     pids: int = typer.Option(4096, help="Most processes and threads."),
@@ -86,7 +105,11 @@ def run(
     view = RunView(log_to_stderr=as_json)
     try:
         spec = _spec(
-            id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk, gpus=gpus,
+            id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk,
+            gpus=gpus_asked(
+                gpus=gpus, model=gpu_model, min_memory=gpu_min_memory, capability=gpu_capability, mig=gpu_mig,
+                uuids=gpu_uuid, memory=gpu_memory, sms=gpu_sms,
+            ),
             timeout=timeout, grace=grace, pids=pids, env=env, name=name, pull=pull,
             limits=limits_given(
                 wait_timeout=wait_timeout, pull_timeout=pull_timeout, total_timeout=total_timeout,
@@ -120,7 +143,7 @@ def run(
 
 
 def _spec(
-    *, id_: str, image: str, command: list[str], cpus: str, memory: str, disk: str, gpus: int, timeout: str | None,
+    *, id_: str, image: str, command: list[str], cpus: str, memory: str, disk: str, gpus: GpuAsk, timeout: str | None,
     grace: str, pids: int, env: list[str], name: str, pull: str, limits: dict[str, Any],
 ) -> TaskSpec:  # fmt: skip
     from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
@@ -142,8 +165,9 @@ def _spec(
             cpu_milli=parse_cpus(cpus),
             memory_bytes=parse_bytes(memory),
             disk_bytes=parse_bytes(disk, option="--disk"),
-            gpu_count=gpus,
+            gpu_count=gpus.count,
         ),
+        gpu=gpus.request,
         pids_limit=pids,
         timeout_seconds=parse_seconds(timeout) if timeout else None,
         grace_seconds=parse_seconds(grace, option="--grace"),
