@@ -52,7 +52,7 @@ def show_nodes(nodes: Iterable[Mapping[str, Any]]) -> None:
             f"{bytes_text(assigned['disk_bytes'])}/{bytes_text(allocatable['disk_bytes'])}",
             f"{assigned['gpu_count']}/{allocatable['gpu_count']}",
             str(len(node["running_tasks"])),
-            _text(node["last_heartbeat_at"]),
+            _text(_seconds_text(node["last_heartbeat_at"])),
         )
     _console().print(table)
 
@@ -109,6 +109,12 @@ def show_task(task: Mapping[str, Any]) -> None:
         for phase in task["phases"]:
             phases.add_row(_text(phase["name"]), _text(phase["start"]), f"{phase['duration']:.3f}")
         console.print(phases)
+
+
+def _seconds_text(instant: object) -> str:
+    """`2026-01-31 23:59:59 UTC` of an ISO 8601 instant in UTC: narrow enough for a table."""
+    text = "" if instant is None else str(instant)
+    return f"{text[:10]} {text[11:19]} UTC" if text.endswith("+00:00") else text
 
 
 def bytes_text(count: int) -> str:

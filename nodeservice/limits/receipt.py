@@ -19,7 +19,7 @@ from nodeservice.limits.plan import PIDS_OVERHEAD
 from nodeservice.ports import DiskBound, Enforcement, Reading
 
 ENGINE = "engine"
-_NOT_LOOKED_AT = "nothing was there to read it from"
+_NOT_LOOKED_AT = "the task had ended, or nothing was there to read it from"
 _SWITCHES = frozenset({"oom_group", "seccomp", "no_new_privileges"})
 """0 is off."""
 _VERSION_OF_FILE = {"memory.limit_in_bytes": 1, "cpu.cfs_quota_us": 1, "memory.max": 2, "cpu.max": 2}
