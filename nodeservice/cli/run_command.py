@@ -64,8 +64,9 @@ def run(
 ) -> None:
     """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly, a second one kills.
 
-    The exit code is the task's own; 124 deadline, 137 memory limit, 130 cancelled, 127 command not found, 126 not started,
-    65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output closed.
+    The exit code is the task's own; 124 deadline, 137 memory limit, 73 disk limit, 130 cancelled, 127 command not found,
+    126 not started, 65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output
+    closed.
     """
     import asyncio
     import json
