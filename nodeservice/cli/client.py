@@ -229,7 +229,7 @@ def logs(
             elif not chunk.is_complete:
                 sys.stdout.write(f"{chunk.content}\n")
             else:
-                say(f"the task {chunk.status}")
+                say(f"the task {'was ' if chunk.status == 'cancelled' else ''}{chunk.status}")
             sys.stdout.flush()
 
 

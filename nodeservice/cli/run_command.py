@@ -61,7 +61,7 @@ def run(
     gpu_uuid: GpuUuid = None,
     gpu_memory: GpuMemory = None,
     gpu_sms: GpuSms = None,
-    timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default: none."),
+    timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default, and 0: no limit."),
     grace: str = typer.Option("10s", help="From SIGTERM to SIGKILL."),
     pids: int = typer.Option(4096, help="Most processes and threads."),
     wait_timeout: WaitTimeout = None,
@@ -83,8 +83,9 @@ def run(
 ) -> None:
     """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly, a second one kills.
 
-    The exit code is the task's own; 124 deadline, 137 memory limit, 130 cancelled, 127 command not found, 126 not started,
-    65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output closed.
+    The exit code is the task's own; 124 deadline, 137 memory limit, 73 disk limit, 130 cancelled, 127 command not found,
+    126 not started, 65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output
+    closed.
     """
     import asyncio
     import json
@@ -169,7 +170,7 @@ def _spec(
         ),
         gpu=gpus.request,
         pids_limit=pids,
-        timeout_seconds=parse_seconds(timeout) if timeout else None,
+        timeout_seconds=(parse_seconds(timeout) or None) if timeout else None,
         grace_seconds=parse_seconds(grace, option="--grace"),
         pull_policy=policy,
         task_name=name,

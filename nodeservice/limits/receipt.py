@@ -21,7 +21,7 @@ from nodeservice.limits.plan import PIDS_OVERHEAD
 from nodeservice.ports import DiskBound, Enforcement, GpuBound, Reading
 
 ENGINE = "engine"
-_NOT_LOOKED_AT = "nothing was there to read it from"
+_NOT_LOOKED_AT = "the task had ended, or nothing was there to read it from"
 _BOUND_ELSEWHERE = frozenset({"disk_bytes", "gpu_memory_bytes", "gpu_sm_percent"})
 """By more than one file of the kernel, so told by whoever bounds them."""
 _SWITCHES = frozenset({"oom_group", "seccomp", "no_new_privileges"})

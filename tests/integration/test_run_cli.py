@@ -91,6 +91,18 @@ def test_each_way_not_to_begin_is_told_as_json_too(
     assert told["message"] in ended.stderr
 
 
+@pytest.mark.engine
+def test_a_running_time_of_zero_is_no_limit_as_it_is_for_submit(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    ended = subprocess.run(
+        [*RUN, "--json", "--task-id", node_id, "--timeout", "0s", demo_image, "--", "true"],
+        env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, json.loads(ended.stdout)["limits"]["timeout_seconds"]) == (0, None)
+    assert containers_of(docker_client, node_id) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.engine
 def test_a_signal_cancels_and_a_second_one_does_not_wait_for_the_grace_period(
