@@ -4,6 +4,9 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 . tools/debian.sh
 
+# An engine with CDI, beside the host's own.
+tools/newer_docker.sh >/dev/null || say "The tests that need a Docker with CDI will be skipped."
+
 packages="docker-registry podman catatonit postgresql openssl gcc libc6-dev"
 
 if [ ! -r /etc/debian_version ]; then

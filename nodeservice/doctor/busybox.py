@@ -103,14 +103,26 @@ def layer_tar(nodes: Sequence[Node]) -> bytes:
     return buffer.getvalue()
 
 
-def image_archive(name: str, layers: Sequence[bytes], *, labels: Mapping[str, str], created_by: str) -> bytes:
+def image_archive(
+    name: str,
+    layers: Sequence[bytes],
+    *,
+    labels: Mapping[str, str],
+    created_by: str,
+    env: Mapping[str, str] | None = None,
+) -> bytes:
     """What `docker save` writes and `docker load` reads (the image specification, v1.2)."""
+    variables = {"PATH": PATH_IN_IMAGE, **(env or {})}
     config = json.dumps(
         {
             "architecture": _ARCHITECTURES.get(platform.machine(), platform.machine()),
             "os": "linux",
             "created": "1970-01-01T00:00:00Z",
-            "config": {"Env": [f"PATH={PATH_IN_IMAGE}"], "Cmd": ["/bin/sh"], "Labels": dict(labels)},
+            "config": {
+                "Env": [f"{name}={value}" for name, value in variables.items()],
+                "Cmd": ["/bin/sh"],
+                "Labels": dict(labels),
+            },
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in layers]},
             "history": [{"created": "1970-01-01T00:00:00Z", "created_by": created_by} for _ in layers],
         },

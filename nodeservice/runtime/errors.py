@@ -27,6 +27,8 @@ _NO_SUCH_IMAGE = re.compile(
     r"|invalid repository name|: not found$",
 )
 _DISK_FULL = "no space left on device"
+_IMAGE_NOT_KNOWN = "image not known"
+"""Podman's own API says this with status 500."""
 _INIT_MISSING = "container-init binary not found"
 _GPU_STACK = re.compile(r"could not select device driver|nvidia-container|libnvidia|cdi device|unresolvable cdi")
 _NO_DRIVER = "could not select device driver"
@@ -97,7 +99,7 @@ def create_error(name: str, image: str, error: APIError) -> NodeServiceError:
     """What a refused create means."""
     said = explanation(error)
     text = said.lower()
-    if error.status_code == 404 and "image" in text:
+    if (error.status_code == 404 and "image" in text) or _IMAGE_NOT_KNOWN in text:
         return RequestError(f"image {image!r} is not on this node: {said}", reason="IMAGE_NOT_FOUND", field="image")
     if _INIT_MISSING in text:
         return InitMissingError(f"the engine could not create {name!r}: {said}", reason="NODE_FAULT")

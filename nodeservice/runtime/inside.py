@@ -1,4 +1,8 @@
-"""Runs a short program inside a running container, and takes what it writes, within bounds."""
+"""Runs a short program inside a running container, and takes what it writes, within bounds.
+
+Podman keeps a small monitor process of it for five minutes (`exit_command_delay` in containers.conf), in the cgroup of the
+container's parent: with a cgroup of the task's own it ends with the task.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +73,13 @@ def _run(
 
 def _exit_code(client: APIClient, id_: str) -> int | None:
     """The engine may note it a moment after the output has ended; None where it does not."""
+    from docker.errors import NotFound
+
     for pause_seconds in (*_LOOK_SECONDS, 0.0):
-        found: int | None = client.exec_inspect(id_)["ExitCode"]
+        try:
+            found: int | None = client.exec_inspect(id_)["ExitCode"]
+        except NotFound as error:
+            raise TransientError("the engine did not keep how the program ended", reason="EXEC_BROKEN") from error
         if found is not None:
             return found
         time.sleep(pause_seconds)

@@ -23,19 +23,26 @@ default_ulimits = []
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+exit_command_delay = 1
 init_path = "{init}"
 """
 IN_NAMESPACES = """
 set -e
 ip link set lo up
-for shared in /var/lib/cni /run/netns /dev/shm; do [ ! -d "$shared" ] || mount -t tmpfs none "$shared"; done
+mount -t tmpfs none /run
+mkdir -p /run/cdi
+mount --bind "$1/cdi" /run/cdi
+for shared in /var/lib/cni /dev/shm; do [ ! -d "$shared" ] || mount -t tmpfs none "$shared"; done
 exec podman --root "$1/root" --runroot "$1/run" --tmpdir "$1/tmp" system service --time=0 "unix://$1/podman.sock"
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PodmanService:
+    """`cdi` is its folder of CDI specifications, and the only one."""
+
     url: str
+    cdi: Path
 
 
 @contextlib.contextmanager
@@ -43,6 +50,7 @@ def podman_service(*, init: str) -> Iterator[PodmanService]:
     """Ends by pid whatever it started. `init` is the program that containers run as PID 1."""
     before = _own_cgroups()
     home = Path(tempfile.mkdtemp(prefix="podman-", dir="/tmp"))  # short: a socket's path has 107 bytes at most
+    (home / "cdi").mkdir()
     settings = home / "containers.conf"
     settings.write_text(SETTINGS.format(init=init))
     with (home / "log").open("wb") as log:
@@ -54,7 +62,7 @@ def podman_service(*, init: str) -> Iterator[PodmanService]:
     url = f"unix://{home}/podman.sock"
     try:
         _await_answer(process, url, home / "log")
-        yield PodmanService(url)
+        yield PodmanService(url, home / "cdi")
     finally:
         with contextlib.suppress(docker.errors.DockerException, OSError):
             _remove_containers(url)
@@ -65,8 +73,7 @@ def podman_service(*, init: str) -> Iterator[PodmanService]:
             process.kill()
             process.wait()
         shutil.rmtree(home)
-        for cgroup in _own_cgroups() - before:
-            _remove_empty(cgroup)
+        _remove_own_cgroups(before)
 
 
 def require_podman() -> None:
@@ -107,6 +114,17 @@ def _remove_containers(url: str) -> None:
 def _own_cgroups() -> set[Path]:
     """Where Podman puts its containers when nobody names a parent."""
     return {*CGROUPS.glob("libpod_parent"), *CGROUPS.glob("*/libpod_parent")}
+
+
+def _remove_own_cgroups(before: set[Path]) -> None:
+    """The monitors of containers and of programs run in them are in there, and end a second after these."""
+    give_up = time.monotonic() + 10
+    while found := _own_cgroups() - before:
+        for cgroup in found:
+            _remove_empty(cgroup)
+        if time.monotonic() > give_up:
+            return
+        time.sleep(0.05)
 
 
 def _remove_empty(cgroup: Path) -> None:
