@@ -10,7 +10,7 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm demo lock clean
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu demo lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test: setup engine image minio test-deps lint ## Installs what is missing, lints
 
 test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a virtual machine (Debian x86_64, root; slow)
 	@$(BIN)/pytest -q -m vm tests/vm
+
+test-gpu: setup ## Checks this machine's NVIDIA GPUs, changes no setting of theirs, writes evidence (options: GPU="--gpu UUID")
+	@$(BIN)/python tools/test_gpu.py $(GPU)
 
 demo: setup engine image ## The main job, live: master, node and a batch of tasks
 	@DOCKER_HOST=$$(tools/engine.sh) $(BIN)/python tools/demo.py

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import structlog
 
 from nodeservice import daemon
 from nodeservice.config import NodeConfig
-from nodeservice.core.model import Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
+from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.errors import ConfigError, NodeServiceError, TransientError
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.results.manifest import read_local
@@ -26,6 +27,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _ENGINE_SECONDS = 10.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class Finished:
 
 class _LocalUplink:
     """The outcome is read from the record by the caller, so there is nobody to report to."""
+
+    heard_at: datetime | None = None
 
     async def settled(self) -> None:
         return
@@ -52,13 +56,17 @@ async def run_once(
     on_change: Callable[[TaskRecord], None],
     on_log: Callable[[bytes], None],
     on_pull: Callable[[int, int], None],
+    say: Callable[[str], None],
 ) -> Finished:
-    """Run to the end. The first SIGINT or SIGTERM cancels the task and still collects; then the outcome is CANCELLED.
+    """Run to the end. SIGINT, SIGTERM or SIGHUP cancels the task and still collects; then the outcome is CANCELLED.
+
+    One more kills the task instead of waiting for its grace period. `say` gets what a person wants to know then.
 
     `config.state_dir` must be this run's own. Raises RequestError or CapacityError when refused, TransientError
     (ENGINE_UNAVAILABLE) when no engine answers.
     """
     node = await daemon.build(config)
+    interrupts = _Interrupts(node, say)
     manifest: list[Manifest] = []
 
     def note(record: TaskRecord) -> None:
@@ -69,32 +77,33 @@ async def run_once(
         on_change(record)
 
     node.driver.on_change(note)
-    try:
-        async with asyncio.timeout(_ENGINE_SECONDS):
-            facts = await node.runtime.facts()
-        async with daemon.working(
-            node,
-            uplink=_LocalUplink(),
-            store=daemon.open_store(config),
-            facts=facts,
-            on_pull_progress=lambda _id: on_pull,
-            retries_kept_results=False,
-        ) as parts:
-            received_at = node.clock.now()
-            trace = new_trace_ids(traceparent)
-            record = await _while_all_work(parts, node.driver.assign(spec, trace=trace, received_at=received_at))
-            with _cancelled_by_signals(lambda: _cancel(node, record, "Cancelled by a signal.")):
+    with interrupts.caught():
+        try:
+            async with asyncio.timeout(_ENGINE_SECONDS):
+                facts = await node.runtime.facts()
+            async with daemon.working(
+                node,
+                uplink=_LocalUplink(),
+                store=daemon.open_store(config),
+                facts=facts,
+                on_pull_progress=lambda _id: on_pull,
+                retries_kept_results=False,
+            ) as parts:
+                received_at = node.clock.now()
+                trace = new_trace_ids(traceparent)
+                record = await _while_all_work(parts, node.driver.assign(spec, trace=trace, received_at=received_at))
+                interrupts.accepted(record.id)
                 await _while_all_work(parts, _follow(node, record, on_log))
-            done = node.driver.get(spec.id) or record
-            return Finished(record=done, manifest=manifest[0] if manifest else None)
-    except TimeoutError as error:
-        raise TransientError(
-            f"the engine did not answer within {_ENGINE_SECONDS:g} s",
-            reason="ENGINE_UNAVAILABLE",
-            hint="look at its log",
-        ) from error
-    finally:
-        await node.close()
+                done = node.driver.get(spec.id) or record
+                return Finished(record=done, manifest=manifest[0] if manifest else None)
+        except TimeoutError as error:
+            raise TransientError(
+                f"the engine did not answer within {_ENGINE_SECONDS:g} s",
+                reason="ENGINE_UNAVAILABLE",
+                hint="look at its log",
+            ) from error
+        finally:
+            await node.close()
 
 
 async def _while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[None, None, T]) -> T:
@@ -111,27 +120,68 @@ async def _while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[N
         task.cancel()
 
 
-async def _cancel(node: daemon.Node, record: TaskRecord, why: str) -> None:
-    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now(), message=why)
-    await node.driver.request_stop(record.id, stop)
+class _Interrupts:
+    """SIGINT, SIGTERM and SIGHUP while one task runs: the first cancels it, one more kills it at once.
 
+    One that comes before the task is accepted cancels it as soon as it is; one more then gives up altogether.
+    """
 
-@contextlib.contextmanager
-def _cancelled_by_signals(cancel: Callable[[], Awaitable[None]]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    tasks: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected before it is done
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        loop.add_signal_handler(number, lambda: tasks.append(asyncio.create_task(_awaited(cancel))))
-    try:
-        yield
-    finally:
+    def __init__(self, node: daemon.Node, say: Callable[[str], None]) -> None:
+        self._node = node
+        self._say = say
+        self._main = asyncio.current_task()
+        self._id: AttemptId | None = None
+        self._count = 0
+        self._reactions: set[asyncio.Task[None]] = set()  # a task that nobody holds may be collected before it is done
+
+    def accepted(self, id_: AttemptId) -> None:
+        self._id = id_
+        if self._count:
+            self._react(self._cancel(id_))
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        # nohup sets SIGHUP to be ignored, and means it.
+        numbers = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         for number in numbers:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, self._interrupted)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _interrupted(self) -> None:
+        self._count += 1
+        if self._id is not None:
+            self._react(self._cancel(self._id) if self._count == 1 else self._kill(self._id))
+        elif self._count > 1 and self._main is not None:
+            self._main.cancel()
+
+    def _react(self, reaction: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(reaction)
+        self._reactions.add(task)
+        task.add_done_callback(self._reactions.discard)
+
+    async def _cancel(self, id_: AttemptId) -> None:
+        record = self._node.driver.get(id_)
+        if record is not None and record.phase < Phase.COLLECTING:
+            self._say(f"cancelling; the task has {record.spec.grace_seconds:g} s to end. Once more kills it")
+            await _cancel(self._node, id_, "Cancelled by a signal.")
+        else:
+            self._say("the task has ended; its results are being stored, which ends by itself")
+
+    async def _kill(self, id_: AttemptId) -> None:
+        record = self._node.driver.get(id_)
+        if record is not None and record.phase < Phase.COLLECTING and record.container_id is not None:
+            with contextlib.suppress(NodeServiceError):  # then the grace period decides
+                await self._node.runtime.kill(record.container_id)
 
 
-async def _awaited(call: Callable[[], Awaitable[None]]) -> None:
-    await call()
+async def _cancel(node: daemon.Node, id_: AttemptId, why: str) -> None:
+    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now(), message=why)
+    await node.driver.request_stop(id_, stop)
 
 
 async def _follow(node: daemon.Node, record: TaskRecord, on_log: Callable[[bytes], None]) -> None:
@@ -152,7 +202,7 @@ async def _follow(node: daemon.Node, record: TaskRecord, on_log: Callable[[bytes
             except OSError as error:
                 listens = False
                 if current.phase < Phase.COLLECTING:
-                    await _cancel(node, record, f"Cancelled, since nobody takes its log any more: {error.strerror}.")
+                    await _cancel(node, record.id, f"Cancelled, since nobody takes its log any more: {error.strerror}.")
         if over:
             return
         await signal_.wait()
@@ -184,6 +234,9 @@ async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
                     await runtime.remove(container.id)
                 await asyncio.to_thread(shutil.rmtree, directory)
                 log.info("run.swept", directory=str(directory))
+            except TransientError as error:
+                log.warning("run.not_swept", directory=str(directory), error=str(error))
+                return  # the engine would not answer for the others either
             except (NodeServiceError, OSError) as error:
                 log.warning("run.not_swept", directory=str(directory), error=str(error))
             finally:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 
 import typer
 
-from nodeservice.cli.exit_codes import code_of_error
-from nodeservice.errors import NodeServiceError
+from nodeservice.cli import streams
+from nodeservice.cli.exit_codes import ExitCode, code_of_error
+from nodeservice.cli.task_options import is_utf8
+from nodeservice.errors import NodeServiceError, RequestError
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""Typer has no name of its own for what its click, bundled or not, raises for wrong options."""
 
 
 def build_app() -> typer.Typer:
     """All commands. Each module imports what it needs when its command runs, so that none pays for another."""
-    from nodeservice.cli import client, doctor_command, inspect_command, master_command, run_command, serve_command
+    from nodeservice.cli import (
+        client,
+        doctor_command,
+        inspect_command,
+        master_command,
+        mode_command,
+        run_command,
+        serve_command,
+    )
 
     app = typer.Typer(
         name="nodeservice",
@@ -23,7 +38,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_root)
-    for module in (serve_command, run_command, inspect_command, doctor_command, master_command, client):
+    for module in (serve_command, run_command, inspect_command, doctor_command, mode_command, master_command, client):
         module.register(app)
     return app
 
@@ -39,9 +54,47 @@ def _root(
 
 
 def main() -> None:
-    """Entry point. Errors made on purpose become one clear line on stderr and a code of their own."""
+    """Entry point; ends the process. Errors made on purpose become one line on stderr and a code of their own."""
+    streams.open_missing()
+    arguments = sys.argv[1:]
     try:
-        build_app()()
+        code = _run(arguments)
+    except SystemExit as exit_:  # typer's answer to a pipe that nobody reads
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except OSError as error:
+        if error.filename is not None or streams.takes_more():
+            raise
+        code = ExitCode.OUTPUT_CLOSED
+    if not streams.flushed():
+        code = ExitCode.OUTPUT_CLOSED
+    # All is closed and flushed. A thread that waits for an engine which never answers must not hold up the end.
+    os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        for number, argument in enumerate(arguments, start=1):
+            if not is_utf8(argument):
+                raise _UsageError(f"Argument {number} is not UTF-8: {argument[:40]!r}.")
+        return int(build_app()(arguments, standalone_mode=False) or 0)
+    except _UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        _tell_as_json(arguments, error.format_message(), "USAGE")  # type: ignore[attr-defined]
+        return ExitCode.USAGE
     except NodeServiceError as error:
         sys.stderr.write(f"nodeservice: {error}\n")
-        sys.exit(code_of_error(error))
+        _tell_as_json(arguments, str(error), error.reason)
+        return code_of_error(error)
+
+
+def _tell_as_json(arguments: list[str], message: str, reason: str) -> None:
+    """The failure as an object on stdout, for a caller who asked for JSON and got no further than this."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--json" not in options:
+        return
+    told: dict[str, object] = {"outcome": None, "reason": reason, "message": message}
+    if options[0] == "run":
+        from nodeservice.cli.result_view import failure_as_dict
+
+        told = failure_as_dict(task_id="", image="", error=RequestError(message, reason=reason))
+    sys.stdout.write(json.dumps(told) + "\n")

@@ -47,10 +47,13 @@ class Connection:
     """Where the master is and how to trust it."""
 
     master: str
+    """HOST:PORT; of a node where `peer` says so."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None
     insecure: bool = False
+    peer: str = "master"
+    """What is called there, for messages; also the name of the option with its address."""
     as_json: bool = False
     """A failure is told on stdout too, as one object."""
 
@@ -69,7 +72,7 @@ class Connection:
         from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
         if not _ADDRESS.fullmatch(self.master):
-            raise ConfigError(f"--master is {self.master!r}", field="master", hint="give HOST:PORT")
+            raise ConfigError(f"--{self.peer} is {self.master!r}", field=self.peer, hint="give HOST:PORT")
         channel = self._channel()
         try:
             yield pb_grpc.MasterWorkerStub(channel)
@@ -103,11 +106,13 @@ class Connection:
         details = (error.details() or "") if isinstance(error, grpc.Call) else str(error)
         if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return self._exit(
-                ExitCode.UNAVAILABLE, "MASTER_UNREACHABLE", f"{self._cause(details)} ({code.name}: {details[:300]})"
+                ExitCode.UNAVAILABLE,
+                f"{self.peer.upper()}_UNREACHABLE",
+                f"{self._cause(details)} ({code.name}: {details[:300]})",
             )
         if code is grpc.StatusCode.NOT_FOUND:
-            return self._exit(ExitCode.NOT_FOUND, code.name, details[:2000] or "the master knows no such task")
-        return self._exit(ExitCode.REJECTED, code.name, f"the master refused: {details[:2000]} ({code.name})")
+            return self._exit(ExitCode.NOT_FOUND, code.name, details[:2000] or f"the {self.peer} knows no such task")
+        return self._exit(ExitCode.REJECTED, code.name, f"the {self.peer} refused: {details[:2000]} ({code.name})")
 
     def _exit(self, code: ExitCode, reason: str, message: str) -> typer.Exit:
         say(message)
@@ -121,7 +126,7 @@ class Connection:
         Who refuses a certificate only hangs up (in TLS 1.3 after the client's handshake has ended), so what is said then
         depends on what was shown.
         """
-        at = f"the master at {self.master}"
+        at = f"the {self.peer} at {self.master}"
         if "failed to connect" in details and any(sign in details for sign in _HUNG_UP):
             if self.insecure:
                 return (
@@ -134,7 +139,7 @@ class Connection:
             trusted = f"--tls-ca {self.tls_ca}" if self.tls_ca else "the public roots (give --tls-ca)"
             return f"{at} shows a certificate that is not signed by {trusted}"
         if "WRONG_VERSION_NUMBER" in details:
-            return f"{at} does not speak TLS (--insecure is for a master without TLS)"
+            return f"{at} does not speak TLS (--insecure is for one without TLS)"
         if "peer name" in details.lower() or "hostname verification" in details.lower():
             return f"{at} shows a certificate for another name (dial a name that stands in it)"
         return f"{at} does not answer"

@@ -50,6 +50,7 @@ def master(
         typer.Option(
             is_eager=True,
             callback=_read_config,
+            envvar="NODESERVICE_CONFIG",
             help="TOML file; every option here is also a key there.",
         ),
     ] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nodeservice.core.model import Manifest, Outcome, TaskRecord
+from nodeservice.core.model import Manifest, Outcome, Reason, TaskRecord
 from nodeservice.errors import InvariantError, NodeFaultError, NodeServiceError
 
 
@@ -58,13 +58,26 @@ def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, o
 def failure_as_dict(*, task_id: str, image: str, error: NodeServiceError) -> dict[str, object]:
     """The same keys for a task that was not accepted, or of which the node itself lost hold."""
     was_refused = not isinstance(error, NodeFaultError | InvariantError)
+    outcome = Outcome.REJECTED if was_refused else Outcome.FAILED
+    return _untried(task_id, image, outcome=outcome, reason=error.reason, message=str(error), field=error.field)
+
+
+def interrupted_as_dict(*, task_id: str, image: str) -> dict[str, object]:
+    """The same keys for a task that was cancelled before it was accepted."""
+    message = "Cancelled by a signal before it was accepted."
+    return _untried(task_id, image, outcome=Outcome.CANCELLED, reason=Reason.CANCELLED, message=message)
+
+
+def _untried(
+    task_id: str, image: str, *, outcome: Outcome, reason: str, message: str, field: str | None = None
+) -> dict[str, object]:
     return {
         "task_id": task_id,
         "attempt": 1,
-        "outcome": (Outcome.REJECTED if was_refused else Outcome.FAILED).value,
-        "reason": error.reason,
-        "message": str(error),
-        "field": error.field,
+        "outcome": outcome.value,
+        "reason": str(reason),
+        "message": message,
+        "field": field,
         "exit_code": None,
         "image": image,
         "image_digest": None,

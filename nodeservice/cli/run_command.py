@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,11 +18,13 @@ from nodeservice.cli.task_options import (
     WaitTimeout,
     WriteRate,
     limits_given,
+    variable,
 )
 
 if TYPE_CHECKING:
+    from nodeservice.cli.run_view import RunView
     from nodeservice.config import NodeConfig
-    from nodeservice.core.model import TaskRecord, TaskSpec
+    from nodeservice.core.model import TaskSpec
     from nodeservice.single import Finished
 
 _UPLOAD_GIVE_UP_SECONDS = 60.0
@@ -62,7 +62,7 @@ def run(
     otlp_endpoint: str = typer.Option(None, help="HOST:PORT of an OTLP/gRPC collector."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on stdout; log and phases on stderr."),
 ) -> None:
-    """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly.
+    """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly, a second one kills.
 
     The exit code is the task's own; 124 deadline, 137 memory limit, 130 cancelled, 127 command not found, 126 not started,
     65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output closed.
@@ -70,15 +70,20 @@ def run(
     import asyncio
     import json
     import secrets
+    import signal
+
+    # Before anything is imported that takes long: as Ctrl-C, until the node that is started below reacts to both.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     from nodeservice.cli.exit_codes import ExitCode, code_of_error, exit_code_of
-    from nodeservice.cli.result_view import failure_as_dict, record_as_dict
+    from nodeservice.cli.result_view import failure_as_dict, interrupted_as_dict, record_as_dict
+    from nodeservice.cli.run_view import RunView
     from nodeservice.errors import NodeServiceError
     from nodeservice.telemetry.logs import configure_logging
 
     configure_logging("error", "console")
     id_ = task_id or f"run-{secrets.token_hex(5)}"
-    view = _View(log_to_stderr=as_json)
+    view = RunView(log_to_stderr=as_json)
     try:
         spec = _spec(
             id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk, gpus=gpus,
@@ -97,6 +102,11 @@ def run(
         if as_json:
             view.put(json.dumps(failure_as_dict(task_id=id_, image=image, error=error)))
         raise typer.Exit(code) from error
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        view.say("cancelled before the task was accepted")
+        if as_json:
+            view.put(json.dumps(interrupted_as_dict(task_id=id_, image=image)))
+        raise typer.Exit(ExitCode.CANCELLED) from error
     document = record_as_dict(finished.record, finished.manifest)
     view.verdict(finished.record)
     if as_json:
@@ -127,7 +137,7 @@ def _spec(
         id=AttemptId(id_),
         image=image,
         argv=tuple(command),
-        env=tuple(_variable(text) for text in env),
+        env=tuple(variable(text) for text in env),
         request=Resources(
             cpu_milli=parse_cpus(cpus),
             memory_bytes=parse_bytes(memory),
@@ -142,11 +152,6 @@ def _spec(
         fingerprint=id_,
         **limits,
     )
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, mark, value = text.partition("=")
-    return (name, value) if mark else (name, os.environ.get(name, ""))
 
 
 def _state_home() -> Path:
@@ -171,11 +176,20 @@ def _config(id_: str, results: str | None, minio: str | None, otlp_endpoint: str
     else:
         flags["result_store"] = "file"
         if results is not None:
-            flags["results_dir"] = Path(results.removeprefix("file://"))
+            flags["results_dir"] = _directory(results)
     return load_config(None, flags, os.environ, serving=False)
 
 
-async def _run(config: NodeConfig, spec: TaskSpec, view: _View) -> Finished:
+def _directory(results: str) -> Path:
+    from nodeservice.errors import ConfigError
+
+    path = results.removeprefix("file://")
+    if not path or "://" in path:
+        raise ConfigError(f"--results is {results[:200]!r}", field="results", hint="give DIR or s3://BUCKET/PREFIX")
+    return Path(path)
+
+
+async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
     import shutil
 
     from nodeservice.single import run_once, sweep_dead_runs
@@ -189,6 +203,7 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: _View) -> Finished:
             on_change=view.changed,
             on_log=view.log,
             on_pull=view.pulling,
+            say=view.say,
         )
     except BaseException:
         # Whatever still runs, now that this went wrong, and its directory.
@@ -196,75 +211,3 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: _View) -> Finished:
         raise
     shutil.rmtree(config.state_dir, ignore_errors=True)
     return finished
-
-
-class _View:
-    """Phases and words go to stderr; the log to stdout, or to stderr where stdout is for JSON."""
-
-    def __init__(self, *, log_to_stderr: bool) -> None:
-        self._log = sys.stderr.buffer if log_to_stderr else sys.stdout.buffer
-        self._shown = 0
-        self._percent = -1
-        self.closed = False
-        """Whether somebody closed stdout, as `head` does once it has enough."""
-
-    def say(self, text: str) -> None:
-        """A line for a person. That nobody reads it any more is no reason to stop."""
-        try:
-            sys.stderr.write(f"nodeservice: {text}\n")
-            sys.stderr.flush()
-        except OSError:
-            _to_nowhere(sys.stderr.fileno())
-
-    def put(self, line: str) -> None:
-        """A line on stdout."""
-        self._write(sys.stdout.buffer, f"{line}\n".encode())
-
-    def changed(self, record: TaskRecord) -> None:
-        """One line for each phase as it ends."""
-        ended = [timing for timing in record.timings if timing.ended_at is not None]
-        for timing in ended[self._shown :]:
-            seconds = (timing.ended_at - timing.started_at).total_seconds() if timing.ended_at else 0.0
-            self.say(f"{timing.name:<9} {seconds:8.3f} s")
-        self._shown = len(ended)
-
-    def pulling(self, done: int, total: int) -> None:
-        percent = 100 * done // total if total else 0
-        if percent // 10 != self._percent // 10:
-            self._percent = percent
-            self.say(f"pull      {percent:3d} % of {total / 1e6:.1f} MB")
-
-    def log(self, block: bytes) -> None:
-        self._write(self._log, block)
-        if self.closed:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    def _write(self, stream: BinaryIO, block: bytes) -> None:
-        if self.closed:
-            return
-        try:
-            stream.write(block)
-            stream.flush()
-        except BrokenPipeError:
-            self.closed = True
-            _to_nowhere(stream.fileno())
-
-    def verdict(self, record: TaskRecord) -> None:
-        verdict = record.verdict
-        if verdict is not None:
-            self.say(f"{verdict.outcome} ({verdict.reason}): {verdict.message}")
-        from nodeservice.cli.receipt_view import receipt_summary
-
-        for line in receipt_summary(record.limits):
-            self.say(line)
-        for remark in record.remarks:
-            self.say(f"remark: {remark}")
-        if record.result_location:
-            self.say(f"results: {record.result_location}")
-
-
-def _to_nowhere(stream_fd: int) -> None:
-    """What is still buffered would fail again when the interpreter ends, which then exits with 120."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream_fd)
-    os.close(nowhere)

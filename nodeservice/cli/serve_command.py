@@ -13,7 +13,9 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    config: Path = typer.Option(None, "--config", help="TOML file; every option here is also a key there."),
+    config: Path = typer.Option(
+        None, "--config", envvar="NODESERVICE_CONFIG", help="TOML file; every option here is also a key there."
+    ),
     master: str = typer.Option(None, help="HOST:PORT of the master. Without it the node waits to be called."),
     worker_id: str = typer.Option(None, help="Name of this node. Default: the host's name."),
     listen: str = typer.Option(None, help="HOST:PORT to serve on."),

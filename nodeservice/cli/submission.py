@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nodeservice.cli.task_options import variable
 from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
 from nodeservice.errors import RequestError
 
@@ -65,7 +66,7 @@ class Submission:
             user_id=self.user,
             task_name=self.name,
             argv=self.argv,
-            env=[pb.EnvVar(name=name, value=value) for name, value in map(_variable, self.env)],
+            env=[pb.EnvVar(name=name, value=value) for name, value in map(variable, self.env)],
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
             disk_bytes=disk_bytes,
@@ -88,12 +89,3 @@ def traceparent() -> tuple[tuple[str, str], ...]:
     """gRPC metadata that joins the task to the trace of whoever called us (TRACEPARENT), if any."""
     value = os.environ.get("TRACEPARENT", "")
     return (("traceparent", value),) if _TRACEPARENT.fullmatch(value) else ()
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, mark, value = text.partition("=")
-    if not name:
-        raise RequestError(
-            f"--env is {text[:40]!r}", reason="INVALID_REQUEST", field="env", hint="give NAME=VALUE or NAME"
-        )
-    return (name, value) if mark else (name, os.environ.get(name, ""))

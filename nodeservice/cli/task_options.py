@@ -1,12 +1,14 @@
-"""The finer limits of a task, as options that `run` and `submit` share."""
+"""The environment and the finer limits of a task, as options that `run` and `submit` share."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
 
 from nodeservice.cli.units import parse_bytes, parse_seconds
+from nodeservice.errors import RequestError
 
 WaitTimeout = Annotated[str | None, typer.Option(help="From acceptance to the start, the pull included.")]
 PullTimeout = Annotated[str | None, typer.Option(help="For the image's pull.")]
@@ -45,3 +47,28 @@ def limits_given(
     if open_files is not None:
         given["open_files_limit"] = open_files
     return given
+
+
+def variable(text: str) -> tuple[str, str]:
+    """NAME=VALUE; a bare NAME takes this process's value. Raises RequestError."""
+    name, mark, value = text.partition("=")
+    if not name:
+        raise RequestError(
+            f"--env is {text[:40]!r}", reason="INVALID_REQUEST", field="env", hint="give NAME=VALUE or NAME"
+        )
+    if not mark:
+        value = os.environ.get(name, "")
+        if not is_utf8(value):
+            raise RequestError(
+                f"the value of {name} is not UTF-8", reason="INVALID_REQUEST", field="env", hint="encode it, as base64"
+            )
+    return name, value
+
+
+def is_utf8(text: str) -> bool:
+    """Whether arguments or environment held it as UTF-8; Python keeps other bytes as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

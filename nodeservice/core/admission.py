@@ -17,6 +17,7 @@ from nodeservice.errors import CapacityError, RequestError, invalid_request
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_ATTEMPT = 1_000_000
 _MAX_TEXT = 256
 _MAX_COMMAND_BYTES = 128 * 1024
@@ -69,7 +70,7 @@ def check(spec: TaskSpec) -> None:
         ("task_name", spec.task_name),
         ("task_type", spec.task_type),
     ):
-        if len(text) > _MAX_TEXT or _CONTROL.search(text):
+        if len(text) > _MAX_TEXT or _CONTROL.search(text) or _SURROGATE.search(text):
             raise invalid_request(
                 field, f"is {_shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
             )
@@ -81,17 +82,26 @@ def _check_command(spec: TaskSpec) -> None:
     if spec.command is not None and spec.argv:
         raise invalid_request("argv", "is given beside command", "give one of the two")
     for field, text in (("command", spec.command or ""), *(("argv", arg) for arg in spec.argv)):
-        if "\0" in text or len(text.encode()) >= _MAX_COMMAND_BYTES:
+        if not _can_be_passed(text):
             raise invalid_request(
-                field, f"is {_shown(text)}", "use less than 128 KiB and no NUL; put long scripts in the image"
+                field, f"is {_shown(text)}", "use less than 128 KiB of UTF-8 and no NUL; put long scripts in the image"
             )
     if len(spec.env) > _MAX_ENV_COUNT:
         raise invalid_request("env", f"has {len(spec.env)} variables", f"use at most {_MAX_ENV_COUNT}")
     for name, value in spec.env:
         if not _ENV_NAME.match(name):
             raise invalid_request("env", f"has a variable named {_shown(name)}", "use letters, digits and _ in names")
-        if "\0" in value or len(value.encode()) >= _MAX_COMMAND_BYTES:
-            raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB and no NUL")
+        if not _can_be_passed(value):
+            raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB of UTF-8 and no NUL")
+
+
+def _can_be_passed(text: str) -> bool:
+    """Whether it fits into one argument. What a shell passed on as other bytes than UTF-8 has lone surrogates here."""
+    return (
+        "\0" not in text
+        and len(text.encode(errors="surrogatepass")) < _MAX_COMMAND_BYTES
+        and not _SURROGATE.search(text)
+    )
 
 
 def _check_amounts(spec: TaskSpec) -> None:
@@ -119,7 +129,7 @@ def _check_amounts(spec: TaskSpec) -> None:
 
 
 def _check_details(spec: TaskSpec) -> None:
-    for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds"):
+    for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "disconnect_limit_seconds"):
         seconds: float | None = getattr(spec, field)
         if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
             raise invalid_request(field, f"is {seconds:g}", "use more than 0 and at most a year")

@@ -95,6 +95,8 @@ class TaskSpec:
     pull_timeout_seconds: float | None = None
     total_timeout_seconds: float | None = None
     """From acceptance to the container's end, whatever it is busy with."""
+    disconnect_limit_seconds: float | None = None
+    """For how long it may go on while the master is not heard; None for ever."""
     exclusive_cpus: bool = False
     """Whole cores of its own, instead of a share of all."""
     open_files_limit: int = 65_536
@@ -148,6 +150,10 @@ class Reason(StrEnum):
     GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
     GPU_FAULT = "GPU_FAULT"
     """A GPU of it failed, or could not be made ready; the message says how."""
+    MASTER_LOST = "MASTER_LOST"
+    """Ended since the master was not heard for longer than the task allows."""
+    NODE_DRAINED = "NODE_DRAINED"
+    """Ended since its node was to be empty by then."""
     LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
     """A limit read back after the start was not the one that was promised."""
     HOST_OUT_OF_MEMORY = "HOST_OUT_OF_MEMORY"
@@ -193,6 +199,8 @@ class StopCause(StrEnum):
     LIMIT_NOT_ENFORCED = "LIMIT_NOT_ENFORCED"
     GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
     GPU_FAULT = "GPU_FAULT"
+    NODE_DRAINED = "NODE_DRAINED"
+    MASTER_LOST = "MASTER_LOST"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

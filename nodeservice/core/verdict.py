@@ -30,6 +30,8 @@ _OF_STOP: Mapping[StopCause, tuple[Outcome, Reason, str]] = {
         Reason.GPU_MEMORY_LIMIT,
         "The task took more GPU memory than its limit.",
     ),
+    StopCause.MASTER_LOST: (Outcome.FAILED, Reason.MASTER_LOST, "The master was not heard for too long."),
+    StopCause.NODE_DRAINED: (Outcome.FAILED, Reason.NODE_DRAINED, "The node was to be empty by now."),
     StopCause.GPU_FAULT: (Outcome.FAILED, Reason.GPU_FAULT, "A GPU of the task failed."),
     StopCause.LIMIT_NOT_ENFORCED: (Outcome.FAILED, Reason.LIMIT_NOT_ENFORCED, "A limit does not hold on this node."),
 }
@@ -46,7 +48,9 @@ _RETRYABLE = frozenset(
         Reason.IMAGE_PULL_FAILED,
         Reason.IMAGE_PULL_TIMEOUT,
         Reason.LIMIT_NOT_ENFORCED,
+        Reason.MASTER_LOST,
         Reason.NODE_DISK_LOW,
+        Reason.NODE_DRAINED,
         Reason.NODE_FAULT,
         Reason.RESULTS_NOT_STORED,
         Reason.COLLECT_FAILED,

@@ -14,6 +14,7 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
+from nodeservice.daemon.fault_points import armed
 from nodeservice.daemon.settings import reserve, sharing_policy
 from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
@@ -25,6 +26,7 @@ from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.logs import LogBook
+from nodeservice.lifecycle.node_mode import ModeKeeper
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
@@ -53,6 +55,7 @@ class Node:
     capacity: HostCapacity
     gpus: NvmlGpuProvider
     keeper: GpuKeeper
+    mode: ModeKeeper
     journal: SqliteJournal
     traces: TraceSink
     driver: Driver
@@ -103,7 +106,7 @@ async def build(config: NodeConfig) -> Node:
     capacity = HostCapacity(
         state_dir=config.state_dir, engine=runtime.facts, gpus=gpus, units=keeper.units, reserve=reserve(config)
     )
-    journal = SqliteJournal(config.state_dir / JOURNAL_NAME)
+    journal = armed(SqliteJournal(config.state_dir / JOURNAL_NAME), "journal")
     traces = open_trace_sink(config.otlp_endpoint, worker_id=config.worker_id, insecure=config.otlp_insecure)
     seen = await capacity.read()
     driver = Driver(
@@ -120,10 +123,12 @@ async def build(config: NodeConfig) -> Node:
     driver.on_change(lambda record: logs.wake(record.id))
     driver.on_forget(dirs.remove_log)
     driver.on_forget(logs.forget)
+    mode = ModeKeeper(driver, journal, clock)
     await driver.open()
+    await mode.open()
     return Node(
         config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
-        driver=driver, logs=logs, dirs=dirs, lock=lock, keeper=keeper,
+        driver=driver, logs=logs, dirs=dirs, lock=lock, keeper=keeper, mode=mode,
     )  # fmt: skip
 
 
@@ -146,17 +151,17 @@ async def working(
     free_space = DirectoriesFreeSpace([*directories, facts.root_dir])
     fallback = open_result_store(config.results_dir.absolute().as_uri())
     context = Context(
-        runtime=node.runtime,
-        cgroups=cgroups,
-        disk=disk,
+        runtime=armed(node.runtime, "runtime"),
+        cgroups=armed(cgroups, "cgroups"),
+        disk=armed(disk, "disk"),
         free_space=free_space,
-        store=store,
-        fallback=None if config.result_store == "file" else fallback,
-        uplink=uplink,
+        store=armed(store, "store"),
+        fallback=None if config.result_store == "file" else armed(fallback, "fallback"),
+        uplink=armed(uplink, "uplink"),
         clock=node.clock,
         logs=node.logs,
         dirs=node.dirs,
-        bundles=Bundles(worker_id=config.worker_id, results_dir=config.results_dir),
+        bundles=armed(Bundles(worker_id=config.worker_id, results_dir=config.results_dir), "bundles"),
         settings=Settings(
             worker_id=config.worker_id,
             log_max_bytes=config.log_max_bytes,
@@ -178,7 +183,7 @@ async def working(
         gpu_nodes=lambda: gpu_nodes_of(node.keeper.inventory),
     )
     try:
-        async with at_work(context, node.driver, decode_record) as tasks:
+        async with at_work(context, node.driver, decode_record, node.journal) as tasks:
             yield tasks
     finally:
         await store.close()

@@ -83,6 +83,7 @@ async def _serve(
         clock=node.clock,
         defaults=task_defaults(config),
         new_trace=new_trace_ids,
+        mode=node.mode,
         on_master=lambda address: _master_called(node, link, address),
     )
     servicer.serve_on(server)
@@ -90,6 +91,7 @@ async def _serve(
         node, uplink=link, store=_store(config, link), facts=facts, on_capacity_change=link.register_again
     ) as tasks:
         tasks.append(asyncio.create_task(link.run(), name="master link"))
+        tasks.append(asyncio.create_task(node.mode.run(), name="node mode"))
         await server.start()
         log.info("node.ready", worker_id=config.worker_id, port=port, master=known_master, version=__version__)
         if on_ready is not None:

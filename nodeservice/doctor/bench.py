@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 
@@ -37,6 +38,8 @@ class Bench:
 
 class _NoMaster:
     """Outcomes are read from the records, so there is nobody to report to."""
+
+    heard_at: datetime | None = None
 
     async def settled(self) -> None:
         return

@@ -64,6 +64,9 @@ class Driver:
         self._start_effect: StartEffect = lambda _record, _effect: None
         self.ledger = ledger
         self.draining = False
+        """The process is ending."""
+        self.cordoned = False
+        """Somebody wants no new work here."""
         self.conditions: dict[str, str] = {}
         """What is wrong with this node now, by name, in words. While there is any, it takes no new work."""
         self.warnings: dict[str, str] = {}
@@ -211,7 +214,7 @@ class Driver:
                 item.spec,
                 known=known,
                 ledger=self.ledger,
-                draining=self.draining,
+                draining=self.draining or self.cordoned,
                 conditions={**self.conditions, **self._stuck_condition()},
                 live_count=len(self._records) - len(self._finished) + len(batch.admitted),
                 max_live_count=self._max_live_count,

@@ -7,15 +7,19 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.disconnect_keeper import DisconnectKeeper
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.host_keeper import HostKeeper
 from nodeservice.lifecycle.recovery import Decode, recover
 from nodeservice.lifecycle.runner import Runner
 from nodeservice.lifecycle.timekeeper import Timekeeper
+from nodeservice.ports import Journal
 
 
 @contextlib.asynccontextmanager
-async def at_work(context: Context, driver: Driver, decode: Decode) -> AsyncIterator[list[asyncio.Task[None]]]:
+async def at_work(
+    context: Context, driver: Driver, decode: Decode, journal: Journal
+) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Drive attempts while the block lasts, beginning with those that the journal and the engine hold.
 
     Gives the tasks that do it: one that ends has failed. Containers that run at the end of the block run on.
@@ -29,6 +33,7 @@ async def at_work(context: Context, driver: Driver, decode: Decode) -> AsyncIter
         asyncio.create_task(driver.run(), name="driver"),
         asyncio.create_task(recover(context, driver, decode), name="recovery"),
         asyncio.create_task(host_keeper.run(), name="host keeper"),
+        asyncio.create_task(DisconnectKeeper(context, driver, journal).run(), name="disconnect keeper"),
         asyncio.create_task(context.gpus.run(driver, on_change=context.on_capacity_change), name="GPU keeper"),
     ]
     timekeeper.open()

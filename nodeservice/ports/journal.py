@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Protocol
 
 from nodeservice.core.model import AttemptId, PhaseTiming, TaskRecord
@@ -32,6 +33,11 @@ class Journal(Protocol):
 
 class Uplink(Protocol):
     """The way to the master."""
+
+    @property
+    def heard_at(self) -> datetime | None:
+        """When the master last answered anything; None where it has not since this process began."""
+        ...
 
     async def settled(self) -> None:
         """Return once no report is under way that the master may have taken though it has not answered yet."""

@@ -79,6 +79,7 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
         wait_timeout_seconds=_limit(task, "wait_timeout_seconds"),
         pull_timeout_seconds=_limit(task, "pull_timeout_seconds"),
         total_timeout_seconds=_limit(task, "total_timeout_seconds"),
+        disconnect_limit_seconds=_limit(task, "disconnect_limit_seconds"),
         exclusive_cpus=task.exclusive_cpus,
         open_files_limit=task.open_files_limit if task.HasField("open_files_limit") else defaults.open_files_limit,
         read_bytes_per_second=_exact(task, "read_bytes_per_second") or None,

@@ -1,4 +1,4 @@
-"""The node's side of the wire: AssignTask, CancelTask, StreamTaskLogs, MasterRegister.
+"""The node's side of the wire: AssignTask, CancelTask, StreamTaskLogs, MasterRegister, SetNodeMode.
 
 Every handler answers fast: durable first, then the answer; pulls, stops and reports happen elsewhere.
 """
@@ -13,9 +13,10 @@ import structlog
 from nodeservice.clock import SystemClock
 from nodeservice.core.admission import check_task_id
 from nodeservice.core.model import AttemptId, Outcome, Phase, StopCause, StopRequest, TaskRecord, TraceIds
-from nodeservice.errors import ConfigError, InvariantError, NodeServiceError, RequestError
+from nodeservice.errors import ConfigError, InvariantError, NodeServiceError, RequestError, invalid_request
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
+from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.rpc import convert
 from nodeservice.rpc.log_stream import stream_log
@@ -24,6 +25,7 @@ from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
 log = structlog.get_logger(__name__)
 
+_LONGEST_DRAIN_SECONDS = 366 * 86_400.0
 RpcContext = grpc.aio.ServicerContext[object, object]
 
 _SERVER_OPTIONS = (
@@ -61,7 +63,9 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         defaults: convert.TaskDefaults,
         new_trace: Callable[[str | None], TraceIds],
         on_master: Callable[[str], None],
+        mode: ModeKeeper,
     ) -> None:
+        self._mode = mode
         self._driver = driver
         self._logs = logs
         self._dirs = dirs
@@ -105,6 +109,17 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         how = f"as {record.verdict.reason.value}" if record.verdict else "at its deadline"
         return pb.TaskAck(success=False, message=f"the task already ended {how}", reason="ALREADY_ENDED")
 
+    async def SetNodeMode(self, request: pb.NodeMode, context: RpcContext) -> pb.NodeModeAck:  # noqa: N802
+        """Durable, then answered."""
+        try:
+            if request.mode:
+                await self._mode.set(_mode(request.mode), deadline_seconds=_deadline(request))
+        except NodeServiceError as error:
+            return pb.NodeModeAck(success=False, message=str(error)[:2000], reason=error.reason)
+        return pb.NodeModeAck(
+            success=True, mode=self._mode.current.mode.value, unfinished_tasks=self._mode.unfinished_count
+        )
+
     async def StreamTaskLogs(  # noqa: N802
         self, request: pb.TaskLogRequest, context: RpcContext
     ) -> AsyncIterator[pb.LogChunk]:
@@ -132,6 +147,22 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
 
 def _refusal(error: NodeServiceError) -> pb.TaskAck:
     return pb.TaskAck(success=False, message=str(error)[:2000], reason=error.reason, field=error.field)
+
+
+def _mode(text: str) -> Mode:
+    try:
+        return Mode(text)
+    except ValueError as error:
+        raise invalid_request("mode", f"is {text[:40]!r}", f"use one of {', '.join(Mode)}") from error
+
+
+def _deadline(request: pb.NodeMode) -> float | None:
+    if not request.HasField("deadline_seconds"):
+        return None
+    seconds = request.deadline_seconds
+    if not 0 <= seconds <= _LONGEST_DRAIN_SECONDS:
+        raise invalid_request("deadline_seconds", f"is {seconds!r}", "use seconds from 0 to a year")
+    return seconds
 
 
 def _traceparent(context: RpcContext) -> str | None:

@@ -68,7 +68,7 @@ class NodeStatus:
             allocatable=convert.resources(ledger.allocatable),
             free=convert.resources(ledger.free),
             gpus=self._gpus(self.gpus.inventory),
-            draining=self.driver.draining,
+            draining=self.driver.draining or self.driver.cordoned,
             conditions=[f"{name}: {words}" for name, words in self.driver.all_conditions().items()],
             warnings=[f"{name}: {words}" for name, words in self.driver.warnings.items()],
         )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import TypeVar
 
 import grpc
@@ -58,10 +59,15 @@ class MasterLink:
         self._stub: pb_grpc.MasterWorkerStub | None = None
         self._registered = asyncio.Event()
         self._connected_to: str | None = None
+        self._heard_at: datetime | None = None
         self._wanted = asyncio.Event()
         self._reports_under_way = 0
         self._no_report = asyncio.Event()
         self._no_report.set()
+
+    @property
+    def heard_at(self) -> datetime | None:
+        return self._heard_at
 
     async def settled(self) -> None:
         await self._no_report.wait()
@@ -152,12 +158,14 @@ class MasterLink:
         if self._stub is None:
             raise TransientError("no master is known yet", reason="NO_MASTER")
         try:
-            return await answered(call(self._stub), name=name)
+            answer = await answered(call(self._stub), name=name)
         except grpc.aio.AioRpcError as error:
             raise TransientError(
                 f"{name} at {self._address}: {error.code().name} {error.details() or ''}".rstrip(),
                 reason="MASTER_UNREACHABLE",
             ) from error
+        self._heard_at = self._clock.now()
+        return answer
 
     async def _sleep_unless_wanted(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -21,6 +21,8 @@ T = TypeVar("T")
 _CALL_THREADS = 16
 _SIGNAL_THREADS = 4
 _CONNECT_TIMEOUT_SECONDS = 5.0
+_GREETING_TIMEOUT_SECONDS = 10
+"""For the first answer. Who takes connections and is silent counts as no engine, long before a call would."""
 
 
 class EngineConnection:
@@ -34,6 +36,7 @@ class EngineConnection:
         self.call_timeout_seconds = call_timeout_seconds
         self._client: APIClient | None = None
         self._connecting = threading.Lock()
+        self._is_closed = False
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="engine-call")
         self._signals = ThreadPoolExecutor(_SIGNAL_THREADS, thread_name_prefix="engine-signal")
 
@@ -41,7 +44,10 @@ class EngineConnection:
         """Blocking. Raises TransientError when no engine answers."""
         with self._connecting:
             if self._client is None:
-                self._client = self._connect()
+                client = self._connect()
+                if self._is_closed:
+                    client.close()
+                self._client = client
             return self._client
 
     def stream(self) -> EngineStream:
@@ -72,12 +78,12 @@ class EngineConnection:
             raise
 
     async def close(self) -> None:
-        """Let running calls end on their own; nothing new is taken."""
+        """Let running calls end on their own; nothing new is taken. Waits for no engine."""
+        self._is_closed = True
         self._calls.shutdown(wait=False, cancel_futures=True)
         self._signals.shutdown(wait=False, cancel_futures=True)
-        with self._connecting:
-            if self._client is not None:
-                self._client.close()
+        if self._client is not None:
+            self._client.close()
 
     def _run(self, work: Callable[[APIClient], T], doing: str) -> T:
         try:
@@ -96,11 +102,12 @@ class EngineConnection:
             client = APIClient(
                 self.endpoint.url,
                 version="auto",
-                timeout=int(self.call_timeout_seconds),
+                timeout=min(_GREETING_TIMEOUT_SECONDS, int(self.call_timeout_seconds)),
                 max_pool_size=_CALL_THREADS + _SIGNAL_THREADS,
             )
         except (DockerException, OSError) as error:
-            raise engine_unavailable(error) from error
+            raise engine_unavailable(error, address=self.endpoint.url) from error
+        client.timeout = int(self.call_timeout_seconds)
         # A local socket needs neither proxies nor netrc, which requests would look up anew for every call.
         client.trust_env = False
         return client

@@ -45,12 +45,28 @@ class InitMissingError(NodeFaultError):
     """Podman's create: the program that it would run as PID 1 is not installed."""
 
 
-def engine_unavailable(error: BaseException) -> TransientError:
+def engine_unavailable(error: BaseException, *, address: str = "") -> TransientError:
+    at = f" at {address}" if address else ""
     return TransientError(
-        f"the container engine cannot be reached: {_shorten(str(error) or type(error).__name__)}",
+        f"the container engine{at} cannot be reached: {_root_cause(error)}",
         reason="ENGINE_UNAVAILABLE",
         hint="is it running, and may this user open its socket?",
     )
+
+
+def _root_cause(error: BaseException) -> str:
+    """What the kernel said, which the libraries wrap many times over; else what they say."""
+    inner, found = error, ""
+    for _ in range(10):
+        if isinstance(inner, TimeoutError):
+            found = "it does not answer"
+        elif isinstance(inner, OSError) and inner.strerror:
+            found = inner.strerror
+        following = inner.__cause__ or inner.__context__
+        if following is None:
+            break
+        inner = following
+    return found or _shorten(str(error) or type(error).__name__)
 
 
 def translate(error: Exception, *, doing: str) -> NodeServiceError:

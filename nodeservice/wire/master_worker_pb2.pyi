@@ -144,6 +144,28 @@ class GpuUsage(_message.Message):
     xids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., seconds: _Optional[float] = ..., utilization_mean_percent: _Optional[float] = ..., utilization_peak_percent: _Optional[float] = ..., memory_peak_bytes: _Optional[int] = ..., energy_joules: _Optional[float] = ..., throttled_seconds: _Optional[float] = ..., xids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class NodeMode(_message.Message):
+    __slots__ = ("mode", "deadline_seconds")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    deadline_seconds: float
+    def __init__(self, mode: _Optional[str] = ..., deadline_seconds: _Optional[float] = ...) -> None: ...
+
+class NodeModeAck(_message.Message):
+    __slots__ = ("success", "message", "mode", "unfinished_tasks", "reason")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    UNFINISHED_TASKS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    message: str
+    mode: str
+    unfinished_tasks: int
+    reason: str
+    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., mode: _Optional[str] = ..., unfinished_tasks: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class MasterInfo(_message.Message):
     __slots__ = ("master_id", "master_address")
     MASTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -245,7 +267,7 @@ class EnvVar(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second", "gpu")
+    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second", "gpu", "disconnect_limit_seconds")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     DOCKER_IMAGE_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +300,7 @@ class Task(_message.Message):
     READ_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
+    DISCONNECT_LIMIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     docker_image: str
     command: str
@@ -310,7 +333,8 @@ class Task(_message.Message):
     read_bytes_per_second: int
     write_bytes_per_second: int
     gpu: GpuRequest
-    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ..., gpu: _Optional[_Union[GpuRequest, _Mapping]] = ...) -> None: ...
+    disconnect_limit_seconds: float
+    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ..., gpu: _Optional[_Union[GpuRequest, _Mapping]] = ..., disconnect_limit_seconds: _Optional[float] = ...) -> None: ...
 
 class TaskResult(_message.Message):
     __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids", "retryable")

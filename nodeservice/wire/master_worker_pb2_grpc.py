@@ -74,6 +74,11 @@ class MasterWorkerStub:
                 request_serializer=nodeservice_dot_wire_dot_master__worker__pb2.TaskLogRequest.SerializeToString,
                 response_deserializer=nodeservice_dot_wire_dot_master__worker__pb2.LogChunk.FromString,
                 _registered_method=True)
+        self.SetNodeMode = channel.unary_unary(
+                '/cluster.MasterWorker/SetNodeMode',
+                request_serializer=nodeservice_dot_wire_dot_master__worker__pb2.NodeMode.SerializeToString,
+                response_deserializer=nodeservice_dot_wire_dot_master__worker__pb2.NodeModeAck.FromString,
+                _registered_method=True)
         self.SubmitTask = channel.unary_unary(
                 '/cluster.MasterWorker/SubmitTask',
                 request_serializer=nodeservice_dot_wire_dot_master__worker__pb2.Task.SerializeToString,
@@ -157,6 +162,14 @@ class MasterWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetNodeMode(self, request, context):
+        """---- operator -> node (extension) ------------------------------------------------------------------------------------
+        Durable before the answer. An empty mode changes nothing and tells how it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SubmitTask(self, request, context):
         """---- client -> master (extensions) ----------------------------------------------------------------------------------
         Queue a task. task_id may be empty: the master then names it. Refused with a reason when no node could ever hold it.
@@ -225,6 +238,11 @@ def add_MasterWorkerServicer_to_server(servicer, server):
                     servicer.StreamTaskLogs,
                     request_deserializer=nodeservice_dot_wire_dot_master__worker__pb2.TaskLogRequest.FromString,
                     response_serializer=nodeservice_dot_wire_dot_master__worker__pb2.LogChunk.SerializeToString,
+            ),
+            'SetNodeMode': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNodeMode,
+                    request_deserializer=nodeservice_dot_wire_dot_master__worker__pb2.NodeMode.FromString,
+                    response_serializer=nodeservice_dot_wire_dot_master__worker__pb2.NodeModeAck.SerializeToString,
             ),
             'SubmitTask': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitTask,
@@ -463,6 +481,33 @@ class MasterWorker:
             '/cluster.MasterWorker/StreamTaskLogs',
             nodeservice_dot_wire_dot_master__worker__pb2.TaskLogRequest.SerializeToString,
             nodeservice_dot_wire_dot_master__worker__pb2.LogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNodeMode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.MasterWorker/SetNodeMode',
+            nodeservice_dot_wire_dot_master__worker__pb2.NodeMode.SerializeToString,
+            nodeservice_dot_wire_dot_master__worker__pb2.NodeModeAck.FromString,
             options,
             channel_credentials,
             insecure,

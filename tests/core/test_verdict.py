@@ -21,6 +21,8 @@ REASON_OF = {
     StopCause.LIMIT_NOT_ENFORCED: Reason.LIMIT_NOT_ENFORCED,
     StopCause.GPU_MEMORY_LIMIT: Reason.GPU_MEMORY_LIMIT,
     StopCause.GPU_FAULT: Reason.GPU_FAULT,
+    StopCause.NODE_DRAINED: Reason.NODE_DRAINED,
+    StopCause.MASTER_LOST: Reason.MASTER_LOST,
 }
 CODES = (0, 1, 3, 125, 126, 127, 128, 137, 139, 143, 255)
 
@@ -104,6 +106,8 @@ def test_what_the_node_broke_may_be_tried_elsewhere_and_what_the_task_broke_may_
     theirs = {
         Reason.NODE_FAULT,
         Reason.GPU_FAULT,
+        Reason.NODE_DRAINED,
+        Reason.MASTER_LOST,
         Reason.HOST_OUT_OF_MEMORY,
         Reason.LIMIT_NOT_ENFORCED,
         Reason.NODE_DISK_LOW,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import docker
 import pytest
@@ -69,6 +72,10 @@ def test_words_that_nobody_reads_do_not_stop_the_task(
         ([], {"DOCKER_HOST": "unix:///nowhere.sock"}, ExitCode.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
         (["--results", "s3://b"], {}, ExitCode.CONFIG, "CONFIG"),
         (["--memory", "much"], {}, ExitCode.REJECTED, "INVALID_REQUEST"),
+        (["--results", "ftp://host/path"], {}, ExitCode.CONFIG, "CONFIG"),
+        (["--no-such-option"], {}, ExitCode.USAGE, "USAGE"),
+        (["--name", os.fsdecode(b"\xff")], {}, ExitCode.USAGE, "USAGE"),
+        (["--env", "BYTES"], {"BYTES": os.fsdecode(b"\xff")}, ExitCode.REJECTED, "INVALID_REQUEST"),
     ],
 )
 def test_each_way_not_to_begin_is_told_as_json_too(
@@ -84,6 +91,71 @@ def test_each_way_not_to_begin_is_told_as_json_too(
     assert told["message"] in ended.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.engine
+def test_a_signal_cancels_and_a_second_one_does_not_wait_for_the_grace_period(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str, number: signal.Signals
+) -> None:
+    deaf = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"]
+    command = [*RUN, "--json", "--task-id", node_id, "--grace", "1h", demo_image, "--", *deaf]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        read_until(process.stderr, "ready")
+        process.send_signal(number)
+        read_until(process.stderr, "Once more kills it")
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.CANCELLED
+    assert (json.loads(told)["outcome"], json.loads(told)["exit_code"]) == ("CANCELLED", 137)
+    assert containers_of(docker_client, node_id) == []
+
+
+def read_until(stream: IO[str], words: str) -> None:
+    for line in stream:
+        if words in line:
+            return
+    raise AssertionError(f"the stream ended without {words!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_task_is_accepted_is_told_as_json_too(tmp_path: Path, number: signal.Signals) -> None:
+    """The engine takes the connection and never answers, so the command waits for it; a second signal gives up."""
+    path = tmp_path / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.bind(str(path))
+        engine.listen()
+        engine.settimeout(60)
+        with subprocess.Popen(
+            [*RUN, "--json", "image"],
+            env=environment(tmp_path, DOCKER_HOST=f"unix://{path}"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            connection, _ = engine.accept()
+            with connection:
+                process.send_signal(number)
+                process.send_signal(number)
+                told, words = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.CANCELLED, words
+    assert (json.loads(told)["outcome"], json.loads(told)["reason"]) == ("CANCELLED", "CANCELLED")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+def test_an_output_that_takes_nothing_is_told_by_the_exit_code(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str, redirection: str
+) -> None:
+    """Started with a closed standard output, Python has no sys.stdout, and the next file would take its place."""
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", *RUN, "--json", "--task-id", node_id, demo_image, "--", "true"],
+        env=environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == ExitCode.OUTPUT_CLOSED, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "the output takes nothing" in ended.stderr
+    assert containers_of(docker_client, node_id) == []
+
+
 def test_a_client_that_reaches_nobody_says_so_as_json_too() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "nodeservice", "show", "--json", "--insecure", "--master", "127.0.0.1:1", "x"],
@@ -96,3 +168,40 @@ def test_a_client_that_reaches_nobody_says_so_as_json_too() -> None:
     )  # fmt: skip
     assert ended.returncode == ExitCode.CONFIG
     assert "--master is 'no address'" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["ps", "--json", "--insecure", "--master", "no address"], ExitCode.CONFIG, "CONFIG"),
+        (["wait", "--json", "--insecure", "--timeout", "soon", "x"], ExitCode.REJECTED, "INVALID_REQUEST"),
+        (["nodes", "--json", "--no-such-option"], ExitCode.USAGE, "USAGE"),
+        (["submit", "--json", "--insecure", os.fsdecode(b"\xff")], ExitCode.USAGE, "USAGE"),
+    ],
+)
+def test_each_way_a_client_gets_nowhere_is_told_as_json_too(arguments: list[str], code: ExitCode, reason: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodeservice", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    told = json.loads(ended.stdout)
+    assert (ended.returncode, told["outcome"], told["reason"]) == (code, None, reason)
+    assert told["message"] in ended.stderr
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_command_whose_output_takes_nothing_ends_without_a_traceback(tmp_path: Path, options: list[str]) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "-m", "nodeservice", "inspect", *options],
+        env=environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (ExitCode.OUTPUT_CLOSED, "")
+
+
+def test_an_engine_that_is_not_there_is_told_with_its_address_and_what_the_kernel_said(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [*RUN, "image"],
+        env=environment(tmp_path, DOCKER_HOST="unix:///nowhere.sock"), capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    told = "the container engine at unix:///nowhere.sock cannot be reached: No such file or directory (is it running"
+    assert told in ended.stderr

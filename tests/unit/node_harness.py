@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 from nodeservice.clock import SystemClock
@@ -64,6 +65,7 @@ class RecordingUplink:
     def __init__(self) -> None:
         self.reports: list[TaskRecord] = []
         self.down = False
+        self.heard_at: datetime | None = None
 
     async def settled(self) -> None:
         return
@@ -184,7 +186,7 @@ class LiveNode:
 
     async def start(self) -> LiveNode:
         await self.driver.open()
-        await self._work.enter_async_context(at_work(self.context, self.driver, decode_record))
+        await self._work.enter_async_context(at_work(self.context, self.driver, decode_record, self.world.journal))
         return self
 
     async def kill(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,18 @@ def test_an_unknown_variable_is_named_with_the_nearest_known_one() -> None:
 
 def test_other_variables_and_the_path_of_the_file_are_left_alone() -> None:
     load_config(None, PLAIN, {"NODESERVICES": "1", "PATH": "/bin", "NODESERVICE_CONFIG": "/etc/node.toml"})
+
+
+@pytest.mark.parametrize("command", [["serve"], ["inspect"], ["doctor"], ["master"]])
+def test_the_path_of_the_file_is_taken_from_the_environment_too(tmp_path: Path, command: list[str]) -> None:
+    file = toml(tmp_path, "no_such_key = 1\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodeservice", *command],
+        env=os.environ | {"NODESERVICE_CONFIG": str(file)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 78
+    assert str(file) in ended.stderr
+    assert "no_such_key" in ended.stderr
 
 
 def test_an_unknown_flag_is_refused() -> None:

@@ -116,6 +116,15 @@ def test_the_binding_loads_it_by_its_own_name_and_can_tell_that_it_is_false(driv
         assert nvml(f"(b := {name}, pynvml.nvmlLib.nvmlFalseDriverMachine(b, 32), b.value)[1:]") == [0, b"h200x8"]
 
 
+def test_a_process_that_runs_already_gets_it_by_its_path(driver: FalseDriver) -> None:
+    with Caller(init=False) as nvml:
+        assert nvml.code("nvmlInit()") == 12
+        nvml(f"os.environ['FALSE_NVIDIA_DRIVER'] = {driver.environment['FALSE_NVIDIA_DRIVER']!r}")
+        nvml(f"kept = ctypes.CDLL({str(driver.library)!r})")
+        nvml("nvmlInit()")
+        assert nvml("nvmlDeviceGetCount()") == 8
+
+
 def test_nothing_works_before_init_and_after_as_many_shutdowns(driver: FalseDriver) -> None:
     with Caller(driver, init=False) as nvml:
         nvml("pynvml._LoadNvmlLibrary()")

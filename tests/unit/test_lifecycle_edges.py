@@ -209,7 +209,10 @@ async def test_a_host_that_runs_out_of_disk_takes_nothing_new_and_ends_who_wrote
         assert caught.value.reason == DISK_LOW
         assert len(world.runtime.running) == 2
         world.free_space.free_bytes = 400
-        record = await node.until_finished(AttemptId("much"))
+        much = AttemptId("much")
+        await node.until(lambda: (found := node.driver.get(much)) is not None and found.stop is not None)
+        world.free_space.free_bytes = 2000  # what it wrote is on its way out; else the next would have to go too
+        record = await node.until_finished(much)
         assert record.verdict is not None
         assert record.verdict.reason is Reason.NODE_DISK_LOW
         world.free_space.free_bytes = 5000

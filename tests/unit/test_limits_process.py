@@ -141,6 +141,19 @@ def test_one_that_ends_between_two_files_is_told_for_what_is_missing(root: Path)
     assert [(found[name].readable, found[name].note) for name in ("shm_bytes", "devices")] == [(False, ENDED)] * 2
 
 
+def test_one_that_is_ending_and_sits_in_the_root_cgroup_already_is_not_taken_for_one_that_may_open_everything(
+    root: Path,
+) -> None:
+    (process(root) / "cgroup").write_text("7:devices:/\n0::/\n")
+    (root / "cg/devices.list").write_text("a *:* rwm\n")
+    assert by_limit(read_process(PID, root))["device_rules"].value == "a *:* rwm", "a living one may"
+
+    (process(root) / "root").rename(root / "away")
+
+    found = by_limit(read_process(PID, root))["device_rules"]
+    assert (found.readable, found.note) == (False, ENDED)
+
+
 @pytest.mark.parametrize("name", ["limits", "mountinfo", "oom_score_adj"])
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe nonsense \n\n - \n"])
 def test_a_file_that_makes_no_sense_never_breaks_the_reading(root: Path, name: str, content: bytes) -> None:

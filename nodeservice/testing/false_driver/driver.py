@@ -29,6 +29,7 @@ class FalseDriver:
         """Of a directory that `build` made."""
         self.directory = directory.absolute()
         self.library = self.directory / "lib" / LIBRARY
+        """Opened by this path before the binding looks for it, it is the binding's in a process that runs already too."""
         self.pci_devices = self.directory / "pci"
         """What /sys/bus/pci/devices would show of the machine's NVIDIA hardware."""
         self._state = StateFile(self.directory / "state")

@@ -1,0 +1,128 @@
+"""The commands for who looks after a node: cordon, uncordon, drain."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nodeservice.cli.connection import CALL_SECONDS, AsJson, Connection, Insecure, TlsCa, TlsCert, TlsKey, say
+
+if TYPE_CHECKING:
+    from nodeservice.wire import master_worker_pb2 as pb
+
+_POLL_SECONDS = 1.0
+Node = Annotated[str, typer.Option("--node", envvar="NODESERVICE_NODE", help="HOST:PORT of the node itself.")]
+_DEFAULT_NODE = "127.0.0.1:50052"
+
+
+def register(app: typer.Typer) -> None:
+    for command in (cordon, uncordon, drain):
+        app.command(command.__name__)(command)
+
+
+def cordon(
+    *,
+    node: Node = _DEFAULT_NODE,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a node take no new tasks. What it has goes on. Holds across restarts until uncordon."""
+    _set(_connection(node, tls_cert, tls_key, tls_ca, insecure, as_json), "CORDONED")
+
+
+def uncordon(
+    *,
+    node: Node = _DEFAULT_NODE,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a node take tasks again."""
+    _set(_connection(node, tls_cert, tls_key, tls_ca, insecure, as_json), "ACTIVE")
+
+
+def drain(
+    *,
+    node: Node = _DEFAULT_NODE,
+    deadline: Annotated[
+        str | None, typer.Option(help="After so long, end what still runs, such as 10m. Default: let it finish.")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once instead of when it is empty.")] = False,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Empty a node: it takes nothing new, and all that it has is ended, stored and reported. Uncordon takes it back."""
+    from nodeservice.cli.units import parse_seconds
+
+    seconds = None if deadline is None else parse_seconds(deadline, option="--deadline")
+    connection = _connection(node, tls_cert, tls_key, tls_ca, insecure, as_json)
+    answer = _set(connection, "DRAINING", deadline_seconds=seconds, is_last=no_wait)
+    shown = -1
+    while not no_wait and answer.unfinished_tasks and answer.mode == "DRAINING":
+        if answer.unfinished_tasks != shown:
+            shown = answer.unfinished_tasks
+            say(f"{shown} tasks left")
+        time.sleep(_POLL_SECONDS)
+        with connection.open() as stub:
+            answer = _ask(stub, "")
+    if not no_wait:
+        _tell(connection, answer)
+
+
+def _set(
+    connection: Connection, mode: str, *, deadline_seconds: float | None = None, is_last: bool = True
+) -> pb.NodeModeAck:
+    with connection.open() as stub:
+        answer = _ask(stub, mode, deadline_seconds)
+    if not answer.success or is_last:
+        _tell(connection, answer)
+    return answer
+
+
+def _ask(stub: Any, mode: str, deadline_seconds: float | None = None) -> pb.NodeModeAck:
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    request = pb.NodeMode(mode=mode)
+    if deadline_seconds is not None:
+        request.deadline_seconds = deadline_seconds
+    answer: pb.NodeModeAck = stub.SetNodeMode(request, timeout=CALL_SECONDS)
+    return answer
+
+
+def _tell(connection: Connection, answer: pb.NodeModeAck) -> None:
+    """Ends the command with code 75 where the node refused."""
+    from nodeservice.cli.exit_codes import ExitCode
+
+    if connection.as_json:
+        told = {
+            "success": answer.success,
+            "mode": answer.mode or None,
+            "unfinished_tasks": answer.unfinished_tasks,
+            "reason": answer.reason or None,
+            "message": answer.message,
+        }
+        sys.stdout.write(json.dumps(told) + "\n")
+    elif answer.success:
+        left = f", {answer.unfinished_tasks} tasks unfinished" if answer.unfinished_tasks else ", no task unfinished"
+        sys.stdout.write(f"{answer.mode}{left}\n")
+    if not answer.success:
+        say(answer.message)
+        raise typer.Exit(ExitCode.REJECTED)
+
+
+def _connection(node: str, tls_cert: Any, tls_key: Any, tls_ca: Any, insecure: bool, as_json: bool) -> Connection:
+    return Connection(
+        master=node, peer="node", tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
+    )

@@ -1,0 +1,123 @@
+"""Whether this node takes work: cordoned (it takes nothing), draining (it also ends what is left at a deadline), active.
+
+The mode is written down before it is answered, so it holds across restarts: a node that is being upgraded comes back in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+import structlog
+
+from nodeservice.core import events as ev
+from nodeservice.core.model import Phase, StopCause, StopRequest
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.ports import Clock, Journal
+
+log = structlog.get_logger(__name__)
+
+_NOTE = "node_mode"
+
+
+class Mode(StrEnum):
+    ACTIVE = "ACTIVE"
+    CORDONED = "CORDONED"
+    DRAINING = "DRAINING"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeMode:
+    """`ends_at`: when a draining node ends what still runs; None lets it finish."""
+
+    mode: Mode = Mode.ACTIVE
+    ends_at: datetime | None = None
+
+
+class ModeKeeper:
+    """Sets the driver's `cordoned`. Open it before work is taken."""
+
+    def __init__(self, driver: Driver, journal: Journal, clock: Clock) -> None:
+        self._driver = driver
+        self._journal = journal
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self.current = NodeMode()
+
+    async def open(self) -> None:
+        """Take up the mode of before the restart. One that cannot be read is the careful one."""
+        text = await self._journal.get_note(_NOTE)
+        if text is not None:
+            try:
+                told = json.loads(text)
+                ends_at = datetime.fromisoformat(told["ends_at"]) if told["ends_at"] else None
+                self.current = NodeMode(mode=Mode(told["mode"]), ends_at=ends_at)
+            except (ValueError, KeyError, TypeError):
+                log.error("node.mode_unreadable", note=text[:200])
+                self.current = NodeMode(mode=Mode.CORDONED)
+        self._apply()
+
+    async def set(self, mode: Mode, *, deadline_seconds: float | None = None) -> NodeMode:
+        """Durable when it returns. Raises TransientError (JOURNAL_UNWRITABLE), and then nothing has changed."""
+        ends_at = None
+        if mode is Mode.DRAINING and deadline_seconds is not None:
+            ends_at = self._clock.now() + timedelta(seconds=deadline_seconds)
+        wanted = NodeMode(mode=mode, ends_at=ends_at)
+        if mode is Mode.ACTIVE:
+            await self._write(wanted)
+            self._take(wanted)
+        else:
+            # Nothing is taken from here on, also not while it is being written.
+            before = self.current
+            self._take(wanted)
+            try:
+                await self._write(wanted)
+            except BaseException:
+                self._take(before)
+                raise
+        log.info("node.mode", mode=mode.value, ends_at=ends_at.isoformat() if ends_at else None)
+        return wanted
+
+    @property
+    def unfinished_count(self) -> int:
+        """Attempts that are not reported yet."""
+        return sum(1 for record in self._driver.live() if record.phase <= Phase.REPORTING)
+
+    async def run(self) -> None:
+        """End what is left at the deadline of a drain; work until cancelled."""
+        while True:
+            self._changed.clear()
+            left_seconds = self._left_seconds()
+            if left_seconds is not None and left_seconds <= 0:
+                self._end_all()
+                left_seconds = 1.0  # one that was just being made is ended at the next look
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_seconds):
+                    await self._changed.wait()
+
+    def _left_seconds(self) -> float | None:
+        ends_at = self.current.ends_at
+        return None if ends_at is None else (ends_at - self._clock.now()).total_seconds()
+
+    def _end_all(self) -> None:
+        now = self._clock.now()
+        for record in self._driver.live():
+            if record.phase <= Phase.RUNNING and record.stop is None:
+                stop = StopRequest(cause=StopCause.NODE_DRAINED, requested_at=now)
+                self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+
+    def _take(self, mode: NodeMode) -> None:
+        self.current = mode
+        self._apply()
+        self._changed.set()
+
+    def _apply(self) -> None:
+        self._driver.cordoned = self.current.mode is not Mode.ACTIVE
+
+    async def _write(self, mode: NodeMode) -> None:
+        ends_at = mode.ends_at.isoformat() if mode.ends_at else None
+        await self._journal.set_note(_NOTE, json.dumps({"mode": mode.mode.value, "ends_at": ends_at}))

@@ -1,0 +1,105 @@
+"""Cordon and drain on a node in memory: what is taken, what is ended, what holds across a restart."""
+
+from __future__ import annotations
+
+import pytest
+
+from nodeservice.core.model import AttemptId, Phase, Reason
+from nodeservice.errors import CapacityError, TransientError
+from nodeservice.journal.memory import MemoryJournal
+from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
+from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from tests.unit.node_harness import LiveNode, World, living, spec
+
+T = AttemptId("t")
+
+
+@pytest.fixture
+def world(tmp_path) -> World:  # type: ignore[no-untyped-def]
+    return World(path=tmp_path, runtime=FakeRuntime(images={"demo": FakeImage(holds=True)}))
+
+
+async def keeper_of(node: LiveNode) -> ModeKeeper:
+    keeper = ModeKeeper(node.driver, node.world.journal, node.clock)
+    await keeper.open()
+    return keeper
+
+
+async def running(node: LiveNode) -> str:
+    await node.assign(spec())
+    await node.until(lambda: node.phase(T) is Phase.RUNNING)
+    return node.world.runtime.running[0]
+
+
+async def test_a_cordoned_node_refuses_new_tasks_and_goes_on_with_those_it_has(world: World) -> None:
+    async with living(world) as node:
+        keeper = await keeper_of(node)
+        container = await running(node)
+        await keeper.set(Mode.CORDONED)
+        with pytest.raises(CapacityError) as caught:
+            await node.assign(spec("late"))
+        assert caught.value.reason == "NODE_DRAINING"
+        assert keeper.unfinished_count == 1
+        world.runtime.finish(container)
+        await node.until_finished(T)
+        assert keeper.unfinished_count == 0
+        await keeper.set(Mode.ACTIVE)
+        await node.assign(spec("late"))
+
+
+async def test_a_repeated_assignment_is_answered_as_before_although_the_node_is_cordoned(world: World) -> None:
+    async with living(world) as node:
+        keeper = await keeper_of(node)
+        await running(node)
+        await keeper.set(Mode.CORDONED)
+        assert (await node.assign(spec())).id == T
+
+
+async def test_the_mode_holds_across_a_restart(world: World) -> None:
+    async with living(world) as node:
+        await (await keeper_of(node)).set(Mode.DRAINING, deadline_seconds=3600)
+    async with living(world) as node:
+        keeper = await keeper_of(node)
+        assert keeper.current.mode is Mode.DRAINING
+        assert keeper.current.ends_at is not None
+        with pytest.raises(CapacityError):
+            await node.assign(spec())
+
+
+async def test_what_still_runs_at_the_deadline_of_a_drain_is_ended_as_drained(world: World) -> None:
+    import asyncio
+
+    async with living(world) as node:
+        keeper = await keeper_of(node)
+        work = asyncio.create_task(keeper.run())
+        try:
+            await running(node)
+            await keeper.set(Mode.DRAINING)
+            await asyncio.sleep(0.05)
+            assert node.phase(T) is Phase.RUNNING, "without a deadline it may finish"
+            await keeper.set(Mode.DRAINING, deadline_seconds=0.05)
+            record = await node.until_finished(T)
+        finally:
+            work.cancel()
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.NODE_DRAINED
+        assert len(world.uplink.reports) == 1
+
+
+async def test_a_mode_that_cannot_be_written_down_is_not_taken(world: World) -> None:
+    class Full(MemoryJournal):
+        async def set_note(self, key: str, value: str) -> None:
+            raise TransientError("disk full", reason="JOURNAL_UNWRITABLE")
+
+    async with living(world) as node:
+        keeper = ModeKeeper(node.driver, Full(), node.clock)
+        with pytest.raises(TransientError):
+            await keeper.set(Mode.CORDONED)
+        assert keeper.current.mode is Mode.ACTIVE
+        await node.assign(spec())
+
+
+async def test_a_mode_that_cannot_be_read_is_taken_for_the_careful_one(world: World) -> None:
+    await world.journal.set_note("node_mode", "{half")
+    async with living(world) as node:
+        assert (await keeper_of(node)).current.mode is Mode.CORDONED
