@@ -10,7 +10,7 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu demo lock clean
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu demo demo-gpu lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test-gpu: setup ## Checks this machine's NVIDIA GPUs, changes no setting of thei
 
 demo: setup engine image ## The main job, live: master, node and a batch of tasks
 	@DOCKER_HOST=$$(tools/engine.sh) $(BIN)/python tools/demo.py
+
+demo-gpu: setup engine ## Sixteen pretended GPUs on two nodes, live: leases, parts, a fault, the bill (root, C compiler)
+	@$(BIN)/python tools/demo_gpu.py
 
 lock: setup ## Write requirements/*.txt anew from pyproject.toml
 	@tools/lock.sh

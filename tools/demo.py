@@ -9,18 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import grpc
+from demo_processes import ENDED, START_SECONDS, running
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -34,10 +32,7 @@ from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 HOME = Path(__file__).resolve().parent.parent / ".demo"
 LICENCES = Path("/usr/share/common-licenses")
 MIB = 1024 * 1024
-NODESERVICE = (sys.executable, "-m", "nodeservice")
-START_SECONDS = 60.0
 BATCH_SECONDS = 300.0
-ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "REJECTED"})
 OTHERS_MEMORY = 48 * MIB
 WIDE_COLUMNS = 90
 """From here on there is room for more space between the columns."""
@@ -56,11 +51,11 @@ def main() -> int:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         receiver = stack.enter_context(OtlpReceiver())
-        master = stack.enter_context(running("master", "--listen", "127.0.0.1:0", "--insecure"))
+        master = stack.enter_context(running(HOME, "master", "--listen", "127.0.0.1:0", "--insecure"))
         address = f"127.0.0.1:{master}"
         stack.enter_context(
             running(
-                "serve", "--worker-id", "demo-node", "--listen", "127.0.0.1:0", "--insecure", "--master", address,
+                HOME, "serve", "--worker-id", "demo-node", "--listen", "127.0.0.1:0", "--insecure", "--master", address,
                 "--results-dir", str(HOME / "results"), "--otlp-endpoint", receiver.endpoint,
             )
         )  # fmt: skip
@@ -85,39 +80,6 @@ def main() -> int:
 
 
 # ---- the parts --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def running(command: str, *options: str) -> Iterator[int]:
-    """Start a part in a process of its own; gives the port that it says it listens on. Ends it with SIGTERM."""
-    log = HOME / f"{command}.log"
-    state = HOME / command
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [*NODESERVICE, command, *options, "--state-dir", str(state)],
-            stderr=stream, stdout=stream, stdin=subprocess.DEVNULL, env=os.environ | {"NODESERVICE_LOG_FORMAT": "json"},
-        )  # fmt: skip
-    try:
-        yield port_of(process, log)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def port_of(process: subprocess.Popen[bytes], log: Path) -> int:
-    give_up = time.monotonic() + START_SECONDS
-    while time.monotonic() < give_up and process.poll() is None:
-        for line in log.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                if str(event.get("event", "")).endswith(".ready"):
-                    return int(event.get("port") or str(event["address"]).rpartition(":")[2])
-        time.sleep(0.05)
-    raise SystemExit(f"{log.stem} did not start:\n{log.read_text()}")
 
 
 def batch() -> list[Expected]:

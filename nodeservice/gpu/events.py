@@ -6,9 +6,10 @@ NVML was begun anew.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -82,18 +83,20 @@ class XidListener:
             self._ended.wait(_PAUSE_SECONDS)
             return
         try:
+            names: dict[int | None, str] = {}
             for uuid in uuids:
-                _register(nvml, events, uuid)
+                _register(nvml, events, uuid, names)
             while not self._ended.is_set() and tuple(self._uuids()) == tuple(uuids):
-                self._wait(nvml, events)
+                self._wait(nvml, events, names)
         finally:
             with suppress(nvml.NVMLError):
                 nvml.nvmlEventSetFree(events)
 
-    def _wait(self, nvml: Any, events: Any) -> None:
+    def _wait(self, nvml: Any, events: Any, names: Mapping[int | None, str]) -> None:
         try:
             event = nvml.nvmlEventSetWait_v2(events, _WAIT_MILLISECONDS)
-            uuid = text(nvml.nvmlDeviceGetUUID(event.device))
+            # One that has just fallen off the bus tells its UUID no more.
+            uuid = names.get(_address(event.device)) or text(nvml.nvmlDeviceGetUUID(event.device))
         except nvml.NVMLError as error:
             if int(error.value) != TIMEOUT:
                 # A lost GPU ends every wait at once; the look at the GPUs tells which one it is.
@@ -105,11 +108,20 @@ class XidListener:
         self._on_event()
 
 
-def _register(nvml: Any, events: Any, uuid: str) -> None:
-    """For critical errors alone: others are read with each look. A GPU that can't tell of them goes without."""
+def _register(nvml: Any, events: Any, uuid: str, names: dict[int | None, str]) -> None:
+    """For critical errors alone: others are read with each look. A GPU that can't tell of them goes without.
+
+    `names` gets the UUID by the handle that events will bear.
+    """
     with suppress(nvml.NVMLError):
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        names[_address(handle)] = uuid
         supported = optional(nvml, nvml.nvmlDeviceGetSupportedEventTypes, handle) or 0
         wanted = int(supported) & int(nvml.nvmlEventTypeXidCriticalError)
         if wanted:
             nvml.nvmlDeviceRegisterEvents(handle, wanted, events)
+
+
+def _address(handle: Any) -> int | None:
+    """What makes two handles of one device equal: the binding makes a fresh pointer for each."""
+    return ctypes.cast(handle, ctypes.c_void_p).value

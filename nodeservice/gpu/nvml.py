@@ -75,7 +75,8 @@ class NvmlGpuProvider:
 
     async def refresh(self) -> GpuInventory:
         if self._poller.last is not None and not self._closed and self._poller.busy_seconds < self._timeout_seconds:
-            await asyncio.wait([asyncio.wrap_future(self._poller.look_now())], timeout=self._timeout_seconds)
+            looking = self._poller.look_now(self._session.look_closely)
+            await asyncio.wait([asyncio.wrap_future(looking)], timeout=self._timeout_seconds)
         return await self.inventory()
 
     def take_xids(self) -> Sequence[GpuXid]:

@@ -56,9 +56,9 @@ class Poller(Generic[T]):
         self._orders.put((call, future))
         return future
 
-    def look_now(self) -> Future[object]:
-        """Have a look made at once; done when it has ended."""
-        return self.order(self._take_a_look)
+    def look_now(self, look: Callable[[], T]) -> Future[object]:
+        """Have this look made at once, in the place of the usual one; done when it has ended."""
+        return self.order(lambda: self._take(look))
 
     def end(self) -> None:
         """Let the thread end after what it does now. Does not wait."""
@@ -71,7 +71,7 @@ class Poller(Generic[T]):
                 order = self._orders.get(timeout=max(0.0, next_look_at - time.monotonic()))
             except Empty:
                 self._busy_since = time.monotonic()
-                self._take_a_look()
+                self._take(self._look)
                 self._busy_since = None
                 next_look_at = time.monotonic() + self._every_seconds
                 continue
@@ -79,8 +79,8 @@ class Poller(Generic[T]):
                 return
             self._carry_out(*order)
 
-    def _take_a_look(self) -> None:
-        self._last = self._look()
+    def _take(self, look: Callable[[], T]) -> None:
+        self._last = look()
         self._on_look()
 
     def _carry_out(self, call: Callable[[], object], future: Future[object]) -> None:

@@ -130,7 +130,7 @@ class GpuProvider(Protocol):
         ...
 
     async def refresh(self) -> GpuInventory:
-        """A look that begins now, or the last one where the driver does not answer in time."""
+        """A look at everything that begins now, or the last one where the driver does not answer in time."""
         ...
 
     def take_xids(self) -> Sequence[GpuXid]:

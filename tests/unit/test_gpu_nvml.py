@@ -54,11 +54,13 @@ def machine(false_driver: Build, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bu
 
 
 @asynccontextmanager
-async def looking(driver: FalseDriver, *, timeout_seconds: float = 5.0) -> AsyncIterator[NvmlGpuProvider]:
+async def looking(
+    driver: FalseDriver, *, timeout_seconds: float = 5.0, poll_seconds: float = POLL_SECONDS
+) -> AsyncIterator[NvmlGpuProvider]:
     provider = NvmlGpuProvider(
         library=str(driver.library),
         pci_devices=driver.pci_devices,
-        poll_seconds=POLL_SECONDS,
+        poll_seconds=poll_seconds,
         timeout_seconds=timeout_seconds,
     )
     try:
@@ -101,6 +103,16 @@ async def test_eight_gpus_are_read_with_all_that_the_driver_tells_in_the_order_o
     assert [(process.pid, process.memory_bytes, process.gpu_instance_id) for process in gpu.processes] == [
         (4242, 3 * GIB, None)
     ]
+
+
+async def test_a_look_that_is_asked_for_sees_what_changes_slowly_too(machine: Build) -> None:
+    """What a task used of energy is the counter's word at its end, not that of some seconds before."""
+    driver = machine("h200x8")
+    async with looking(driver, poll_seconds=3600) as provider:
+        await provider.inventory()
+        for energy in (1_100_000, 1_250_000):
+            driver.set(driver.gpus[0], energy_millijoules=energy)
+            assert (await provider.refresh()).gpus[0].energy_millijoules == energy
 
 
 async def test_gpus_behind_switches_are_equally_close_but_for_the_way_over_the_bus(machine: Build) -> None:
@@ -315,6 +327,24 @@ async def test_an_error_event_is_delivered_once_with_its_gpu_and_instance(machin
         await until(whole)
         assert taken[-1].gpu_instance_id is None
         assert [xid.code for xid in taken].count(79) == 1
+
+
+async def test_the_error_event_of_a_gpu_that_has_fallen_off_the_bus_still_names_it(machine: Build) -> None:
+    driver = machine("h200x8")
+    gpu = driver.gpus[5]
+    async with looking(driver) as provider:
+        await provider.inventory()
+        taken: list[Any] = []
+
+        async def came(code: int) -> bool:
+            driver.xid(gpu, code)
+            taken.extend(provider.take_xids())
+            return any(xid.code == code for xid in taken)
+
+        await until(lambda: came(13))  # it is registered now
+        driver.fail("nvmlDeviceGetUUID", 15)
+        await until(lambda: came(79))
+    assert {xid.uuid for xid in taken} == {gpu}
 
 
 # ---- time -------------------------------------------------------------------------------------------------------------
