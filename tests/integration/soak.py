@@ -135,7 +135,8 @@ class Cluster:
         argv = [
             "nsenter", f"--net=/proc/{self._anchor.pid}/ns/net", "dockerd", "--live-restore",
             "--data-root", self.home / "data", "--exec-root", self.home / "exec", "--pidfile", self.home / "pid",
-            "--containerd", self.home / "c.sock", "--host", self.engine_url, "--bridge", "none", "--iptables=false", "--ip6tables=false",
+            "--containerd", self.home / "c.sock", "--host", self.engine_url, "--bridge", "none",
+            "--iptables=false", "--ip6tables=false",
         ]  # fmt: skip
         return Restartable(argv, self.home / "dockerd.log", answers)
 

@@ -167,7 +167,7 @@ def told(
     inventory, known = GpuInventory(gpus=gpus, error=error), states or {}
     unwell = {uuid: why for uuid, (_, why) in known.items()}
     units = units_of(inventory, unwell, SharingPolicy())
-    infos = gpu_infos(inventory, units, leases, lambda uuid: known.get(uuid, (GpuState.WELL, "")))
+    infos = gpu_infos(inventory, units, leases, lambda uuid: known.get(uuid, (GpuState.WELL, "")), sharing_allowed=True)
     return {info.uuid: info for info in infos}
 
 
