@@ -163,9 +163,12 @@ class KernelTaskCgroups:
     async def kill(self, id_: AttemptId) -> None:
         await self._look(id_, self._tree.kill, None)
 
-    async def is_empty(self, id_: AttemptId) -> bool:
+    async def processes(self, id_: AttemptId) -> Sequence[int]:
         nobody: list[int] = []
-        return not await self._look(id_, self._tree.processes, nobody)
+        return await self._look(id_, self._tree.processes, nobody)
+
+    async def is_empty(self, id_: AttemptId) -> bool:
+        return not await self.processes(id_)
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
@@ -264,6 +267,9 @@ class NoTaskCgroups:
 
     async def kill(self, id_: AttemptId) -> None:
         """The engine alone knows what belongs to it."""
+
+    async def processes(self, id_: AttemptId) -> Sequence[int]:
+        return ()
 
     async def is_empty(self, id_: AttemptId) -> bool:
         return True

@@ -88,6 +88,10 @@ class TaskCgroups(Protocol):
         """Send SIGKILL to everything in it, also to what left the container's process tree."""
         ...
 
+    async def processes(self, id_: AttemptId) -> Sequence[int]:
+        """Those in it and below; empty where there is no such cgroup."""
+        ...
+
     async def is_empty(self, id_: AttemptId) -> bool:
         """Whether no process is left in it; true where there is no such cgroup."""
         ...

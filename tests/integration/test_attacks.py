@@ -210,6 +210,11 @@ FILLERS = {
     "tmp": "dd if=/dev/zero of=/tmp/big bs=1M count=200; sleep 600",
     "log": "yes 0123456789012345678901234567890123456789 | head -c 60000000; sleep 600",
     "spread": "for d in /results /tmp /var; do dd if=/dev/zero of=$d/big bs=1M count=4; done; sleep 600",
+    "hosts": "dd if=/dev/zero of=/etc/hosts bs=1M count=200; sleep 600",
+    "deleted": "exec 3>/results/f; rm /results/f; dd if=/dev/zero bs=1M count=200 >&3; sleep 600",
+    "deleted in layer": "exec 3>/f; rm /f; dd if=/dev/zero bs=1M count=200 >&3; sleep 600",
+    "deep": f"d={'x' * 200}; cd /results; for i in $(seq 60); do mkdir $d; cd $d; done; "
+    "dd if=/dev/zero of=f bs=1M count=200; sleep 600",
     "tiny files": "i=0; while [ $i -lt 1000000 ]; do : > /results/$i; i=$((i+1)); done; sleep 600",
 }
 
