@@ -144,10 +144,6 @@ class KernelTaskCgroups:
     def rate_devices(self) -> Sequence[Path]:
         return self._tree.rate_devices()
 
-    async def started(self, id_: AttemptId) -> None:
-        with suppress(OSError):
-            await self._run(lambda: self._tree.started(self._places.of_task(id_)))
-
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         nothing: list[Reading] = []
         return await self._look(
@@ -252,9 +248,6 @@ class NoTaskCgroups:
 
     def rate_devices(self) -> Sequence[Path]:
         return ()
-
-    async def started(self, id_: AttemptId) -> None:
-        """Nothing was made."""
 
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         return ()

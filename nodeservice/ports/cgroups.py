@@ -69,10 +69,6 @@ class TaskCgroups(Protocol):
         """Block devices whose rates have to be set on the container too, since it does not inherit them."""
         ...
 
-    async def started(self, id_: AttemptId) -> None:
-        """The container runs: set what can only be set on its own cgroup."""
-        ...
-
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         """The limits as the kernel holds them now: of the task's cgroup and of the container's below it.
 

@@ -97,7 +97,6 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
     await context.disk.add_layer(record.id, state.layer, state.beside)
-    await context.cgroups.started(record.id)
     readings = [*await context.cgroups.readings(record.id)]
     if state.pid:
         readings += context.processes.readings(state.pid)
