@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.errors import ConfigError, NodeServiceError, TransientError
 from nodeservice.journal.lock import StateDirLock
+from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -232,7 +232,7 @@ async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
             try:
                 for container in await runtime.list_owned(directory.name):
                     await runtime.remove(container.id)
-                await asyncio.to_thread(shutil.rmtree, directory)
+                await asyncio.to_thread(remove_tree, directory)
                 log.info("run.swept", directory=str(directory))
             except TransientError as error:
                 log.warning("run.not_swept", directory=str(directory), error=str(error))

@@ -215,8 +215,9 @@ def _directory(results: str) -> Path:
 
 
 async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
-    import shutil
+    import contextlib
 
+    from nodeservice.lifecycle.removal import remove_tree
     from nodeservice.single import run_once, sweep_dead_runs
 
     await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
@@ -234,5 +235,6 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
         # Whatever still runs, now that this went wrong, and its directory.
         await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
         raise
-    shutil.rmtree(config.state_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_tree(config.state_dir)
     return finished

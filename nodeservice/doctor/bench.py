@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from nodeservice.doctor.host import Share, processes_of, read_share
 from nodeservice.doctor.image import LentImage
 from nodeservice.doctor.probe import Probe, Seen
 from nodeservice.errors import CapacityError, NodeServiceError, RequestError
+from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import EngineFacts
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -142,4 +142,5 @@ async def _clear(node: daemon.Node, config: NodeConfig, facts: EngineFacts, ids:
                 await cgroups.close()
     finally:
         await node.close()
-        await asyncio.to_thread(shutil.rmtree, config.state_dir, ignore_errors=True)
+        with suppress(OSError):
+            await asyncio.to_thread(remove_tree, config.state_dir)

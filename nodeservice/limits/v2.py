@@ -96,8 +96,6 @@ class UnifiedCgroup:
             self.memory_max = limits.memory_bytes
             # Without swap accounting there is no such file, and without swap it changes nothing.
             self.set_if_offered("memory_swap_max", 0)
-        if limits.oom_group:
-            self.set_if_offered("memory_oom_group", True)
         if limits.cpu_quota_us is not None:
             self.cpu_max = (limits.cpu_quota_us, limits.cpu_period_us)
         if limits.pids_max is not None:
@@ -143,13 +141,6 @@ class V2CgroupTree:
     def rate_devices(self) -> tuple[Path, ...]:
         """What stands above holds below here."""
         return ()
-
-    def started(self, place: str) -> None:
-        """The container's cgroup has the same limit and reaches it first: then only its own word on whom to kill counts."""
-        child = only_child(self._top / place)
-        if child is not None:
-            with suppress(OSError):
-                UnifiedCgroup(child).memory_oom_group = True
 
     def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
         wanted = frozenset(cpu_ids)

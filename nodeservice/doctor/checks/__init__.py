@@ -14,7 +14,7 @@ def all_probes(*, cpu_count: int, has_swap: bool, patience: float = 1.0) -> tupl
         *compute.probes(cpu_count=cpu_count, has_swap=has_swap),
         *disk.probes(),
         *io.probes(),
-        *confinement.probes(),
+        *confinement.probes(patience),
         *gpu.probes(),
     )
     stretched = [replace(probe, timeout_seconds=probe.timeout_seconds * patience) for probe in unhurried]

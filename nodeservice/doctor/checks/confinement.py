@@ -16,11 +16,12 @@ _MADE_DEVICE = "made a device"
 _SHM_MEMORY_BYTES = 96 * MIB
 _SHM_FULL = "shared memory is full at"
 
+_READ_SECONDS = 1.0
+"""For this service to read the limits of the running task."""
 _TRY = f"""
 (ulimit -n {_OPEN_FILES * 2}) 2>/dev/null && echo {_RAISED_FILES}
 (ulimit -c 1000) 2>/dev/null && echo {_RAISED_CORE}
 mknod /tmp/device c 1 3 2>/dev/null && echo {_MADE_DEVICE}
-sleep 1
 """
 _FILL = (
     f'cat /dev/zero >/dev/shm/filler 2>/dev/null; set -- $(wc -c </dev/shm/filler); echo "{_SHM_FULL} $1"; sleep 0.5'
@@ -39,9 +40,10 @@ _BY_RECEIPT = {
 }
 
 
-def probes() -> tuple[Probe, ...]:
+def probes(patience: float = 1.0) -> tuple[Probe, ...]:
+    script = f"{_TRY}sleep {_READ_SECONDS * patience:g}"
     return (
-        Probe(name="confinement", script=_TRY, judge=judge_confinement, also={"open_files_limit": _OPEN_FILES}),
+        Probe(name="confinement", script=script, judge=judge_confinement, also={"open_files_limit": _OPEN_FILES}),
         Probe(name="shm", script=_FILL, judge=judge_shm, memory_bytes=_SHM_MEMORY_BYTES, cpu_milli=200),
     )
 
