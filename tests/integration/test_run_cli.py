@@ -124,6 +124,27 @@ def test_a_signal_cancels_and_a_second_one_does_not_wait_for_the_grace_period(
     assert containers_of(docker_client, node_id) == []
 
 
+@pytest.mark.engine
+def test_the_next_run_removes_all_that_a_killed_one_left(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    command = [*RUN, "--json", "--task-id", node_id, demo_image, "--", "sh", "-c", "echo ready; sleep 1000"]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        read_until(process.stderr, "ready")
+        process.kill()
+    assert len(set(containers_of(docker_client, node_id))) == 1
+    subprocess.run(
+        [*RUN, "--task-id", f"{node_id}-next", demo_image, "--", "true"],
+        env=environment(tmp_path), check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert containers_of(docker_client, node_id) == []
+    assert list((tmp_path / "state/nodeservice/run").iterdir()) == []
+    assert list(Path("/sys/fs/cgroup").glob(f"**/{node_id}*")) == []
+
+
 def read_until(stream: IO[str], words: str) -> None:
     for line in stream:
         if words in line:
