@@ -32,6 +32,8 @@ class CgroupLimits:
     cpu_ids: tuple[int, ...] = ()
     read_bytes_per_second: int | None = None
     write_bytes_per_second: int | None = None
+    oom_group: bool = False
+    """Whether the kernel ends everything in it when it runs out of memory (v2 only)."""
 
 
 def plan_cgroup(spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> CgroupLimits:
@@ -43,6 +45,7 @@ def plan_cgroup(spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> CgroupLimits:
         cpu_ids=tuple(cpu_ids),
         read_bytes_per_second=spec.read_bytes_per_second,
         write_bytes_per_second=spec.write_bytes_per_second,
+        oom_group=True,
     )
 
 

@@ -20,7 +20,7 @@ from nodeservice.core.model import AttemptId
 from nodeservice.limits.hierarchy import Mount
 from nodeservice.limits.plan import CgroupLimits
 from nodeservice.limits.tree import remove_tree
-from nodeservice.limits.v2 import V2CgroupTree
+from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
 
 _MANAGER = DBusAddress(
     "/org/freedesktop/systemd1", bus_name="org.freedesktop.systemd1", interface="org.freedesktop.systemd1.Manager"
@@ -70,6 +70,9 @@ class SliceTree(V2CgroupTree):
         for depth in range(1, place.count("/") + 1):
             self._start("/".join(place.split("/")[:depth]), [])
         self._start(place, _properties(limits, self._disks))
+        # Not among systemd's properties of slices.
+        if limits.oom_group:
+            UnifiedCgroup(self._top / place).set_if_offered("memory_oom_group", True)
 
     def remove(self, place: str) -> bool:
         if self.processes(place):

@@ -96,6 +96,8 @@ class UnifiedCgroup:
             self.memory_max = limits.memory_bytes
             # Without swap accounting there is no such file, and without swap it changes nothing.
             self.set_if_offered("memory_swap_max", 0)
+        if limits.oom_group:
+            self.set_if_offered("memory_oom_group", True)
         if limits.cpu_quota_us is not None:
             self.cpu_max = (limits.cpu_quota_us, limits.cpu_period_us)
         if limits.pids_max is not None:
@@ -167,7 +169,9 @@ class V2CgroupTree:
         if not task.is_dir():
             return []
         child = only_child(task)
-        return [reading for directory in (task, child) if directory is not None for reading in _held(directory)]
+        # The task's own cgroup runs out first, so that only its word counts on what ends then.
+        below = [reading for reading in _held(child) if reading.limit != "oom_group"] if child is not None else []
+        return [*_held(task), *below]
 
     def usage(self, place: str) -> Usage:
         task = UnifiedCgroup(self._top / place)

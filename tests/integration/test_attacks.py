@@ -11,6 +11,7 @@ import docker
 import pytest
 
 from nodeservice.capacity.memory import read_memory
+from nodeservice.limits.hierarchy import host_cgroup_version
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.attack_bench import MIB, PATIENCE_SECONDS, Bench, nothing_left, receipt
 
@@ -45,9 +46,13 @@ async def test_a_memory_hog_is_killed_and_told_as_such(bench: Bench) -> None:
 
 
 async def test_a_hog_in_a_child_is_told_whether_or_not_the_parent_goes_on(bench: Bench) -> None:
-    """At once and after a while: the kernel must not end the whole container in one case and the child in the other."""
+    """At once and after a while alike. On cgroup v2 the kernel ends the whole task (memory.oom.group)."""
     for wait in ("", "sleep 1; "):
         result = await bench.run(f"{wait}(dd if=/dev/zero of=/dev/null bs=300M count=1); sleep 0.2; exit 0")
+        if host_cgroup_version() == 2:
+            assert (result.outcome, result.reason, result.exit_code) == ("FAILED", "MEMORY_LIMIT", 137)
+            assert receipt(result)["effective"]["oom_group"] == 1
+            continue
         assert (result.outcome, result.reason, result.exit_code) == ("SUCCEEDED", "COMPLETED", 0)
         assert any("killed at the memory limit" in remark for remark in result.remarks)
         result = await bench.run(f"{wait}(dd if=/dev/zero of=/dev/null bs=300M count=1) || exit 7")
