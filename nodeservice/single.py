@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.errors import ConfigError, NodeServiceError, TransientError
 from nodeservice.journal.lock import StateDirLock
+from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -218,7 +219,7 @@ def _pass_on(path: Path, position: int, on_log: Callable[[bytes], None]) -> int:
 
 
 async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
-    """Remove what runs that were killed left behind: their containers and directories. A run that lives holds its lock."""
+    """Remove what runs that were killed left behind: containers, cgroups, directories. A run that lives holds its lock."""
     if not runs_dir.is_dir():
         return
     for directory in sorted(runs_dir.iterdir()):
@@ -232,7 +233,8 @@ async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
             try:
                 for container in await runtime.list_owned(directory.name):
                     await runtime.remove(container.id)
-                await asyncio.to_thread(shutil.rmtree, directory)
+                await _remove_cgroup(runtime, directory.name)
+                await asyncio.to_thread(remove_tree, directory)
                 log.info("run.swept", directory=str(directory))
             except TransientError as error:
                 log.warning("run.not_swept", directory=str(directory), error=str(error))
@@ -243,3 +245,12 @@ async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
                 await runtime.close()
         finally:
             lock.release()
+
+
+async def _remove_cgroup(runtime: DockerRuntime, run_id: str) -> None:
+    """That of the run's one task; the one above it goes with it."""
+    cgroups = task_cgroups(node_id=run_id, facts=await runtime.facts())
+    try:
+        await cgroups.remove(AttemptId(run_id))
+    finally:
+        await cgroups.close()

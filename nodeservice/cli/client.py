@@ -20,6 +20,17 @@ from nodeservice.cli.connection import (
     TlsKey,
     say,
 )
+from nodeservice.cli.gpu_options import (
+    GpuCapability,
+    GpuMemory,
+    GpuMig,
+    GpuMinMemory,
+    GpuModel,
+    Gpus,
+    GpuSms,
+    GpuUuid,
+    gpus_asked,
+)
 from nodeservice.cli.task_options import (
     ExclusiveCpus,
     OpenFiles,
@@ -54,7 +65,14 @@ def submit(
     cpus: Annotated[str, typer.Option(help="Cores, such as 0.5.")] = "1",
     memory: Annotated[str, typer.Option(help="Memory, such as 64m or 2g; hard, with swap off.")] = "512m",
     disk: Annotated[str, typer.Option(help="Most that the task may write: layer, /results, log.")] = "1g",
-    gpus: Annotated[int, typer.Option(min=0, help="Number of whole GPUs.")] = 0,
+    gpus: Gpus = None,
+    gpu_model: GpuModel = None,
+    gpu_min_memory: GpuMinMemory = None,
+    gpu_capability: GpuCapability = None,
+    gpu_mig: GpuMig = None,
+    gpu_uuid: GpuUuid = None,
+    gpu_memory: GpuMemory = None,
+    gpu_sms: GpuSms = None,
     timeout: Annotated[str | None, typer.Option(help="Running time, such as 20s or 1h30m.")] = None,
     grace: Annotated[str | None, typer.Option(help="From SIGTERM to SIGKILL.")] = None,
     pids: Annotated[int | None, typer.Option(min=1, help="Most processes and threads.")] = None,
@@ -90,7 +108,11 @@ def submit(
     )
     try:
         task = Submission(
-            image=image, argv=tuple(command or ()), shell=shell, cpus=cpus, memory=memory, disk=disk, gpus=gpus,
+            image=image, argv=tuple(command or ()), shell=shell, cpus=cpus, memory=memory, disk=disk,
+            gpus=gpus_asked(
+                gpus=gpus, model=gpu_model, min_memory=gpu_min_memory, capability=gpu_capability, mig=gpu_mig,
+                uuids=gpu_uuid, memory=gpu_memory, sms=gpu_sms,
+            ),
             timeout=timeout, grace=grace, pids=pids, env=tuple(env or ()), name=name, task_id=task_id, attempt=attempt,
             pull=pull, target=target, user=user,
             limits=limits_given(
@@ -207,7 +229,7 @@ def logs(
             elif not chunk.is_complete:
                 sys.stdout.write(f"{chunk.content}\n")
             else:
-                say(f"the task {chunk.status}")
+                say(f"the task {'was ' if chunk.status == 'cancelled' else ''}{chunk.status}")
             sys.stdout.flush()
 
 

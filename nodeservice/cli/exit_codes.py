@@ -22,6 +22,8 @@ class ExitCode(IntEnum):
     """No engine or master answers (EX_UNAVAILABLE)."""
     NODE_FAULT = 70
     """The node failed, not the task (EX_SOFTWARE)."""
+    DISK_LIMIT = 73
+    """The task wrote more than its disk limit and was killed for it (EX_CANTCREAT)."""
     RESULTS = 74
     """The task ended, its results are not where they belong (EX_IOERR)."""
     REJECTED = 75
@@ -49,7 +51,10 @@ class DoctorCode(IntEnum):
 
 _BY_REASON = {
     Reason.DEADLINE: ExitCode.DEADLINE,
+    Reason.WAIT_TIMEOUT: ExitCode.DEADLINE,
+    Reason.DISK_LIMIT: ExitCode.DISK_LIMIT,
     Reason.MEMORY_LIMIT: ExitCode.MEMORY_LIMIT,
+    Reason.GPU_MEMORY_LIMIT: ExitCode.MEMORY_LIMIT,
     Reason.COMMAND_NOT_FOUND: ExitCode.COMMAND_NOT_FOUND,
     Reason.CREATE_FAILED: ExitCode.START_FAILED,
     Reason.START_FAILED: ExitCode.START_FAILED,

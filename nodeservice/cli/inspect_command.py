@@ -24,7 +24,7 @@ def inspect(
 
     from rich.console import Console
 
-    from nodeservice.cli.inspect_view import capacity_as_dict, render_capacity
+    from nodeservice.cli.inspect_view import render_seen, seen_as_dict
     from nodeservice.config import load_config
     from nodeservice.daemon import look
     from nodeservice.telemetry.logs import configure_logging
@@ -33,8 +33,6 @@ def inspect(
     flags = {"state_dir": state_dir} if state_dir is not None else {}
     seen = asyncio.run(look(load_config(config, flags, os.environ, serving=False)))
     if as_json:
-        sys.stdout.write(
-            json.dumps(capacity_as_dict(seen.capacity, seen.free, degraded=seen.degraded), indent=2) + "\n"
-        )
+        sys.stdout.write(json.dumps(seen_as_dict(seen), indent=2) + "\n")
     else:
-        render_capacity(seen.capacity, seen.free, Console(), degraded=seen.degraded)
+        render_seen(seen, Console())

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from nodeservice.cli.gpu_tables import driver_words, gpu_tables
+from nodeservice.cli.inspect_gpus import gpu_dicts
 from nodeservice.core.model import Resources
-from nodeservice.ports import DiskFacts, EngineFacts, Gpu, HostFacts, NodeCapacity
+from nodeservice.daemon import Seen
+from nodeservice.ports import DiskFacts, EngineFacts, HostFacts, NodeCapacity
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def capacity_as_dict(capacity: NodeCapacity, free: Resources, *, degraded: Sequence[str] = ()) -> dict[str, object]:
+def seen_as_dict(seen: Seen) -> dict[str, object]:
     """JSON-able; exact values, the unit in every name. `free` is allocatable less what is leased.
 
     `degraded` tells in sentences what tasks do without on this engine.
     """
-    host = capacity.host
+    capacity, host = seen.capacity, seen.capacity.host
     return {
         "host": {
             "hostname": host.hostname,
@@ -38,30 +42,34 @@ def capacity_as_dict(capacity: NodeCapacity, free: Resources, *, degraded: Seque
             },
             "disk": _disk_dict(host.disk),
         },
-        "engine": _engine_dict(host.engine, host.engine_disk, degraded),
+        "engine": _engine_dict(host.engine, host.engine_disk, seen.degraded),
         "engine_error": host.engine_error,
-        "gpus": [_gpu_dict(gpu) for gpu in host.gpus.gpus],
+        "gpus": gpu_dicts(seen),
         "gpu_driver_version": host.gpus.driver_version,
+        "cuda_version": host.gpus.cuda_version,
         "gpu_error": host.gpus.error,
+        "gpus_unreachable": list(host.gpus.unreachable),
         "capacity": _resources_dict(capacity.capacity),
         "reserved": _resources_dict(capacity.reserved),
         "allocatable": _resources_dict(capacity.allocatable),
-        "free": _resources_dict(free),
+        "free": _resources_dict(seen.free),
     }
 
 
-def render_capacity(capacity: NodeCapacity, free: Resources, console: Console, *, degraded: Sequence[str] = ()) -> None:
+def render_seen(seen: Seen, console: Console) -> None:
     """Print the tables. Text from host and engine is shown as it is, never read as markup."""
-    console.print(_facts("Host", _host_rows(capacity.host)))
-    console.print(_facts("Engine", _engine_rows(capacity.host, degraded)))
-    console.print(_resources(capacity, free))
-    found = capacity.host.gpus
+    host, found = seen.capacity.host, seen.capacity.host.gpus
+    console.print(_facts("Host", _host_rows(host)))
+    console.print(_facts("Engine", _engine_rows(host, seen.degraded)))
+    console.print(_resources(seen.capacity, seen.free))
+    for words in filter(None, (found.error, *found.unreachable)):
+        console.print(Text(f"GPU fault: {words}", style="bold red"))
     if found.gpus:
-        console.print(_gpus(found.gpus))
-    elif not found.error:
+        versions = driver_words(found.driver_version, found.cuda_version)
+        for part in gpu_tables(gpu_dicts(seen), title=escape(f"GPUs: {versions}" if versions else "GPUs")):
+            console.print(part)
+    elif not found.error and not found.unreachable:
         console.print(Text("GPUs: none" if found.driver_version else "GPUs: none: no NVIDIA driver"))
-    if found.error:
-        console.print(Text(f"GPU fault: {found.error}", style="bold red"))
 
 
 def human_bytes(count: int) -> str:
@@ -125,26 +133,8 @@ def _resources(capacity: NodeCapacity, free: Resources) -> Table:
     table.add_row("CPU cores", *(human_cores(column.cpu_milli) for column in columns))
     table.add_row("memory", *(human_bytes(column.memory_bytes) for column in columns))
     table.add_row("disk", *(human_bytes(column.disk_bytes) for column in columns))
-    table.add_row("GPUs", *(str(column.gpu_count) for column in columns))
-    return table
-
-
-def _gpus(gpus: Iterable[Gpu]) -> Table:
-    table = Table(title="GPUs", title_justify="left", min_width=60)
-    table.add_column("UUID", overflow="fold")
-    table.add_column("name")
-    table.add_column("address")
-    for name in ("memory", "used", "load"):
-        table.add_column(name, justify="right")
-    for gpu in gpus:
-        table.add_row(
-            Text(gpu.uuid),
-            Text(gpu.name),
-            gpu.pci_address or "?",
-            human_bytes(gpu.memory_total_bytes),
-            "?" if gpu.memory_used_bytes is None else human_bytes(gpu.memory_used_bytes),
-            "?" if gpu.utilization_percent is None else f"{gpu.utilization_percent:.0f} %",
-        )
+    broken = bool(capacity.host.gpus.error) and not capacity.gpu_units
+    table.add_row("GPUs", *("?" if broken else str(column.gpu_count) for column in columns))
     return table
 
 
@@ -180,17 +170,6 @@ def _engine_dict(
         "memory_bytes": engine.memory_bytes,
         "disk": _disk_dict(disk) if disk is not None else None,
         "degraded": list(degraded),
-    }
-
-
-def _gpu_dict(gpu: Gpu) -> dict[str, object]:
-    return {
-        "uuid": gpu.uuid,
-        "name": gpu.name,
-        "memory_total_bytes": gpu.memory_total_bytes,
-        "memory_used_bytes": gpu.memory_used_bytes,
-        "utilization_percent": gpu.utilization_percent,
-        "pci_address": gpu.pci_address,
     }
 
 

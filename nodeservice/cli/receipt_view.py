@@ -32,10 +32,8 @@ def receipt_summary(limits: object) -> Iterator[str]:
     counted = [f"{len(names)} {how}" for how, names in kept.items() if how == "hard"]
     counted += [f"{how}: {', '.join(names)}" for how, names in kept.items() if how != "hard"]
     if counted:
-        yield f"limits: {'; '.join(counted)}"
-    why = limits.get("why_watched") if isinstance(limits, Mapping) else None
-    if why:
-        yield f"limits: watched because {_text(why)}"
+        hint = " (nodeservice doctor tells why)" if kept.keys() - {"hard"} else ""
+        yield f"limits: {'; '.join(counted)}{hint}"
     mismatches = limits.get("mismatches") if isinstance(limits, Mapping) else None
     for sentence in mismatches if isinstance(mismatches, list) else ():
         yield f"limit not as asked: {_text(sentence)}"

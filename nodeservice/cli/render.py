@@ -2,65 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
+from nodeservice.cli.cells import bytes_ratio, bytes_text, printable, state, table, text
+from nodeservice.cli.gpu_tables import asked_words, bill_table, driver_words, gpu_tables, part_words
 from nodeservice.cli.receipt_view import other_limits, receipt_rows, receipt_summary
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-
-_COLORS = {
-    "SUCCEEDED": "green",
-    "FAILED": "red",
-    "REJECTED": "red",
-    "CANCELLED": "yellow",
-    "RUNNING": "cyan",
-    "ACTIVE": "green",
-    "INACTIVE": "red",
-}
 
 
-def show_tasks(tasks: Iterable[Mapping[str, Any]]) -> None:
-    table = _table("TASK", "ATTEMPT", "STATE", "PHASE", "NODE", "IMAGE", "REASON", "MESSAGE")
+_LONGEST_MESSAGE = 120
+
+
+def show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
+    """The column of GPUs is there where any task asks for some."""
+    gpus = ("GPU",) if any(task["gpu_count"] or task["gpu"] for task in tasks) else ()
+    made = table("TASK", "TRY", "STATE", *gpus, "PHASE", "NODE", "IMAGE", "REASON", "MESSAGE")
     for task in tasks:
-        table.add_row(
-            _text(task["task_id"]),
+        made.add_row(
+            text(task["task_id"]),
             str(task["attempt"]),
-            _state(task["state"]),
-            _text(task["phase"]),
-            _text(task["worker_id"]),
-            _text(task["image"]),
-            _text(task["reason"]),
-            _text(task["message"]),
+            state(task["state"]),
+            *([_gpu_cell(task)] if gpus else []),
+            text(task["phase"]),
+            text(task["worker_id"]),
+            text(task["image"]),
+            text(task["reason"]),
+            text(_beginning(task["message"] or "")),
         )
-    _console().print(table)
+    _console().print(made)
 
 
-def show_nodes(nodes: Iterable[Mapping[str, Any]]) -> None:
-    """Amounts are assigned / allocatable."""
-    table = _table("NODE", "STATE", "ADDRESS", "CPU", "MEMORY", "DISK", "GPU", "TASKS", "LAST HEARTBEAT")
+def _beginning(words: str) -> str:
+    """`show` has all of it."""
+    return words if len(words) <= _LONGEST_MESSAGE else f"{words[: _LONGEST_MESSAGE - 1]}…"
+
+
+def _gpu_cell(task: Mapping[str, Any]) -> str:
+    if not task["gpu_count"] and not task["gpu"]:
+        return ""
+    return text(asked_words(task["gpu_count"], task["gpu"], brief=True))
+
+
+def show_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Amounts are assigned / allocatable. Below the table what is wrong, and the GPUs of each node."""
+    console = _console()
+    made = table("NODE", "STATE", "ADDRESS", "CPU", "MEMORY", "DISK", "GPU", "TASKS", "HEARD OF (UTC)")
     for node in nodes:
         assigned, allocatable = node["assigned"], node["allocatable"]
-        table.add_row(
-            _text(node["worker_id"]),
-            _state(node["state"]),
-            _text(node["address"]),
+        made.add_row(
+            text(node["worker_id"]),
+            "CORDONED" if node["draining"] and node["state"] == "ACTIVE" else state(node["state"]),
+            text(node["address"]),
             f"{assigned['cpu_milli'] / 1000:g}/{allocatable['cpu_milli'] / 1000:g}",
-            f"{bytes_text(assigned['memory_bytes'])}/{bytes_text(allocatable['memory_bytes'])}",
-            f"{bytes_text(assigned['disk_bytes'])}/{bytes_text(allocatable['disk_bytes'])}",
-            f"{assigned['gpu_count']}/{allocatable['gpu_count']}",
+            bytes_ratio(assigned["memory_bytes"], allocatable["memory_bytes"]),
+            bytes_ratio(assigned["disk_bytes"], allocatable["disk_bytes"]),
+            "fault" if _lacks_driver(node) else f"{assigned['gpu_count']}/{allocatable['gpu_count']}",
             str(len(node["running_tasks"])),
-            _text(node["last_heartbeat_at"]),
+            text(_second(node["last_heartbeat_at"])),
         )
-    _console().print(table)
+    console.print(made)
+    for node in nodes:
+        for words in (*node["conditions"], *node["warnings"]):
+            console.print(Text(printable(f"{node['worker_id']} {words}"), style="red"))
+    for node in nodes:
+        if node["gpus"]:
+            versions = driver_words(node["gpu_driver_version"], node["cuda_version"])
+            title = text(f"GPUs of {node['worker_id']}" + (f": {versions}" if versions else ""))
+            for part in gpu_tables(node["gpus"], title=title):
+                console.print(part)
+
+
+def _lacks_driver(node: Mapping[str, Any]) -> bool:
+    """How many GPUs there are is not known then; the warning says why."""
+    return not node["gpus"] and any(str(words).startswith("GPU_DRIVER") for words in node["warnings"])
+
+
+def _second(instant: str | None) -> str:
+    """Of an ISO 8601 instant, what people look for."""
+    return instant[5:19].replace("T", " ") if instant else ""
 
 
 def show_task(task: Mapping[str, Any]) -> None:
     """The full story: how it ended, why, how long each phase took, what was used and what was granted."""
     console = _console()
-    facts = _table("", "", header=False)
+    facts = table("", "", header=False)
     request = task["request"]
     rows = {
         "task": f"{task['task_id']}  attempt {task['attempt']}",
@@ -75,7 +105,7 @@ def show_task(task: Mapping[str, Any]) -> None:
         "message": task["message"],
         "exit code": task["exit_code"],
         "asked": f"{request['cpu_milli'] / 1000:g} CPU, {bytes_text(request['memory_bytes'])} memory, "
-        f"{bytes_text(request['disk_bytes'])} disk, {request['gpu_count']} GPU",
+        f"{bytes_text(request['disk_bytes'])} disk, {asked_words(request['gpu_count'], request['gpu'])}",
         "submitted": task["submitted_at"],
         "assigned": task["assigned_at"],
         "finished": task["finished_at"],
@@ -83,42 +113,39 @@ def show_task(task: Mapping[str, Any]) -> None:
         "manifest": task["manifest"]["sha256"] if task["manifest"] else None,
         "trace": task["trace_id"],
         "GPUs": ", ".join(task["gpu_uuids"]),
+        "GPU part": part_words(task["gpu_part"]) if task["gpu_part"] else None,
     }
     for label, value in rows.items():
         if value not in (None, ""):
-            facts.add_row(label, _state(value) if label == "state" else _text(value))
-    for name, value in task["usage"].items():
-        if value is not None:
-            facts.add_row(*_usage_row(name, value))
+            facts.add_row(label, state(value) if label == "state" else text(value))
+    used = [(name, value) for name, value in task["usage"].items() if value is not None and name != "gpus"]
+    for name, value in used:
+        facts.add_row(*_usage_row(name, value))
     for name, value in _flat(other_limits(task["limits"])):
-        facts.add_row(f"limit {name}", _text(value))
+        facts.add_row(f"limit {name}", text(value))
     for remark in task["remarks"]:
-        facts.add_row("remark", _text(remark))
+        facts.add_row("remark", text(remark))
     console.print(facts)
-    rows_of_receipt = list(receipt_rows(task["limits"]))
-    if rows_of_receipt:
-        receipt = _table("LIMIT", "ASKED", "IN FORCE", "KEPT", "READ FROM")
-        for cells in rows_of_receipt:
-            receipt.add_row(*(_text(cell) for cell in cells))
-        console.print(receipt)
-    for sentence in receipt_summary(task["limits"]):
-        if sentence.startswith("limit not"):
-            console.print(_text(sentence), style="red")
+    if task["usage"]["gpus"]:
+        console.print(bill_table(task["usage"]["gpus"]))
+    _show_receipt(task["limits"], console)
     if task["phases"]:
-        phases = _table("PHASE", "START", "SECONDS")
+        phases = table("PHASE", "START", "SECONDS")
         for phase in task["phases"]:
-            phases.add_row(_text(phase["name"]), _text(phase["start"]), f"{phase['duration']:.3f}")
+            phases.add_row(text(phase["name"]), text(phase["start"]), f"{phase['duration']:.3f}")
         console.print(phases)
 
 
-def bytes_text(count: int) -> str:
-    """`64 MiB`, `1.5 GiB`, for people."""
-    amount, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(amount) < 1024:
-            break
-        amount, unit = amount / 1024, larger
-    return f"{amount:.4g} {unit}"
+def _show_receipt(limits: object, console: Console) -> None:
+    rows = list(receipt_rows(limits))
+    if rows:
+        receipt = table("LIMIT", "ASKED", "IN FORCE", "KEPT", "READ FROM")
+        for cells in rows:
+            receipt.add_row(*(text(cell) for cell in cells))
+        console.print(receipt)
+    for sentence in receipt_summary(limits):
+        if sentence.startswith("limit not"):
+            console.print(text(sentence), style="red")
 
 
 def _usage_row(name: str, value: float) -> tuple[str, str]:
@@ -130,29 +157,6 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
     if isinstance(value, Mapping):
         return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}{key} ")]
     return [(prefix.strip(), value)] if prefix else []
-
-
-def _text(value: object) -> str:
-    """Words from the wire: no markup, no control characters."""
-    from rich.markup import escape
-
-    text = "" if value is None else str(value)
-    return escape("".join(character if character.isprintable() else "�" for character in text))
-
-
-def _state(state: str) -> str:
-    color = _COLORS.get(state)
-    return f"[{color}]{state}[/]" if color else _text(state)
-
-
-def _table(*columns: str, header: bool = True) -> Table:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE if header else None, show_header=header, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=index == 0)
-    return table
 
 
 def _console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nodeservice.cli.gpu_json import asked_document, bill_of_record, held_by_record
 from nodeservice.core.model import Manifest, Outcome, Reason, TaskRecord
 from nodeservice.errors import InvariantError, NodeFaultError, NodeServiceError
 
@@ -9,6 +10,7 @@ from nodeservice.errors import InvariantError, NodeFaultError, NodeServiceError
 def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, object]:
     """Durations in seconds, sizes in bytes, instants ISO 8601."""
     verdict, collected, usage = record.verdict, record.collected, record.usage
+    request = record.spec.request
     return {
         "task_id": record.id.task_id,
         "attempt": record.id.attempt,
@@ -18,6 +20,16 @@ def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, o
         "exit_code": verdict.exit_code if verdict else None,
         "image": record.spec.image,
         "image_digest": record.image_digest,
+        "request": {
+            "cpu_milli": request.cpu_milli,
+            "memory_bytes": request.memory_bytes,
+            "disk_bytes": request.disk_bytes,
+            "gpu_count": request.gpu_count,
+            "gpu": asked_document(record.spec.gpu),
+            "timeout_seconds": record.spec.timeout_seconds,
+        },
+        "gpu_uuids": list(record.lease.gpu_uuids),
+        "gpu_part": held_by_record(record),
         "limits": {
             **record.limits,
             "timeout_seconds": record.spec.timeout_seconds,
@@ -38,6 +50,7 @@ def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, o
             "log_bytes": collected.log_bytes if collected else None,
             "result_bytes": collected.total_bytes if collected else None,
             "result_file_count": collected.file_count if collected else None,
+            "gpus": bill_of_record(record),
         },
         "phases": [
             {
@@ -81,6 +94,9 @@ def _untried(
         "exit_code": None,
         "image": image,
         "image_digest": None,
+        "request": {},
+        "gpu_uuids": [],
+        "gpu_part": None,
         "limits": {},
         "usage": {},
         "phases": [],

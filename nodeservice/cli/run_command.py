@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from nodeservice.cli.gpu_options import (
+    GpuAsk,
+    GpuCapability,
+    GpuMemory,
+    GpuMig,
+    GpuMinMemory,
+    GpuModel,
+    Gpus,
+    GpuSms,
+    GpuUuid,
+    gpus_asked,
+)
 from nodeservice.cli.task_options import (
     ExclusiveCpus,
     OpenFiles,
@@ -41,8 +53,15 @@ def run(
     cpus: str = typer.Option("1", help="Cores, such as 0.5."),
     memory: str = typer.Option("512m", help="Memory, such as 64m or 2g; hard, with swap off."),
     disk: str = typer.Option("1g", help="Most that the task may write: layer, /results and log together."),
-    gpus: int = typer.Option(0, help="Number of whole GPUs."),
-    timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default: none."),
+    gpus: Gpus = None,
+    gpu_model: GpuModel = None,
+    gpu_min_memory: GpuMinMemory = None,
+    gpu_capability: GpuCapability = None,
+    gpu_mig: GpuMig = None,
+    gpu_uuid: GpuUuid = None,
+    gpu_memory: GpuMemory = None,
+    gpu_sms: GpuSms = None,
+    timeout: str = typer.Option(None, help="Running time, such as 20s or 1h30m. Default, and 0: no limit."),
     grace: str = typer.Option("10s", help="From SIGTERM to SIGKILL."),
     pids: int = typer.Option(4096, help="Most processes and threads."),
     wait_timeout: WaitTimeout = None,
@@ -64,8 +83,9 @@ def run(
 ) -> None:
     """Run IMAGE once under limits, collect /results, and tell how it went. Ctrl-C cancels cleanly, a second one kills.
 
-    The exit code is the task's own; 124 deadline, 137 memory limit, 130 cancelled, 127 command not found, 126 not started,
-    65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output closed.
+    The exit code is the task's own; 124 deadline, 137 memory limit, 73 disk limit, 130 cancelled, 127 command not found,
+    126 not started, 65 image, 75 rejected, 74 results not stored, 70 node, 69 no engine, 78 configuration, 141 output
+    closed.
     """
     import asyncio
     import json
@@ -86,7 +106,11 @@ def run(
     view = RunView(log_to_stderr=as_json)
     try:
         spec = _spec(
-            id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk, gpus=gpus,
+            id_=id_, image=image, command=command or [], cpus=cpus, memory=memory, disk=disk,
+            gpus=gpus_asked(
+                gpus=gpus, model=gpu_model, min_memory=gpu_min_memory, capability=gpu_capability, mig=gpu_mig,
+                uuids=gpu_uuid, memory=gpu_memory, sms=gpu_sms,
+            ),
             timeout=timeout, grace=grace, pids=pids, env=env, name=name, pull=pull,
             limits=limits_given(
                 wait_timeout=wait_timeout, pull_timeout=pull_timeout, total_timeout=total_timeout,
@@ -120,7 +144,7 @@ def run(
 
 
 def _spec(
-    *, id_: str, image: str, command: list[str], cpus: str, memory: str, disk: str, gpus: int, timeout: str | None,
+    *, id_: str, image: str, command: list[str], cpus: str, memory: str, disk: str, gpus: GpuAsk, timeout: str | None,
     grace: str, pids: int, env: list[str], name: str, pull: str, limits: dict[str, Any],
 ) -> TaskSpec:  # fmt: skip
     from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
@@ -142,10 +166,11 @@ def _spec(
             cpu_milli=parse_cpus(cpus),
             memory_bytes=parse_bytes(memory),
             disk_bytes=parse_bytes(disk, option="--disk"),
-            gpu_count=gpus,
+            gpu_count=gpus.count,
         ),
+        gpu=gpus.request,
         pids_limit=pids,
-        timeout_seconds=parse_seconds(timeout) if timeout else None,
+        timeout_seconds=(parse_seconds(timeout) or None) if timeout else None,
         grace_seconds=parse_seconds(grace, option="--grace"),
         pull_policy=policy,
         task_name=name,
@@ -190,8 +215,9 @@ def _directory(results: str) -> Path:
 
 
 async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
-    import shutil
+    import contextlib
 
+    from nodeservice.lifecycle.removal import remove_tree
     from nodeservice.single import run_once, sweep_dead_runs
 
     await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
@@ -209,5 +235,6 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
         # Whatever still runs, now that this went wrong, and its directory.
         await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
         raise
-    shutil.rmtree(config.state_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_tree(config.state_dir)
     return finished

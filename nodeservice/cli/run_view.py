@@ -58,9 +58,11 @@ class RunView:
         verdict = record.verdict
         if verdict is not None:
             self.say(f"{verdict.outcome} ({verdict.reason}): {verdict.message}")
+        from nodeservice.cli.gpu_json import bill_of_record
+        from nodeservice.cli.gpu_tables import bill_words
         from nodeservice.cli.receipt_view import receipt_summary
 
-        for line in receipt_summary(record.limits):
+        for line in (*receipt_summary(record.limits), *bill_words(bill_of_record(record))):
             self.say(line)
         for remark in record.remarks:
             self.say(f"remark: {remark}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nodeservice.cli.gpu_options import GpuAsk
 from nodeservice.cli.task_options import variable
 from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
 from nodeservice.errors import RequestError
@@ -29,7 +30,7 @@ class Submission:
     cpus: str
     memory: str
     disk: str
-    gpus: int
+    gpus: GpuAsk = field(default_factory=GpuAsk)
     timeout: str | None = None
     grace: str | None = None
     pids: int | None = None
@@ -61,7 +62,8 @@ class Submission:
             req_cpu=cpu_milli / 1000,
             req_memory=memory_bytes / _GIB,
             req_storage=disk_bytes / _GIB,
-            req_gpu=float(self.gpus),
+            req_gpu=_gpu_number(self.gpus),
+            gpu=_gpu_message(self.gpus),
             target_worker_id=self.target,
             user_id=self.user,
             task_name=self.name,
@@ -83,6 +85,30 @@ class Submission:
         if self.attempt is not None:
             task.attempt = self.attempt
         return task
+
+
+def _gpu_number(asked: GpuAsk) -> float:
+    share = asked.request.share
+    return share.milli / 1000 if share is not None and share.milli else float(asked.count)
+
+
+def _gpu_message(asked: GpuAsk) -> pb.GpuRequest | None:
+    """None where a number says it all, so that older peers understand all of it."""
+    from nodeservice.wire import master_worker_pb2 as pb
+
+    request = asked.request
+    capability = request.min_compute_capability
+    message = pb.GpuRequest(
+        model=request.model,
+        min_memory_bytes=request.min_memory_bytes,
+        min_compute_capability="" if capability is None else "{}.{}".format(*capability),
+        mig_profile=request.mig_profile,
+        uuids=request.uuids,
+    )
+    if request.share is not None and not request.share.milli:
+        message.share.memory_bytes = request.share.memory_bytes
+        message.share.sm_percent = request.share.sm_percent
+    return message if message.ByteSize() else None
 
 
 def traceparent() -> tuple[tuple[str, str], ...]:

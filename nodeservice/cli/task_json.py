@@ -6,6 +6,8 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from nodeservice.cli.gpu_json import asked_of_task, bill_document, gpus_document, part_document
+
 if TYPE_CHECKING:
     from nodeservice.wire import master_worker_pb2 as pb
 
@@ -34,6 +36,9 @@ def task_summary(view: pb.TaskView) -> Document:
     """One task in a list. Instants ISO 8601 or null; `outcome` is null while the task has not ended."""
     final = view.state in FINAL_STATES
     result = view.result
+    gpu_count, gpu = asked_of_task(view.task)
+    # While it runs, its node tells; once it has ended, the result does.
+    held = view.running if view.HasField("running") else result
     return {
         "task_id": view.task.task_id,
         "attempt": view.task.attempt or 1,
@@ -51,13 +56,19 @@ def task_summary(view: pb.TaskView) -> Document:
         "finished_at": _instant_ms(view.finished_at_unix_ms),
         "result_location": result.result_location or None,
         "trace_id": result.trace_id or None,
+        "gpu_count": gpu_count,
+        "gpu": gpu,
+        "gpu_uuids": list(held.gpu_uuids),
+        "gpu_part": part_document(held.gpu_part) if held.HasField("gpu_part") else None,
     }
 
 
 def task_document(view: pb.TaskView) -> Document:
     """The whole story of one task, with the keys of `run --json`. Durations in seconds, sizes in bytes."""
     task, result = view.task, view.result
-    return task_summary(view) | {
+    summary = task_summary(view)
+    gpu_count, gpu = summary.pop("gpu_count"), summary.pop("gpu")
+    return summary | {
         "command": task.command or None,
         "argv": list(task.argv),
         "env": [variable.name for variable in task.env],
@@ -65,12 +76,16 @@ def task_document(view: pb.TaskView) -> Document:
             "cpu_milli": task.cpu_milli if task.HasField("cpu_milli") else round(task.req_cpu * 1000),
             "memory_bytes": task.memory_bytes if task.HasField("memory_bytes") else round(task.req_memory * 1024**3),
             "disk_bytes": task.disk_bytes if task.HasField("disk_bytes") else round(task.req_storage * 1024**3),
-            "gpu_count": round(task.req_gpu),
+            "gpu_count": gpu_count,
+            "gpu": gpu,
             "timeout_seconds": task.timeout_seconds if task.HasField("timeout_seconds") else None,
         },
         "image_digest": result.image_digest or None,
         "limits": _limits(result),
-        "usage": {name: getattr(result.usage, name) if result.usage.HasField(name) else None for name in _USAGE},
+        "usage": {
+            **{name: getattr(result.usage, name) if result.usage.HasField(name) else None for name in _USAGE},
+            "gpus": bill_document(result.usage.gpus),
+        },
         "phases": [
             {
                 "name": phase.name,
@@ -82,7 +97,7 @@ def task_document(view: pb.TaskView) -> Document:
         "output_files": list(result.output_files),
         "manifest": {"sha256": result.manifest_sha256} if result.manifest_sha256 else None,
         "remarks": list(result.remarks),
-        "gpu_uuids": list(result.gpu_uuids),
+        "retryable": result.retryable if result.HasField("retryable") else None,
     }
 
 
@@ -98,11 +113,20 @@ def node_document(view: pb.NodeView) -> Document:
         "cpu_usage_percent": view.cpu_usage_percent,
         "memory_usage_percent": view.memory_usage_percent,
         "storage_usage_percent": view.storage_usage_percent,
-        "gpus": [
-            {"uuid": gpu.uuid, "name": gpu.name, "memory_total_bytes": gpu.memory_total_bytes} for gpu in view.gpus
-        ],
+        "draining": view.draining,
+        "conditions": list(view.conditions),
+        "warnings": list(view.warnings),
+        "gpus": gpus_document(view.gpus),
+        "gpu_driver_version": view.gpu_driver_version or None,
+        "cuda_version": view.cuda_version or None,
         "running_tasks": [
-            {"task_id": task.task_id, "attempt": task.attempt or 1, "phase": task.phase or task.status}
+            {
+                "task_id": task.task_id,
+                "attempt": task.attempt or 1,
+                "phase": task.phase or task.status,
+                "gpu_uuids": list(task.gpu_uuids),
+                "gpu_part": part_document(task.gpu_part) if task.HasField("gpu_part") else None,
+            }
             for task in view.running_tasks
         ],
     }

@@ -35,7 +35,8 @@ def limits_given(
     given: dict[str, Any] = {}
     for name, typed in (("wait", wait_timeout), ("pull", pull_timeout), ("total", total_timeout)):
         if typed is not None:
-            given[f"{name}_timeout_seconds"] = parse_seconds(typed, option=f"--{name}-timeout")
+            # 0 is no limit, as on the wire.
+            given[f"{name}_timeout_seconds"] = parse_seconds(typed, option=f"--{name}-timeout") or None
     for name, typed in (("read", read_rate), ("write", write_rate)):
         if typed is not None:
             given[f"{name}_bytes_per_second"] = parse_bytes(typed, option=f"--{name}-rate")

@@ -6,16 +6,13 @@ capable ones, several of them as close together as can be had, and in a way that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from math import comb
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
 
+from nodeservice.core.gpu_choice import closest
 from nodeservice.core.gpus import HOLDS_COMPUTE, GpuPart, GpuRequest, GpuShare, GpuUnit, ShareMethod
 from nodeservice.core.model import GIB, Lease
 
-_MOST_COMBINATIONS = 600
-"""All choices of 4 from 8 are 70, of 3 from 16 are 560. Where there are more, the choice is made one by one."""
 _ROUNDING_MILLI = 20
 """The halves of a GPU that MIG makes are a little less than half: what the driver keeps comes off once for each."""
 
@@ -54,7 +51,7 @@ def counted(units: Iterable[GpuUnit]) -> int:
 def free_count(units: Iterable[GpuUnit], leases: Iterable[Lease]) -> int:
     """Those of them that nobody holds, not even a part."""
     held = _held(leases)
-    return sum(1 for unit in units if unit.counts and not unit.unwell and unit.uuid not in held)
+    return sum(1 for unit in units if unit.counts and not unit.unwell and not _is_held(unit, held))
 
 
 def gpu_lack(question: GpuQuestion) -> GpuLack | None:
@@ -69,7 +66,7 @@ def pick_gpus(question: GpuQuestion) -> GpuPick | GpuLack:
     if isinstance(found, GpuLack):
         return found
     if share is None:
-        return GpuPick(uuids=tuple(unit.uuid for unit in _closest(found, question.count)))
+        return GpuPick(uuids=tuple(unit.uuid for unit in closest(found, question.count)))
     chosen = _tightest(found, question.leases)
     return GpuPick(uuids=(chosen.uuid,), part=_part(chosen, share, question.sharing_allowed))
 
@@ -84,7 +81,7 @@ def _candidates(question: GpuQuestion) -> list[GpuUnit] | GpuLack:
         words = f"{count} asked{_described(request)}, this node has {len(suitable)} in all"
         return GpuLack(words=words, ever=False, available_count=len(suitable))
     held = _held(question.leases)
-    free = [unit for unit in suitable if not unit.unwell and unit.uuid not in held]
+    free = [unit for unit in suitable if not unit.unwell and not _is_held(unit, held)]
     if len(free) < count:
         words = f"{count} asked{_described(request)}, {len(free)} free{_out_of_service(suitable)}"
         return GpuLack(words=words, ever=True, available_count=len(free))
@@ -114,36 +111,9 @@ def _held(leases: Iterable[Lease]) -> set[str]:
     return {uuid for lease in leases for uuid in lease.gpu_uuids}
 
 
-def _closest(free: Sequence[GpuUnit], count: int) -> list[GpuUnit]:
-    """The least capable that will do; of equally capable ones, those that are close together and leave the rest so."""
-    if comb(len(free), count) > _MOST_COMBINATIONS:
-        return _grown(free, count)
-    everyone = sorted(free, key=lambda unit: unit.uuid)
-    return list(min(combinations(everyone, count), key=lambda chosen: _cost(tuple(chosen), everyone)))
-
-
-def _cost(chosen: tuple[GpuUnit, ...], free: Sequence[GpuUnit]) -> tuple[int, int, int]:
-    names = {unit.uuid for unit in chosen}
-    inside = sum(_near(one, other) for one, other in combinations(chosen, 2))
-    torn = sum(_near(one, other) for one in chosen for other in free if other.uuid not in names)
-    return sum(unit.memory_bytes for unit in chosen), -inside, torn
-
-
-def _grown(free: Sequence[GpuUnit], count: int) -> list[GpuUnit]:
-    """One after the other: from the least capable, each next the one that is closest to those chosen."""
-    left = sorted(free, key=lambda unit: (unit.memory_bytes, unit.uuid))
-    chosen = [left.pop(0)]
-    while len(chosen) < count:
-        nearest = min(
-            left, key=lambda unit: (unit.memory_bytes, -sum(_near(unit, other) for other in chosen), unit.uuid)
-        )
-        left.remove(nearest)
-        chosen.append(nearest)
-    return chosen
-
-
-def _near(one: GpuUnit, other: GpuUnit) -> int:
-    return one.closeness.get(other.uuid, 0)
+def _is_held(unit: GpuUnit, held: Set[str]) -> bool:
+    """Or the whole GPU is that it is a part of: it was split after a task was granted it."""
+    return unit.uuid in held or unit.parent_uuid in held
 
 
 # ---- parts of a GPU ----------------------------------------------------------------------------------------------------
@@ -167,12 +137,11 @@ def _open_for_part(question: GpuQuestion, share: GpuShare) -> list[GpuUnit] | Gp
 
 
 def _tightest(units: Sequence[GpuUnit], leases: Sequence[Lease]) -> GpuUnit:
-    """Whole GPUs stay whole while there is a MIG instance or a GPU that is shared already; then the one with least left."""
+    """A MIG instance, which keeps best; else a GPU that is shared already. Of each, the one with least left."""
     begun = _held(leases)
 
-    def cost(unit: GpuUnit) -> tuple[bool, int, str]:
-        breaks_one = not unit.mig_profile and unit.uuid not in begun
-        return breaks_one, _memory_left(unit, leases), unit.uuid
+    def cost(unit: GpuUnit) -> tuple[bool, bool, int, str]:
+        return not unit.mig_profile, unit.uuid not in begun, _memory_left(unit, leases), unit.uuid
 
     return min(units, key=cost)
 
@@ -185,13 +154,15 @@ def _part(unit: GpuUnit, share: GpuShare, /, sharing_allowed: bool) -> GpuPart |
             and unit.memory_milli + _ROUNDING_MILLI >= share.milli
             and unit.compute_milli + _ROUNDING_MILLI >= max(share.milli, 10 * share.sm_percent)
         )
-        return GpuPart(memory_bytes=unit.memory_bytes, sm_percent=0, method=ShareMethod.MIG) if big_enough else None
+        has = GpuPart(memory_bytes=unit.memory_bytes, sm_percent=unit.compute_milli // 10, method=ShareMethod.MIG)
+        return has if big_enough else None
     memory_bytes = share.memory_bytes or unit.memory_bytes * share.milli // 1000
     if not 0 < memory_bytes <= unit.memory_bytes:
         return None
     for method in unit.share_methods:
         if _is_kept(method, share) or (sharing_allowed and not share.sm_percent):
-            percent = share.sm_percent or -(-share.milli // 10)
+            # Rounded down, so that eight eighths fit.
+            percent = share.sm_percent or min(share.milli, max(1, share.milli // 10))
             return GpuPart(memory_bytes=memory_bytes, sm_percent=percent, method=method)
     return None
 
@@ -204,12 +175,16 @@ def _is_kept(method: ShareMethod, share: GpuShare) -> bool:
 
 
 def _fits(unit: GpuUnit, part: GpuPart, leases: Iterable[Lease]) -> bool:
-    holders = [lease for lease in leases if unit.uuid in lease.gpu_uuids]
+    holders = [lease for lease in leases if _is_held(unit, {*lease.gpu_uuids})]
     if part.method is ShareMethod.MIG:
         return not holders
-    if any(lease.gpu_part is None for lease in holders):
+    parts = [lease.gpu_part for lease in holders if lease.gpu_part is not None]
+    if len(parts) < len(holders):
         return False
-    percent = sum(lease.gpu_part.sm_percent for lease in holders if lease.gpu_part is not None)
+    # Beside clients of an MPS server nobody else gets at the GPU, so the compute mode must have changed since.
+    if any((other.method is ShareMethod.MPS) != (part.method is ShareMethod.MPS) for other in parts):
+        return False
+    percent = sum(other.sm_percent for other in parts)
     return part.memory_bytes <= _memory_left(unit, holders) and percent + part.sm_percent <= 100
 
 
@@ -228,7 +203,8 @@ def _no_part(question: GpuQuestion, share: GpuShare) -> str:
         return f"{asked}, this node has none"
     if not question.sharing_allowed and any(_part(unit, share, sharing_allowed=True) for unit in candidates):
         return f"{asked}, which nothing here can enforce, and sharing that is only watched is off (gpu_sharing)"
-    if share.sm_percent:
+    without = replace(share, sm_percent=0)
+    if share.sm_percent and any(_part(unit, without, sharing_allowed=True) for unit in candidates):
         return f"{asked}, and nothing here can keep a task to that share of the compute"
     return f"{asked}, no GPU here has that to give"
 
@@ -248,7 +224,7 @@ def _described(request: GpuRequest) -> str:
         f"MIG profile {request.mig_profile}" if request.mig_profile else "",
         f"at least {request.min_memory_bytes / GIB:g} GiB" if request.min_memory_bytes else "",
         f"compute capability {capability[0]}.{capability[1]} and up" if capability else "",
-        f"one of {len(request.uuids)} named ones" if request.uuids else "",
+        f"of {len(request.uuids)} that are named" if request.uuids else "",
     ]
     told = ", ".join(filter(None, words))
     return f" ({told})" if told else ""

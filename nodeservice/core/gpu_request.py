@@ -8,8 +8,10 @@ from nodeservice.core.gpus import GpuRequest, GpuShare
 from nodeservice.core.model import MIB
 from nodeservice.errors import invalid_request
 
-_UUID = re.compile(r"(GPU|MIG)-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
-_MIG_PROFILE = re.compile(r"([0-9]c\.)?[0-9]g\.[0-9]{1,4}gb(\+[a-z.]{1,12}){0,2}\Z")
+_UUID = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+"""In lower case, as the driver gives them: one in upper case would be taken for a GPU that is not here."""
+_MIG_PROFILE = re.compile(r"([0-9]c\.)?[0-9]g\.[0-9]{1,4}gb([+-][a-z.]{1,12}){0,2}\Z")
+"""Such as 1g.18gb, 1c.3g.71gb, 1g.24gb+me.all, 1g.24gb-me (docs.nvidia.com: MIG User Guide, Supported MIG Profiles)."""
 _MODEL = re.compile(r"[ -~]{0,96}\Z")
 _MOST_BYTES = 2**60
 _MOST_GPUS = 1024
@@ -41,6 +43,8 @@ def check_gpu_request(request: GpuRequest, *, gpu_count: int) -> None:
 
 
 def _check_uuids(request: GpuRequest, gpu_count: int) -> None:
+    if len(request.uuids) > _MOST_GPUS:
+        raise invalid_request("gpu.uuids", f"names {len(request.uuids)}", f"name at most {_MOST_GPUS}")
     for uuid in request.uuids:
         if not _UUID.match(uuid):
             raise invalid_request(

@@ -80,7 +80,7 @@ class GpuUnit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPart:
-    """What a lease holds of its one GPU. `sm_percent` 0: no share of the compute was asked for."""
+    """What a lease holds of its one GPU. `sm_percent` 0: no share of the compute. A MIG instance is held with all it has."""
 
     memory_bytes: int
     sm_percent: int

@@ -69,6 +69,11 @@ class Ledger:
     def gpus(self) -> tuple[GpuUnit, ...]:
         return self._gpus
 
+    @property
+    def gpu_sharing_allowed(self) -> bool:
+        """The operator takes parts of GPUs that are only watched."""
+        return self._gpu_sharing_allowed
+
     def resize(self, allocatable: Resources, gpus: Sequence[GpuUnit]) -> None:
         """The node changed. What is leased stays leased, so `free` may be zero for a while."""
         self._allocatable = allocatable

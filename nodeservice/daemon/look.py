@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from nodeservice.capacity.source import HostCapacity
 from nodeservice.config import NodeConfig
+from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import Resources
+from nodeservice.core.model import Lease, Resources
 from nodeservice.daemon.node import JOURNAL_NAME
 from nodeservice.daemon.settings import reserve, sharing_policy
+from nodeservice.gpu.health import GpuState, HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.gpu.units import units_of
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.limits.cgroup import task_cgroups
-from nodeservice.ports import NodeCapacity
+from nodeservice.ports import GpuInventory, NodeCapacity
 from nodeservice.runtime.docker import DockerRuntime
 
 
@@ -24,7 +27,12 @@ class Seen:
 
     capacity: NodeCapacity
     free: Resources
-    degraded: tuple[str, ...]
+    degraded: tuple[str, ...] = ()
+    gpu_health: Mapping[str, tuple[GpuState, str]] = field(default_factory=dict)
+    """By UUID, as far as one look can tell; a GPU that is not named is well."""
+    gpu_leases: tuple[Lease, ...] = ()
+    """Of the tasks that hold GPUs now."""
+    gpu_sharing_allowed: bool = False
 
 
 async def look(config: NodeConfig) -> Seen:
@@ -32,11 +40,17 @@ async def look(config: NodeConfig) -> Seen:
     runtime = DockerRuntime(base_url=config.docker_host, node_id=config.worker_id)
     gpus = NvmlGpuProvider()
     policy = sharing_policy(config)
+    board = HealthBoard()
+
+    def units(inventory: GpuInventory) -> tuple[GpuUnit, ...]:
+        board.observe(inventory.gpus, (), now_seconds=0.0)
+        return units_of(inventory, board.unwell(), policy)
+
     capacity = HostCapacity(
         state_dir=config.state_dir,
         engine=runtime.facts,
         gpus=gpus,
-        units=lambda inventory: units_of(inventory, {}, policy),
+        units=units,
         reserve=reserve(config),
     )
     try:
@@ -50,7 +64,12 @@ async def look(config: NodeConfig) -> Seen:
             finally:
                 await journal.close()
         return Seen(
-            capacity=seen, free=ledger.free, degraded=(*runtime.degraded, *await _without_cgroups(config, seen))
+            capacity=seen,
+            free=ledger.free,
+            degraded=(*runtime.degraded, *await _without_cgroups(config, seen)),
+            gpu_health={gpu.uuid: board.state(gpu.uuid) for gpu in seen.host.gpus.gpus},
+            gpu_leases=tuple(ledger.gpu_leases()),
+            gpu_sharing_allowed=policy.allowed,
         )
     finally:
         await runtime.close()

@@ -147,7 +147,12 @@ async def working(
     config = node.config
     directories = [config.state_dir, config.results_dir]
     cgroups = task_cgroups(node_id=config.worker_id, facts=facts, directories=directories)
-    disk = open_task_disk(config.state_dir, facts.root_dir, engine_passes_ext4=facts.has_sys_resource is not False)
+    disk = open_task_disk(
+        config.state_dir,
+        facts.root_dir,
+        engine_passes_ext4=facts.has_sys_resource is not False,
+        processes=cgroups.processes,
+    )
     free_space = DirectoriesFreeSpace([*directories, facts.root_dir])
     fallback = open_result_store(config.results_dir.absolute().as_uri())
     context = Context(

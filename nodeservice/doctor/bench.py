@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from nodeservice.doctor.host import Share, processes_of, read_share
 from nodeservice.doctor.image import LentImage
 from nodeservice.doctor.probe import Probe, Seen
 from nodeservice.errors import CapacityError, NodeServiceError, RequestError
+from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import EngineFacts
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -34,6 +34,8 @@ class Bench:
     seen: Mapping[str, Seen]
     share: Share | None
     allocatable: Resources
+    gpu_uuids: tuple[str, ...] = ()
+    """Of all GPUs of this host."""
 
 
 class _NoMaster:
@@ -79,8 +81,13 @@ async def run_probes(
                 async with asyncio.timeout(all_seconds):
                     await _run_all(node, list(specs.values()), ended, refused)
             seen = {name: _seen(node, spec.id, refused) for name, spec in specs.items()}
-            allocatable = (await node.capacity.read()).allocatable
-        return Bench(seen=seen, share=shares[0] if shares else None, allocatable=allocatable)
+            capacity = await node.capacity.read()
+        return Bench(
+            seen=seen,
+            share=shares[0] if shares else None,
+            allocatable=capacity.allocatable,
+            gpu_uuids=tuple(gpu.uuid for gpu in capacity.host.gpus.gpus),
+        )
     finally:
         await asyncio.shield(_clear(node, config, facts, [spec.id for spec in specs.values()]))
 
@@ -135,4 +142,5 @@ async def _clear(node: daemon.Node, config: NodeConfig, facts: EngineFacts, ids:
                 await cgroups.close()
     finally:
         await node.close()
-        await asyncio.to_thread(shutil.rmtree, config.state_dir, ignore_errors=True)
+        with suppress(OSError):
+            await asyncio.to_thread(remove_tree, config.state_dir)

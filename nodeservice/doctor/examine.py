@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import time
@@ -11,14 +12,17 @@ from typing import Any
 from nodeservice.config import NodeConfig
 from nodeservice.doctor.bench import Bench, run_probes
 from nodeservice.doctor.checks import all_probes
+from nodeservice.doctor.checks.gpu import judge_access
 from nodeservice.doctor.finding import Diagnosis, Finding
 from nodeservice.doctor.host import has_swap, judge_share
 from nodeservice.doctor.image import LentImage, engine_says, lent_image
 from nodeservice.doctor.probe import Probe
+from nodeservice.doctor.toolkit import gpu_advice, toolkit_version
 from nodeservice.errors import NodeFaultError
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import EngineFacts
 from nodeservice.runtime.docker import DockerRuntime
+from nodeservice.runtime.gpu_access import GpuAccess, GpuWay
 from nodeservice.single import sweep_dead_runs
 
 _ALL_SECONDS = 90.0
@@ -41,20 +45,25 @@ async def examine(config: NodeConfig, *, image: str | None = None, patience: flo
         facts, url = await runtime.facts(), runtime.endpoint_url
         info = await engine_says(url)
         degraded = runtime.degraded
-    finally:
-        await runtime.close()
-    probes = all_probes(cpu_count=len(os.sched_getaffinity(0)), has_swap=has_swap(), patience=patience)
-    try:
+        probes = all_probes(cpu_count=len(os.sched_getaffinity(0)), has_swap=has_swap(), patience=patience)
         async with lent_image(url, image, token=token) as lent:
             bench = await run_probes(own, probes, lent, facts, all_seconds=_ALL_SECONDS * patience)
             described = _facts(facts, info, lent)
+        access = await runtime.gpu_access(bench.gpu_uuids)
     finally:
         _remove_empty(own)
+        await runtime.close()
     why = await _why_no_cgroups(own.worker_id, facts)
+    toolkit = await asyncio.to_thread(toolkit_version)
     return Diagnosis(
-        findings=_findings(probes, bench, why),
-        facts=described | {"cgroups of tasks": why or "made before each container, with its limits"},
-        advice=_advice(info, degraded),
+        findings=_findings(probes, bench, why, access),
+        facts=described
+        | {
+            "GPUs are handed": access.words,
+            "GPU toolkit": toolkit or "none found",
+            "cgroups of tasks": why or "made before each container, with its limits",
+        },
+        advice=[*_advice(info, degraded), *gpu_advice(info, toolkit)],
         seconds=time.monotonic() - began,
     )
 
@@ -73,7 +82,7 @@ def _own_config(config: NodeConfig, token: str) -> NodeConfig:
     )
 
 
-def _findings(probes: Sequence[Probe], bench: Bench, why_no_cgroups: str | None) -> list[Finding]:
+def _findings(probes: Sequence[Probe], bench: Bench, why_no_cgroups: str | None, access: GpuAccess) -> list[Finding]:
     """Raises NodeFaultError where no probe ran at all: then nothing is known of any limit."""
     if not any(seen.has_run for seen in bench.seen.values()):
         said = {seen.message for seen in bench.seen.values() if seen.message}
@@ -83,6 +92,13 @@ def _findings(probes: Sequence[Probe], bench: Bench, why_no_cgroups: str | None)
             hint="name an image with /bin/sh by --image, and see that the engine can run it",
         )
     found = [finding for probe in probes for finding in probe.judge(bench.seen[probe.name])]
+    found += judge_access(
+        len(bench.gpu_uuids),
+        words=access.words,
+        is_possible=access.way is not GpuWay.NONE,
+        passed_over=access.passed_over,
+        remedy=access.remedy,
+    )
     return [*found, judge_share(bench.share, bench.allocatable, why_no_cgroups)]
 
 
@@ -100,6 +116,7 @@ def _facts(facts: EngineFacts, info: Mapping[str, Any], image: LentImage) -> dic
         "engine": f"{facts.name} {facts.version}, API {facts.api_version}",
         "cgroup version": str(facts.cgroup_version),
         "cgroup driver": facts.cgroup_driver,
+        "default runtime": str(info.get("DefaultRuntime") or "not told"),
         "storage": f"{facts.storage_driver} at {facts.root_dir}",
         "live restore": "on" if info.get("LiveRestoreEnabled") else "off",
         "swap": "on" if has_swap() else "off",

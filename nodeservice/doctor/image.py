@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nodeservice.core.model import PullPolicy
 from nodeservice.doctor.busybox import base_files, find_busybox, image_archive, layer_tar
+from nodeservice.doctor.checks.gpu import ASKS_FOR_ALL
 from nodeservice.errors import TransientError
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ async def lent_image(engine_url: str, wanted: str | None, *, token: str) -> Asyn
     try:
         busybox = None if wanted else await asyncio.to_thread(find_busybox)
         if busybox is not None:
-            lent = LentImage(name=f"{_REPOSITORY}:{token}", pull=PullPolicy.NEVER, origin=f"built from {busybox}")
+            lent = LentImage(
+                name=f"{_REPOSITORY}:{token}", pull=PullPolicy.NEVER, origin=f"built from {busybox}, asks for all GPUs"
+            )
             await asyncio.to_thread(_build, client, lent.name, busybox)
             is_ours = True
         else:
@@ -75,7 +78,9 @@ def _build(client: APIClient, name: str, busybox: Any) -> None:
 
     try:
         tar = layer_tar([*base_files(busybox)])
-        for _ in client.load_image(image_archive(name, [tar], labels={}, created_by="nodeservice doctor")):
+        for _ in client.load_image(
+            image_archive(name, [tar], labels={}, created_by="nodeservice doctor", env=ASKS_FOR_ALL)
+        ):
             pass
     except (DockerException, OSError, subprocess.SubprocessError) as error:
         raise TransientError(

@@ -8,12 +8,14 @@ readings of the driver's own counter, so it loses nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from nodeservice.core.gpus import GpuUsage
 from nodeservice.gpu.throttle import HELD_BACK
 
+_MOST = 2**63
 _LONGEST_GAP_SECONDS = 5.0
 """Between two looks; over a longer one nothing is known."""
 
@@ -24,16 +26,16 @@ class GpuSample:
 
     uuid: str
     name: str
-    utilization_percent: float | None
-    memory_bytes: int | None
-    energy_millijoules: int | None
+    utilization_percent: float | None = None
+    memory_bytes: int | None = None
+    energy_millijoules: int | None = None
     """None on a GPU that is shared or split: the driver counts the whole."""
-    throttle_reasons: int
+    throttle_reasons: int = 0
 
 
 @dataclass(slots=True)
 class _Meter:
-    name: str
+    name: str = ""
     seconds: float = 0.0
     load_seconds: float = 0.0
     """Seconds with a known load, and the load in percent times seconds."""
@@ -59,7 +61,8 @@ class GpuBill:
         self._last_at = now_seconds
         seconds = gap if 0 <= gap <= _LONGEST_GAP_SECONDS else 0.0
         for sample in samples:
-            meter = self._meters.setdefault(sample.uuid, _Meter(sample.name))
+            meter = self._meters.setdefault(sample.uuid, _Meter())
+            meter.name = sample.name
             meter.seconds += seconds
             if sample.throttle_reasons & HELD_BACK:
                 meter.throttled_seconds += seconds
@@ -72,8 +75,9 @@ class GpuBill:
             _add_energy(meter, sample.energy_millijoules)
 
     def note_xid(self, uuid: str, code: int) -> None:
-        meter = self._meters.get(uuid)
-        if meter is not None and code not in meter.xids:
+        """Also before the first look."""
+        meter = self._meters.setdefault(uuid, _Meter())
+        if code not in meter.xids:
             meter.xids.append(code)
 
     def usage(self) -> tuple[GpuUsage, ...]:
@@ -87,16 +91,31 @@ class GpuBill:
         """An empty bill for a text that is none: it was cut off by whatever ended the service."""
         bill = cls()
         try:
-            bill._meters = {str(uuid): _Meter(**meter) for uuid, meter in json.loads(text).items()}
-        except (ValueError, TypeError, AttributeError):
+            bill._meters = {uuid: _meter_of(told) for uuid, told in json.loads(text).items()}
+        except (ValueError, TypeError, AttributeError, RecursionError):
             bill._meters = {}
         return bill
 
 
+def _meter_of(told: Mapping[str, Any]) -> _Meter:
+    """Raises ValueError or TypeError for what is none: later sums must not fail over it."""
+    meter = _Meter(**told)
+    if not isinstance(meter.name, str) or not isinstance(meter.xids, list):
+        raise TypeError("a name or a list is none")
+    counts = [count for count in (meter.memory_peak_bytes, meter.energy_millijoules) if count is not None]
+    sums = [meter.seconds, meter.load_seconds, meter.percent_seconds, meter.throttled_seconds]
+    others = [number for number in (meter.peak_percent, meter.energy_joules) if number is not None]
+    if not all(isinstance(count, int) for count in (*counts, *meter.xids)):
+        raise TypeError("a count is not whole")
+    if not all(0 <= number < _MOST for number in (*counts, *meter.xids, *sums, *others)):  # false for NaN
+        raise ValueError("a number is out of bounds")
+    return meter
+
+
 def _add_energy(meter: _Meter, counter: int | None) -> None:
-    before, meter.energy_millijoules = meter.energy_millijoules, counter
-    if counter is None:
+    if counter is None:  # not told at this look; the next one tells of both
         return
+    before, meter.energy_millijoules = meter.energy_millijoules, counter
     # A counter that began anew with the driver counts from 0.
     used = 0 if before is None else counter - before if counter >= before else counter
     meter.energy_joules = (meter.energy_joules or 0.0) + used / 1000

@@ -20,10 +20,12 @@ _ACTIONS = {
     3: "the driver asks to drain the GPU's peers",
     4: "the driver asks to drain and reset the GPU",
     5: "the driver asks to recover the IMEX domain",
-    6: "the driver asks for a reset of the bus",
-    7: "the driver asks for a restart of the host",
+    6: "the driver asks for a reset of the GPU's bus",
+    7: "the driver asks for a restart of the system",
 }
-_DRAIN = 3
+"""Source: nvmlDeviceGpuRecoveryAction_t in nvml.h; docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt says what each wants."""
+_ENDS_TASKS = frozenset({1, 2, 6, 7})
+"""With the others, what runs already and is not touched may go on; so with those that newer drivers may bring."""
 _RESET_REMEDY = "reset it (nvidia-smi --gpu-reset) or restart the host"
 
 
@@ -48,11 +50,12 @@ class GpuFault:
 class _Chart:
     state: GpuState = GpuState.WELL
     words: str = ""
-    trouble: str = ""
-    """What was wrong at the last look."""
+    """Why it is not well: the first cause, or the first that needs a reset."""
     last_trouble_at: float = 0.0
     needs_reset: bool = False
     was_lost: bool = False
+    told: set[int | None] = field(default_factory=set)
+    """The MIG instances whose tasks were told that it is faulty; None is all of it."""
     ecc_count: int | None = None
     energy_millijoules: int | None = None
     throttled_since: float | None = None
@@ -102,50 +105,62 @@ class HealthBoard:
     # ---- events ----------------------------------------------------------------------------------------------------
 
     def _note_xid(self, xid: GpuXid, now: float) -> list[GpuFault]:
-        of = blame(xid.code)
+        of, instance = blame(xid.code), xid.gpu_instance_id
         if of in (Blame.APPLICATION, Blame.NOTICE):
             return []
-        if of is not Blame.TASK:
-            chart = self._chart(xid.uuid)
-            chart.needs_reset |= of is Blame.RESET
-            self._quarantine(chart, words(xid.code), now)
-        return [GpuFault(uuid=xid.uuid, words=words(xid.code), gpu_instance_id=xid.gpu_instance_id)]
+        fault = GpuFault(uuid=xid.uuid, words=words(xid.code), gpu_instance_id=instance)
+        if of is Blame.TASK:
+            return [fault]
+        chart = self._chart(xid.uuid)
+        self._quarantine(chart, fault.words, now, needs_reset=of is Blame.RESET)
+        return self._tell_once(chart, fault)
 
     # ---- levels ----------------------------------------------------------------------------------------------------
 
     def _look_at(self, gpu: Gpu, now: float) -> list[GpuFault]:
         chart = self._chart(gpu.uuid)
         self._see_reset(chart, gpu)
-        before, chart.trouble = chart.trouble, self._trouble(chart, gpu)
+        trouble = self._trouble(chart, gpu)
         self._see_suspicions(chart, gpu, now)
-        if chart.trouble:
-            self._quarantine(chart, chart.trouble, now)
-            return [GpuFault(uuid=gpu.uuid, words=chart.trouble)] if chart.trouble != before else []
-        healed = now - chart.last_trouble_at >= self._quarantine_seconds and not chart.needs_reset
-        if chart.state is GpuState.FAULTY and healed:
-            chart.state, chart.words = GpuState.WELL, ""
+        if trouble:
+            self._quarantine(chart, trouble, now)
+            return self._tell_once(chart, GpuFault(uuid=gpu.uuid, words=trouble))
+        is_quiet = now - chart.last_trouble_at >= self._quarantine_seconds
+        # What the driver asked for just before a fault says nothing of it; what it asks for so long after does.
+        is_reset = not chart.needs_reset or gpu.recovery_action == 0
+        if chart.state is GpuState.FAULTY and is_quiet and is_reset:
+            chart.state, chart.words, chart.needs_reset = GpuState.WELL, "", False
+            chart.told.clear()
         return []
+
+    def _tell_once(self, chart: _Chart, fault: GpuFault) -> list[GpuFault]:
+        """Nobody gets a GPU that is faulty: who holds it was told at the first time."""
+        if None in chart.told or fault.gpu_instance_id in chart.told:
+            return []
+        chart.told.add(fault.gpu_instance_id)
+        return [fault]
 
     def _trouble(self, chart: _Chart, gpu: Gpu) -> str:
         """What is wrong now that makes the GPU's results worthless."""
         if gpu.lost:
             chart.was_lost = True
             return gpu.lost
-        before, chart.ecc_count = chart.ecc_count, gpu.ecc_uncorrected_count
-        if before is not None and chart.ecc_count is not None and chart.ecc_count > before:
-            return f"{chart.ecc_count - before} uncorrected memory errors"
-        action = gpu.recovery_action or 0
-        return (
-            _ACTIONS.get(action, f"the driver asks for recovery action {action}") if action not in (0, _DRAIN) else ""
-        )
+        before, count = chart.ecc_count, gpu.ecc_uncorrected_count
+        if count is not None:
+            chart.ecc_count = count
+            if before is not None and count > before:
+                return f"uncorrected memory errors ({count - before} more)"
+        return _asks(gpu) if gpu.recovery_action in _ENDS_TASKS else ""
 
     def _see_reset(self, chart: _Chart, gpu: Gpu) -> None:
-        """Signs of one: the driver asks for none any more, its counters began anew, or the GPU came back."""
+        """Signs of one: its counters began anew, or it was away and came back."""
         if gpu.lost:
             return
-        before, chart.energy_millijoules = chart.energy_millijoules, gpu.energy_millijoules
-        began_anew = before is not None and gpu.energy_millijoules is not None and gpu.energy_millijoules < before
-        if gpu.recovery_action == 0 or began_anew or chart.was_lost:
+        before, count = chart.energy_millijoules, gpu.energy_millijoules
+        began_anew = before is not None and count is not None and count < before
+        if count is not None:
+            chart.energy_millijoules = count
+        if began_anew or chart.was_lost:
             chart.needs_reset = False
         chart.was_lost = False
 
@@ -156,20 +171,28 @@ class HealthBoard:
         elif gpu.remap_pending:
             remap = f"memory rows wait to be replaced; {_RESET_REMEDY}"
         held_back = gpu.throttle_reasons & HARMFUL
-        chart.throttled_since = (chart.throttled_since or now) if held_back else None
+        if not held_back:
+            chart.throttled_since = None
+        elif chart.throttled_since is None:
+            chart.throttled_since = now
         throttled = ""
         if chart.throttled_since is not None and now - chart.throttled_since >= self._throttle_patience_seconds:
             throttled = (
                 f"its clocks are held back ({', '.join(throttle_names(held_back))}); look after cooling and power"
             )
-        drained = _ACTIONS[_DRAIN] if gpu.recovery_action == _DRAIN else ""
-        for by, why in (("remap", remap), ("throttle", throttled), ("drain", drained)):
+        asked = "" if gpu.recovery_action in (None, 0, *_ENDS_TASKS) else _asks(gpu)
+        for by, why in (("remap", remap), ("throttle", throttled), ("recovery", asked)):
             self.suspect(gpu.uuid, by, why)
 
-    def _quarantine(self, chart: _Chart, why: str, now: float) -> None:
+    def _quarantine(self, chart: _Chart, why: str, now: float, *, needs_reset: bool = False) -> None:
         chart.last_trouble_at = now
-        if chart.state is not GpuState.FAULTY or not chart.words:
+        if chart.state is not GpuState.FAULTY or (needs_reset and not chart.needs_reset):
             chart.state, chart.words = GpuState.FAULTY, why
+        chart.needs_reset |= needs_reset
 
     def _chart(self, uuid: str) -> _Chart:
         return self._charts.setdefault(uuid, _Chart())
+
+
+def _asks(gpu: Gpu) -> str:
+    return _ACTIONS.get(gpu.recovery_action or 0, f"the driver asks for recovery action {gpu.recovery_action}")

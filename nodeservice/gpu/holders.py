@@ -68,21 +68,25 @@ def memory_of(place: Place, id_: AttemptId, owners: Mapping[int, AttemptId]) -> 
 
 
 def strangers(place: Place, holders: Iterable[AttemptId], owners: Mapping[int, AttemptId]) -> list[int]:
-    """Processes there that belong to nobody who holds it."""
+    """Processes there that belong to nobody who holds it. One that `owners` does not know has ended since the look."""
     allowed = set(holders)
-    return sorted(process.pid for process in place.processes if owners.get(process.pid) not in allowed)
+    pids = {process.pid for process in place.processes}
+    return sorted(pid for pid in pids if pid in owners and owners[pid] not in allowed)
 
 
 def sample(place: Place, id_: AttemptId, lease: Lease, owners: Mapping[int, AttemptId]) -> GpuSample:
     """What of it concerns one attempt that holds it."""
     alone = lease.gpu_part is None or lease.gpu_part.method is ShareMethod.MIG
     whole = alone and place.instance is None
+    if place.gpu.lost:  # what else is known of it is of before
+        return GpuSample(uuid=place.uuid, name=place.name)
     own = memory_of(place, id_, owners)
+    known = [count for count in (own, place.used_bytes) if count is not None]
     return GpuSample(
         uuid=place.uuid,
         name=place.name,
         utilization_percent=place.gpu.utilization_percent if whole else None,
-        memory_bytes=max(own or 0, place.used_bytes or 0) if alone else own,
+        memory_bytes=max(known, default=None) if alone else own,
         energy_millijoules=place.gpu.energy_millijoules if whole else None,
         throttle_reasons=place.gpu.throttle_reasons,
     )

@@ -11,8 +11,7 @@ from nodeservice.ports import Gpu, GpuInventory, MigInstance
 _EXCLUSIVE_PROCESS = 3
 """The compute mode in which MPS is no process's own choice."""
 _PROHIBITED = 2
-_SLICES = 7
-"""Compute slices of every GPU that can be split."""
+_SHARES_MEMORY = "it shares its memory with other compute instances; make one compute instance in each GPU instance"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +35,8 @@ def units_of(inventory: GpuInventory, unwell: Mapping[str, str], policy: Sharing
         why = unwell.get(gpu.uuid, "")
         if inventory.error is not None:
             why = inventory.error
+        elif gpu.lost:
+            why = why or gpu.lost
         elif gpu.compute_mode == _PROHIBITED:
             why = why or "its compute mode is 'prohibited'; set it with nvidia-smi --compute-mode"
         if gpu.mig_enabled:
@@ -67,7 +68,10 @@ def _methods(gpu: Gpu, policy: SharingPolicy) -> Sequence[ShareMethod]:
 
 
 def _instance(gpu: Gpu, instance: MigInstance, why: str, policy: SharingPolicy) -> GpuUnit:
-    whole_bytes = max(1, gpu.memory_total_bytes)
+    """Where the memory of the whole GPU is not known, so isn't its part of it: 0."""
+    if sum(1 for other in gpu.mig_instances if other.gpu_instance_id == instance.gpu_instance_id) > 1:
+        why = why or _SHARES_MEMORY
+    memory_milli = instance.memory_total_bytes * 1000 // gpu.memory_total_bytes if gpu.memory_total_bytes else 0
     return GpuUnit(
         uuid=instance.uuid,
         name=instance.name,
@@ -75,8 +79,8 @@ def _instance(gpu: Gpu, instance: MigInstance, why: str, policy: SharingPolicy) 
         compute_capability=gpu.compute_capability or (0, 0),
         mig_profile=instance.profile,
         parent_uuid=gpu.uuid,
-        memory_milli=min(1000, instance.memory_total_bytes * 1000 // whole_bytes),
-        compute_milli=min(1000, instance.compute_slice_count * 1000 // _SLICES),
+        memory_milli=min(1000, memory_milli),
+        compute_milli=min(1000, instance.compute_slice_count * 1000 // max(1, gpu.mig_slice_count)),
         counts=policy.mig_counts,
         numa_node=gpu.numa_node,
         unwell=why,

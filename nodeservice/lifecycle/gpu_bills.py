@@ -23,7 +23,7 @@ class GpuBills:
         if bill is None:
             text = ""
             with contextlib.suppress(OSError):
-                text = self._dirs.gpu_bill(id_).read_text(encoding="utf-8")
+                text = self._dirs.gpu_bill(id_).read_text(encoding="utf-8", errors="replace")
             bill = self._bills[id_] = GpuBill.from_text(text)
         return bill
 

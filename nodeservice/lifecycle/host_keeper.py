@@ -68,14 +68,14 @@ class HostKeeper:
             log.warning("disk.low", free_bytes=free_bytes, place=str(place), keep_bytes=keep_bytes)
         conditions[DISK_LOW] = words
         if free_bytes < keep_bytes // 2:
-            await self._end_the_largest(place, words)
+            self._end_the_largest(place, words)
 
-    async def _end_the_largest(self, place: Path, words: str) -> None:
+    def _end_the_largest(self, place: Path, words: str) -> None:
         if any(record.stop is not None and record.phase < Phase.UPLOADING for record in self._driver.live()):
             return  # one is on its way out already
         largest: tuple[int, TaskRecord] | None = None
         for record in self._driver.live():
-            use = await self._context.disk.use(record.id) if record.phase is Phase.RUNNING else None
+            use = self._context.disk.seen(record.id) if record.phase is Phase.RUNNING else None
             if use is not None and (largest is None or use.bytes > largest[0]):
                 largest = (use.bytes, record)
         if largest is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
+from nodeservice.lifecycle.removal import remove_tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,7 @@ class WorkDirs:
 
     def remove(self, id_: AttemptId) -> None:
         """Remove all but the log. Repeating is harmless."""
-        root = self.root(id_)
-        if root.exists():
-            shutil.rmtree(root)
+        remove_tree(self.root(id_))
 
     def salvage(self, id_: AttemptId) -> None:
         """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless."""

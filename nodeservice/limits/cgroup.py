@@ -144,10 +144,6 @@ class KernelTaskCgroups:
     def rate_devices(self) -> Sequence[Path]:
         return self._tree.rate_devices()
 
-    async def started(self, id_: AttemptId) -> None:
-        with suppress(OSError):
-            await self._run(lambda: self._tree.started(self._places.of_task(id_)))
-
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         nothing: list[Reading] = []
         return await self._look(
@@ -163,9 +159,12 @@ class KernelTaskCgroups:
     async def kill(self, id_: AttemptId) -> None:
         await self._look(id_, self._tree.kill, None)
 
-    async def is_empty(self, id_: AttemptId) -> bool:
+    async def processes(self, id_: AttemptId) -> Sequence[int]:
         nobody: list[int] = []
-        return not await self._look(id_, self._tree.processes, nobody)
+        return await self._look(id_, self._tree.processes, nobody)
+
+    async def is_empty(self, id_: AttemptId) -> bool:
+        return not await self.processes(id_)
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
@@ -250,9 +249,6 @@ class NoTaskCgroups:
     def rate_devices(self) -> Sequence[Path]:
         return ()
 
-    async def started(self, id_: AttemptId) -> None:
-        """Nothing was made."""
-
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         return ()
 
@@ -264,6 +260,9 @@ class NoTaskCgroups:
 
     async def kill(self, id_: AttemptId) -> None:
         """The engine alone knows what belongs to it."""
+
+    async def processes(self, id_: AttemptId) -> Sequence[int]:
+        return ()
 
     async def is_empty(self, id_: AttemptId) -> bool:
         return True

@@ -17,6 +17,7 @@ from nodeservice.ports import Reading
 
 DEVICE_RULES = "device_rules"
 EVERYTHING = "a *:* rwm"
+_PF_EXITING = 4
 _RULE = re.compile(r"([abc]) (\*|\d+):(\*|\d+) ([rwm]+)")
 
 
@@ -41,7 +42,11 @@ class Rule:
 
 def read_device_rules(pid: int, root: Path = Path("/")) -> Reading:
     """Of the cgroup that the process is in, joined by commas. Raises OSError where the process is gone."""
-    lines = (root / "proc" / str(pid) / "cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    process = root / "proc" / str(pid)
+    lines = (process / "cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    if _is_ending(process):
+        # From then on v1 shows every process in the topmost cgroup, where everything is allowed (proc_cgroup_show).
+        raise ProcessLookupError("it was ending when it was read")
     mounts = read_mounts(root)
     places = {controllers: place for _, controllers, place in (line.split(":", 2) for line in lines if ":" in line)}
     for controllers, place in places.items():
@@ -84,6 +89,12 @@ def forbidden(text: str, gpus: Sequence[GpuNodes], granted: Sequence[str]) -> st
             if _is_unknown_gpu(rule, own, set(others)) and not (granted and not own):
                 found[f"the GPU {_text(rule)}"] = None
     return f"may open {', '.join(found)}, which it was not granted" if found else ""
+
+
+def _is_ending(process: Path) -> bool:
+    """Whether its flags have PF_EXITING (proc_pid_stat(5), linux/sched.h), which outlasts a long clearing of memory."""
+    fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
+    return bool(int(fields[6]) & _PF_EXITING)
 
 
 def _is_unknown_gpu(rule: Rule, own: set[DeviceNumber], others: set[DeviceNumber]) -> bool:

@@ -1,7 +1,9 @@
 """One bound on what an attempt writes: implements the port TaskDisk.
 
-Where the file system can keep it (a project quota), the kernel does; elsewhere the directories are measured, often enough
-that a crossing is told within two seconds, by one thread that never works more than a part of its time.
+Where the file system can keep it (a project quota), the kernel does. Everywhere the places are also measured, by one thread
+that works in short pieces, in turn for all attempts, and never more than a part of its time. Without a quota that is how a
+crossing is told, within two seconds of it; with one it shows what got past the quota: whoever owns a file may take it out of
+its project (ioctl_xfs_fsgetxattr(2)), and no engine's filter of system calls stops that.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,35 +23,41 @@ import structlog
 
 from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError
-from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, measure
+from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
 from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport, quota_support
 from nodeservice.ports import DiskBound, DiskUse, Enforcement
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
+Processes = Callable[[AttemptId], Awaitable[Sequence[int]]]
+
 _LOOK_SECONDS = 0.5
 """Between two looks at the free space, which cost nothing."""
 _WALK_SECONDS = 1.0
 """The longest without a walk: what others delete hides what a task writes."""
+_HARD_WALK_SECONDS = 5.0
+"""The same where the kernel keeps the bound, so that only a breach of it is looked for."""
 _MOST_BUSY = 0.25
 """The part of its time that the thread walks at most. With many files it is late rather than in the way."""
-
-
+_PIECE_SECONDS = 0.02
+"""Of walking, before others have their turn."""
 _SLACK_BYTES = 16 * LEAST_BYTES
 """What the few files take that every container and every task has at its birth."""
+_BREACH = 1.1
+"""What the files of an attempt take past its quota before that is called a breach: the log lies beside it."""
 
 
 @dataclass(slots=True)
 class _Watched:
-    """One attempt. `layer` is what the container writes beside its work directory."""
+    """One attempt. `layer` is what the container writes beside its work directory, volumes and the engine's files too."""
 
     limit_bytes: int
     work: Path
     log: Path
     layer: tuple[Path, ...] = ()
+    joined: tuple[Path, ...] = ()
     project: int | None = None
-    layer_is_hard: bool = False
     used: DiskUse = field(default_factory=lambda: DiskUse(bytes=0, file_count=0, peak_bytes=0))
     walked_at: float = float("-inf")
     next_walk_at: float = float("-inf")
@@ -58,17 +67,47 @@ class _Watched:
     def walked(self) -> tuple[Path, ...]:
         return (self.work, self.log, *self.layer)
 
+    @property
+    def is_hard(self) -> bool:
+        """Whether the kernel bounds all that the container itself can write to."""
+        return bool(self.layer) and set(self.layer) <= set(self.joined)
+
+    @property
+    def most_bytes(self) -> int:
+        return int(self.limit_bytes * (_BREACH if self.is_hard else 1)) + _SLACK_BYTES
+
+    @property
+    def least_bytes(self) -> int:
+        """What a file counts at least. A quota bounds their number by itself, and counts an empty one as nothing."""
+        return 1 if self.is_hard else LEAST_BYTES
+
+    def note(self, found: Measured) -> DiskUse:
+        peak_bytes = max(self.used.peak_bytes, found.bytes)
+        self.used = DiskUse(bytes=found.bytes, file_count=found.file_count, peak_bytes=peak_bytes)
+        return self.used
+
+
+async def _no_processes(_id: AttemptId) -> Sequence[int]:
+    return ()
+
 
 class BoundedDisk:
-    """TaskDisk on the file systems of this host."""
+    """TaskDisk on the file systems of this host. `processes` names those of an attempt, for the files that they hold."""
 
     def __init__(
-        self, *, quotas: ProjectQuotas | None, why_watched: str = "", clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        quotas: ProjectQuotas | None,
+        why_watched: str = "",
+        processes: Processes = _no_processes,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._quotas = quotas
         self._why_watched = why_watched
+        self._processes = processes
         self._clock = clock
         self._attempts: dict[AttemptId, _Watched] = {}
+        self._walking_count = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-disk")
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
@@ -82,15 +121,17 @@ class BoundedDisk:
             watched.project = await self._run(lambda: quotas.bind([work], limit_bytes), doing="set the disk quota")
         self._attempts[id_] = watched
 
-    async def add_layer(self, id_: AttemptId, layer: Sequence[Path]) -> None:
+    async def add_layer(self, id_: AttemptId, layer: Sequence[Path], beside: Sequence[Path] = ()) -> None:
         watched = self._attempts.get(id_)
-        if watched is None or watched.layer:
+        if watched is None:
             return
-        watched.layer = tuple(layer[:1])
+        watched.layer = tuple(dict.fromkeys((*watched.layer, *layer[:1], *beside)))
         quotas, project = self._quotas, watched.project
-        if quotas is not None and project is not None and quotas.holds_layers(layer):
-            await self._run(lambda: quotas.join(layer, project), doing="set the disk quota of the container's layer")
-            watched.layer_is_hard = True
+        if quotas is None or project is None:
+            return
+        new = [place for place in (*layer, *beside) if place not in watched.joined and quotas.holds_layers([place])]
+        await self._run(lambda: quotas.join(new, project), doing="set the disk quota of the container's layer")
+        watched.joined += tuple(new)
 
     def holds_layers(self) -> bool:
         return self._quotas is not None and self._quotas.is_for_layers
@@ -106,10 +147,11 @@ class BoundedDisk:
             held, limit_bytes = read is not None, read if read is not None else limit_bytes
         places = [(watched.work, Enforcement.HARD if held else Enforcement.WATCHED)]
         places += [
-            (place, Enforcement.HARD if held and watched.layer_is_hard else Enforcement.WATCHED)
+            (place, Enforcement.HARD if held and place in watched.joined else Enforcement.WATCHED)
             for place in watched.layer
+            if project is not None or place.is_dir()  # the engine's few files would only make the receipt long
         ]
-        whole = all(kept is Enforcement.HARD for _, kept in places)
+        whole = watched.is_hard and all(kept is Enforcement.HARD for _, kept in places)
         return DiskBound(
             limit_bytes=limit_bytes,
             enforcement=Enforcement.HARD if whole else Enforcement.WATCHED,
@@ -120,9 +162,9 @@ class BoundedDisk:
     async def crossed(self, id_: AttemptId) -> DiskUse:
         while True:
             watched = self._attempts.get(id_)
-            if watched is not None and not watched.layer_is_hard:
-                used = await self._run(partial(self._look, watched), doing="measure what a task wrote")
-                if used.bytes > watched.limit_bytes + _SLACK_BYTES:
+            if watched is not None and await self._run(partial(self._is_due, watched), doing="look at the free space"):
+                used = await self._measure(id_, watched, stop_above_bytes=watched.most_bytes)
+                if used.bytes > watched.most_bytes:
                     return used
             await asyncio.sleep(_LOOK_SECONDS)
 
@@ -130,7 +172,15 @@ class BoundedDisk:
         watched = self._attempts.get(id_)
         if watched is None:
             return None
-        return await self._run(lambda: self._count(watched, whole=True), doing="measure what a task wrote")
+        if watched.is_hard:
+            counted = await self._run(lambda: self._count(watched), doing="read what a task wrote")
+            if counted is not None:
+                return watched.note(counted)
+        return await self._measure(id_, watched)
+
+    def seen(self, id_: AttemptId) -> DiskUse | None:
+        watched = self._attempts.get(id_)
+        return None if watched is None else watched.used
 
     async def remove(self, id_: AttemptId) -> None:
         watched = self._attempts.pop(id_, None)
@@ -144,36 +194,64 @@ class BoundedDisk:
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
-    def _look(self, watched: _Watched) -> DiskUse:
+    def _is_due(self, watched: _Watched) -> bool:
         """Walk only where that may find something: the disk lost as much as the task has left, or time has passed."""
         now = self._clock()
         if now < watched.next_walk_at:
-            return watched.used
+            return False
         free = _free_bytes(watched.work)
-        left = watched.limit_bytes - watched.used.bytes
-        if now - watched.walked_at < _WALK_SECONDS and watched.free_bytes - free < left:
-            return watched.used
+        since = now - watched.walked_at
+        if watched.is_hard:
+            return since >= _HARD_WALK_SECONDS
+        if since < _WALK_SECONDS and watched.free_bytes - free < watched.limit_bytes - watched.used.bytes:
+            return False
         watched.free_bytes = free
-        return self._count(watched)
+        return True
 
-    def _count(self, watched: _Watched, *, whole: bool = False) -> DiskUse:
+    def _count(self, watched: _Watched) -> Measured | None:
+        """What the kernel counted, and the log beside it."""
+        if self._quotas is None or watched.project is None:
+            return None
+        counted = self._quotas.use_of(watched.project)
+        if counted is None:
+            return None
+        beside = measure([watched.log])
+        return Measured(counted.bytes + beside.bytes, counted.file_count + beside.file_count, True)
+
+    # ---- piece by piece ---------------------------------------------------------------------------------------------
+
+    async def _measure(self, id_: AttemptId, watched: _Watched, *, stop_above_bytes: int | None = None) -> DiskUse:
+        """Others have their turn between the pieces, and all walks together their part of the time."""
+        scan = Scan(
+            watched.walked,
+            pids=await self._processes(id_),
+            stop_above_bytes=stop_above_bytes,
+            least_bytes=watched.least_bytes,
+        )
+        walk = partial(self._timed, scan)
+        busy_seconds = 0.0
+        self._walking_count += 1
+        try:
+            while True:
+                found, seconds = await self._run(walk, doing="measure what a task wrote")
+                busy_seconds += seconds
+                if found is not None:
+                    break
+                if scan.so_far.bytes > watched.used.bytes:
+                    watched.note(scan.so_far)
+                await asyncio.sleep(seconds * (self._walking_count / _MOST_BUSY - 1))
+        finally:
+            self._walking_count -= 1
+            with suppress(RuntimeError):  # the thread has ended
+                self._thread.submit(scan.close)
+        watched.walked_at = self._clock()
+        watched.next_walk_at = watched.walked_at + busy_seconds * len(self._attempts) / _MOST_BUSY
+        return watched.note(found)
+
+    def _timed(self, scan: Scan) -> tuple[Measured | None, float]:
         began = self._clock()
-        found = self._measured(watched, whole=whole)
-        ended = self._clock()
-        watched.walked_at, watched.next_walk_at = ended, ended + (ended - began) / _MOST_BUSY
-        peak_bytes = max(watched.used.peak_bytes, found.bytes)
-        watched.used = DiskUse(bytes=found.bytes, file_count=found.file_count, peak_bytes=peak_bytes)
-        return watched.used
-
-    def _measured(self, watched: _Watched, *, whole: bool) -> Measured:
-        if self._quotas is not None and watched.project is not None:
-            counted = self._quotas.use_of(watched.project)
-            if counted is not None:
-                places = [watched.log, *(() if watched.layer_is_hard else watched.layer)]
-                beside = measure(places, stop_above_bytes=None if whole else watched.limit_bytes)
-                return Measured(counted.bytes + beside.bytes, counted.file_count + beside.file_count, beside.is_whole)
-        stop_above = None if whole else watched.limit_bytes + _SLACK_BYTES
-        return measure(watched.walked, stop_above_bytes=stop_above)
+        found = scan.step(_PIECE_SECONDS)
+        return found, self._clock() - began
 
     async def _run(self, call: Callable[[], T], *, doing: str) -> T:
         try:
@@ -186,13 +264,19 @@ class BoundedDisk:
             ) from error
 
 
-def open_task_disk(state_dir: Path, engine_root: Path | None, *, engine_passes_ext4: bool = True) -> BoundedDisk:
+def open_task_disk(
+    state_dir: Path,
+    engine_root: Path | None,
+    *,
+    engine_passes_ext4: bool = True,
+    processes: Processes = _no_processes,
+) -> BoundedDisk:
     """What the file system of the state directory can keep. `engine_passes_ext4`: the engine has CAP_SYS_RESOURCE."""
     support = quota_support(state_dir)
     if support.why_not:
-        return BoundedDisk(quotas=None, why_watched=support.why_not)
+        return BoundedDisk(quotas=None, why_watched=support.why_not, processes=processes)
     quotas = ProjectQuotas(support, engine_root=engine_root, engine_passes_ext4=engine_passes_ext4)
-    return BoundedDisk(quotas=quotas, why_watched=_why_layers_are_watched(support, quotas))
+    return BoundedDisk(quotas=quotas, why_watched=_why_layers_are_watched(support, quotas), processes=processes)
 
 
 def _why_layers_are_watched(support: QuotaSupport, quotas: ProjectQuotas) -> str:

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
+from nodeservice.ports import NOBODY
 
 _STARTED = 19
 """Field 22 of /proc/PID/stat, starttime, counted behind the name, which may hold spaces and parentheses."""
 _CONTROLLER_OF_V1 = "memory"
+_MPS_SERVER = b"nvidia-cuda-mps\n"
+"""The name of nvidia-cuda-mps-server, cut to the 15 characters that the kernel keeps."""
 
 
 class ProcOwners:
@@ -25,27 +28,32 @@ class ProcOwners:
     def owners(
         self, pids: Sequence[int], attempts: Mapping[AttemptId, int], *, before_seconds: float
     ) -> Mapping[int, AttemptId]:
-        places: dict[str, AttemptId] = {}
-        for id_, pid in attempts.items():
-            place = self._place(pid)
-            # Without a cgroup of its own, everybody would seem to live below it.
-            if place is not None and place.strip("/"):
-                places[place] = id_
+        places = self._places(attempts)
         found: dict[int, AttemptId] = {}
         for pid in pids:
-            if (place := self._place(pid)) is None or not self._started_before(pid, before_seconds):
+            place = self._place(pid)
+            if place is None or not self._started_before(pid, before_seconds):
                 continue
-            parts = place.split("/")
-            for count in range(len(parts), 0, -1):
-                owner = places.get("/".join(parts[:count]))
-                if owner is not None:
-                    found[pid] = owner
-                    break
+            owner = _owner(place, places)
+            if owner is not NOBODY or not self._is_mps_server(pid):
+                found[pid] = owner
         return found
 
     def cgroup(self, pid: int) -> str | None:
         place = self._lines(pid).get("")
-        return f"/sys/fs/cgroup{place}" if place is not None else None
+        # Beside the root of a cgroup namespace there is no path to it from here.
+        if place is None or not _is_own(place) or ".." in place.split("/"):
+            return None
+        return f"/sys/fs/cgroup{place}"
+
+    def _places(self, attempts: Mapping[AttemptId, int]) -> dict[str, AttemptId]:
+        """Whose each cgroup is. One that two attempts seem to live in is neither's."""
+        places: dict[str, AttemptId] = {}
+        for id_, pid in attempts.items():
+            place = self._place(pid)
+            if place is not None and _is_own(place):
+                places[place] = NOBODY if place in places else id_
+        return places
 
     def _place(self, pid: int) -> str | None:
         """Its path below the hierarchy that counts memory; below the unified one where there is no other."""
@@ -55,14 +63,16 @@ class ProcOwners:
     def _lines(self, pid: int) -> dict[str, str]:
         """By controller; the unified hierarchy has no name."""
         try:
-            text = (self._proc / str(pid) / "cgroup").read_text(encoding="utf-8", errors="surrogateescape")
+            text = (self._proc / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
         except OSError:
             return {}
         found: dict[str, str] = {}
-        for line in text.splitlines():
+        # No other character ends a line here, though Python knows some: names may hold them.
+        for line in text.split("\n"):
             _, _, rest = line.partition(":")
-            names, _, path = rest.partition(":")
-            found.update(dict.fromkeys(names.split(","), path))
+            names, colon, path = rest.partition(":")
+            if colon:
+                found.update(dict.fromkeys(names.split(","), path))
         return found
 
     def _started_before(self, pid: int, seconds: float) -> bool:
@@ -72,3 +82,24 @@ class ProcOwners:
         except (OSError, ValueError, IndexError):
             return False
         return started <= seconds
+
+    def _is_mps_server(self, pid: int) -> bool:
+        """Asked only of processes outside of every task, so no task can hide one by this name."""
+        try:
+            return (self._proc / str(pid) / "comm").read_bytes() == _MPS_SERVER
+        except OSError:
+            return False
+
+
+def _is_own(place: str) -> bool:
+    """Without a cgroup of its own, everybody would seem to live below it. `..` is what lies above a cgroup namespace."""
+    return any(part not in ("", "..") for part in place.split("/"))
+
+
+def _owner(place: str, places: Mapping[str, AttemptId]) -> AttemptId:
+    parts = place.split("/")
+    for count in range(len(parts), 0, -1):
+        owner = places.get("/".join(parts[:count]))
+        if owner is not None:
+            return owner
+    return NOBODY

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from nodeservice.limits.device_nodes import to_word
-from nodeservice.limits.device_rules import DEVICE_RULES, EVERYTHING, read_device_rules
+from nodeservice.limits.device_rules import DEVICE_RULES, read_device_rules
 from nodeservice.ports import Reading
 
 ENDED = "it had ended before it could be read"
@@ -60,7 +60,7 @@ def read_process(pid: int, root: Path = Path("/")) -> list[Reading]:
     readings += _guarded(directory, "limits", tuple(_RESOURCE_LIMITS.values()), _resource_limits)
     readings += _guarded(directory, "mountinfo", ("shm_bytes",), lambda path: [_shm(path)])
     readings += _guarded(directory, "root/dev", ("devices",), _devices)
-    readings += _guarded(directory, "cgroup", (DEVICE_RULES,), lambda _: [_device_rules(directory, pid, root)])
+    readings += _guarded(directory, "cgroup", (DEVICE_RULES,), lambda _: [read_device_rules(pid, root)])
     return readings
 
 
@@ -185,17 +185,6 @@ def _bytes(text: str) -> int | None:
     scale = _SUFFIXES.get(text[-1:].lower(), 1)
     digits = text.rstrip("kKmMgG")
     return int(digits) * scale if scale and digits.isdecimal() else None
-
-
-def _device_rules(directory: Path, pid: int, root: Path) -> Reading:
-    """The kernel moves a process that is ending to the root cgroup, where everything is allowed.
-
-    By then it has given up its root directory (kernel/exit.c: exit_fs comes before cgroup_exit), so that is looked at after.
-    """
-    reading = read_device_rules(pid, root)
-    if reading.value == EVERYTHING and not (directory / "root").exists():
-        raise ProcessLookupError(pid)
-    return reading
 
 
 def _devices(path: Path) -> list[Reading]:

@@ -13,13 +13,14 @@ import os
 import random
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured
 from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.limits.tree_walk import walk
 
 _FILE_SYSTEMS = ("xfs", "ext4")
 _PROJECT = 2
@@ -103,9 +104,14 @@ class ProjectQuotas:
         return number
 
     def join(self, directories: Sequence[Path], number: int) -> None:
-        for directory in directories:
-            for place in _below(directory):
-                _mark(place, number)
+        """With all that is there already. A task may change it meanwhile: nothing is reached through a link."""
+        for place in directories:
+            with suppress(FileNotFoundError):
+                _mark(str(place), number)
+            for entry in walk(place):
+                if stat.S_ISREG(entry.status.st_mode) or stat.S_ISDIR(entry.status.st_mode):
+                    with suppress(OSError):
+                        _mark(entry.name, number, directory=entry.directory)
 
     def limit_of(self, number: int) -> int | None:
         """Bytes, as the kernel holds it; None for no limit."""
@@ -171,19 +177,6 @@ def _quotactl(command: int, device: str, number: int, buffer: bytearray) -> None
         raise OSError(code, os.strerror(code), device)
 
 
-def _below(directory: Path) -> Iterator[Path]:
-    """Itself and all directories and plain files in it; links have no project of their own to set."""
-    yield directory
-    for folder, _, files in os.walk(directory):
-        if Path(folder) != directory:
-            yield Path(folder)
-        for name in files:
-            place = Path(folder, name)
-            with suppress(OSError):
-                if stat.S_ISREG(place.lstat().st_mode):
-                    yield place
-
-
 def _project_of(place: Path) -> int:
     descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -192,8 +185,8 @@ def _project_of(place: Path) -> int:
         os.close(descriptor)
 
 
-def _mark(place: Path, number: int) -> None:
-    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _mark(name: str, number: int, *, directory: int | None = None) -> None:
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     try:
         held = fcntl.ioctl(descriptor, _GET_ATTRIBUTES, bytes(_ATTRIBUTES.size))
         flags, extent, extents, _, cow = _ATTRIBUTES.unpack(held)

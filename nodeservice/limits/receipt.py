@@ -21,7 +21,7 @@ from nodeservice.limits.plan import PIDS_OVERHEAD
 from nodeservice.ports import DiskBound, Enforcement, GpuBound, Reading
 
 ENGINE = "engine"
-_NOT_LOOKED_AT = "nothing was there to read it from"
+_NOT_LOOKED_AT = "the task had ended, or nothing was there to read it from"
 _BOUND_ELSEWHERE = frozenset({"disk_bytes", "gpu_memory_bytes", "gpu_sm_percent"})
 """By more than one file of the kernel, so told by whoever bounds them."""
 _SWITCHES = frozenset({"oom_group", "seccomp", "no_new_privileges"})
@@ -114,10 +114,12 @@ def receipt(
     if gpu_part is not None:
         effective["gpu_memory_bytes"], effective["gpu_sm_percent"] = gpu_part.memory_bytes, gpu_part.sm_percent
         enforcement["gpu_memory_bytes"] = gpu_part.enforcement
-        enforcement["gpu_sm_percent"] = Enforcement.NONE if gpu_part.sm_percent is None else Enforcement.HARD
+        enforcement["gpu_sm_percent"] = Enforcement.NONE if gpu_part.sm_percent is None else gpu_part.sm_enforcement
         read_from["gpu_memory_bytes"] = read_from["gpu_sm_percent"] = gpu_part.source
         if gpu_part.note:
             unread["gpu_memory_bytes"] = gpu_part.note
+    else:
+        unread.update((name, _NOT_LOOKED_AT) for name in ("gpu_memory_bytes", "gpu_sm_percent") if name in asked)
     for name, wanted in asked.items():
         if name in effective:
             held = effective[name]

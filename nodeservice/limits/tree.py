@@ -35,10 +35,6 @@ class CgroupTree(Protocol):
         """Block devices whose rates the container does not inherit."""
         ...
 
-    def started(self, place: str) -> None:
-        """Set what can only be set on the container's own cgroup, below."""
-        ...
-
     def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
         """Move the tasks below `parent` to these CPUs, but for those that share none with them: they have their own."""
         ...

@@ -70,9 +70,6 @@ class V1CgroupTree:
                 (top / place).mkdir(parents=True, exist_ok=True)
         self._oom.watch(self._memory(place), from_birth=born)
 
-    def started(self, place: str) -> None:
-        """All that can be inherited sits on the task's own cgroup here."""
-
     def rate_devices(self) -> tuple[Path, ...]:
         """Block I/O is limited cgroup by cgroup here, whatever stands above.
 

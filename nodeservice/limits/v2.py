@@ -144,13 +144,6 @@ class V2CgroupTree:
         """What stands above holds below here."""
         return ()
 
-    def started(self, place: str) -> None:
-        """The container's cgroup has the same limit and reaches it first: then only its own word on whom to kill counts."""
-        child = only_child(self._top / place)
-        if child is not None:
-            with suppress(OSError):
-                UnifiedCgroup(child).memory_oom_group = True
-
     def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
         wanted = frozenset(cpu_ids)
         for directory in children_of(self._top / parent):
@@ -176,7 +169,9 @@ class V2CgroupTree:
         if not task.is_dir():
             return []
         child = only_child(task)
-        return [reading for directory in (task, child) if directory is not None for reading in _held(directory)]
+        # The task's own cgroup runs out first, so that only its word counts on what ends then.
+        below = [reading for reading in _held(child) if reading.limit != "oom_group"] if child is not None else []
+        return [*_held(task), *below]
 
     def usage(self, place: str) -> Usage:
         task = UnifiedCgroup(self._top / place)

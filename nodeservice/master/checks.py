@@ -7,6 +7,8 @@ import re
 
 from nodeservice.errors import RequestError
 from nodeservice.master.amounts import GIB, Amounts
+from nodeservice.master.gpu_checks import wish_of
+from nodeservice.master.request import Request
 from nodeservice.wire import master_worker_pb2 as pb
 
 TASK_MAX_BYTES = 1024**2
@@ -17,7 +19,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
 _PORT = re.compile(r"[0-9]{1,5}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _PULL_POLICIES = ("always", "if-not-present", "never")
-_LARGEST = {"cpu_milli": 10**9, "memory_bytes": 2**60, "disk_bytes": 2**60, "gpu_count": 10**6}
+_LARGEST = {"cpu_milli": 10**9, "memory_bytes": 2**60, "disk_bytes": 2**60}
 _LONGEST_SECONDS = 10 * 366 * 86400.0
 _LATEST_UNIX = 253402300799
 """The last second of the year 9999."""
@@ -73,17 +75,16 @@ def amount_of(field: str, value: float, *, scale: int, largest: int) -> int:
     return round(value * scale)
 
 
-def request_of(task: pb.Task) -> Amounts:
+def request_of(task: pb.Task) -> Request:
     """What the task asks for: an exact extension field wins over its `req_*` field and must not contradict it."""
-    gpu_count = amount_of("req_gpu", task.req_gpu, scale=1, largest=_LARGEST["gpu_count"])
-    if gpu_count != task.req_gpu:
-        raise invalid("req_gpu", f"{task.req_gpu} is not a whole number of GPUs")
-    return Amounts(
+    gpus = wish_of(task)
+    amounts = Amounts(
         cpu_milli=_exact(task, "cpu_milli", "req_cpu", 1000),
         memory_bytes=_exact(task, "memory_bytes", "req_memory", GIB),
         disk_bytes=_exact(task, "disk_bytes", "req_storage", GIB),
-        gpu_count=gpu_count,
+        gpu_count=gpus.count,
     )
+    return Request(amounts=amounts, gpus=gpus)
 
 
 def _exact(task: pb.Task, field: str, old_field: str, scale: int) -> int:
@@ -99,7 +100,7 @@ def _exact(task: pb.Task, field: str, old_field: str, scale: int) -> int:
     return exact
 
 
-def check_task(task: pb.Task) -> Amounts:
+def check_task(task: pb.Task) -> Request:
     """Refuse what no node could take as it is meant; returns what the task asks for. Raises RequestError."""
     if task.ByteSize() > TASK_MAX_BYTES:
         raise invalid(

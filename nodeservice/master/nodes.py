@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,21 @@ from nodeservice.master.amounts import GIB, Amounts, from_message
 from nodeservice.master.checks import amount_of, check_id, invalid
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer, node_address
+from nodeservice.master.gpu_fit import GpuRoom, Unit, room_of, units_told
 from nodeservice.master.placement import Offer
-from nodeservice.master.rows import NodeRow
+from nodeservice.master.request import Request
+from nodeservice.master.rows import Key, NodeRow
 from nodeservice.master.store import MasterStore
 from nodeservice.wire import master_worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
 _LARGEST = 2**60
+_GPU_DRIVER = "GPU_DRIVER"
+"""The warning of a node whose GPU driver does not work, which may then not know what GPUs it has."""
+
+Assigned = Mapping[str, Mapping[Key, Request]]
+"""By node and attempt, what is asked for."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,10 +45,34 @@ class Node:
     heard_at: float | None = None
     was_active: bool = False
     heartbeat: pb.Heartbeat = field(default_factory=pb.Heartbeat)
+    gpus: list[pb.GpuInfo] = field(default_factory=list)
+    """As it told last, at its registration or in a heartbeat; likewise `warnings`."""
+    warnings: list[str] = field(default_factory=list)
+    units: tuple[Unit, ...] | None = None
+    """What tasks can have of `gpus`; None from a peer that does not tell that."""
+    ended: set[Key] = field(default_factory=set)
+    """Attempts that it reported since its last heartbeat, which may still list them."""
 
     @property
     def draining(self) -> bool:
         return self.heartbeat.draining
+
+    def tell_gpus(self, gpus: Sequence[pb.GpuInfo], warnings: Sequence[str]) -> None:
+        self.gpus, self.warnings = list(gpus), list(warnings)
+        self.units = units_told(self.gpus)
+
+    def room(self, given: Mapping[Key, Request]) -> GpuRoom | None:
+        """What of its GPUs is to be had, as far as it is known; `given` are the open attempts that are assigned to it."""
+        trouble = next((words for words in self.warnings if words.startswith(_GPU_DRIVER)), "")
+        if self.units is None and not (trouble and not self.gpus):
+            return None
+        listed = {(task.task_id, task.attempt or 1): task for task in self.heartbeat.running_tasks}
+        return room_of(
+            self.units or (),
+            trouble,
+            untold=[request.gpus for key, request in given.items() if key not in listed and request.gpus.is_something],
+            ended=[task for key, task in listed.items() if key in self.ended],
+        )
 
 
 class NodeRegistry:
@@ -66,7 +97,7 @@ class NodeRegistry:
     async def load(self) -> None:
         for row in await self._store.load_nodes():
             capacity, allocatable = amounts_of(row.info)
-            self._nodes[row.worker_id] = Node(
+            self._nodes[row.worker_id] = node = Node(
                 worker_id=row.worker_id,
                 address=row.address,
                 info=row.info,
@@ -76,6 +107,7 @@ class NodeRegistry:
                 heard_at_ms=row.heard_at_ms,
                 known_since=self._clock.monotonic(),
             )
+            node.tell_gpus(row.info.gpus, row.info.warnings)
 
     # ---- from nodes ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +140,8 @@ class NodeRegistry:
             was_active=True,
         )
         if before is not None:
-            node.heartbeat = before.heartbeat
+            node.heartbeat, node.ended = before.heartbeat, before.ended
+        node.tell_gpus(info.gpus, info.warnings)
         self._nodes[info.worker_id] = node
         if before is None or before.address != address:
             log.info("node.registered", worker_id=node.worker_id, address=address)
@@ -124,23 +157,37 @@ class NodeRegistry:
         if not node.was_active:
             log.info("node.active", worker_id=node.worker_id)
         node.heard_at, node.heard_at_ms, node.was_active = self._clock.monotonic(), self._clock.unix_ms(), True
-        node.heartbeat = beat
+        node.heartbeat, node.ended = beat, set()
         if beat.HasField("allocatable"):
             node.allocatable = from_message(beat.allocatable)
+            node.tell_gpus(beat.gpus, beat.warnings)
         return node
+
+    def note_end(self, worker_id: str, key: Key) -> None:
+        """The node reported the attempt: what it held is free, though the last heartbeat still lists it."""
+        node = self._nodes.get(worker_id)
+        if node is not None:
+            node.ended.add(key)
 
     # ---- for the scheduler ----------------------------------------------------------------------------------------------
 
-    def offers(self, assigned: dict[str, Amounts]) -> list[Offer]:
+    def offers(self, assigned: Assigned) -> list[Offer]:
         return [
             Offer(
                 worker_id=node.worker_id,
                 allocatable=node.allocatable,
-                assigned=assigned.get(node.worker_id, Amounts()),
+                assigned=_sum(assigned, node),
                 blocked=self._blocked(node),
+                gpus=node.room(assigned.get(node.worker_id, {})),
             )
             for node in self._nodes.values()
         ]
+
+    def running(self, worker_id: str, key: Key) -> pb.RunningTask | None:
+        """The attempt as the node listed it last."""
+        node = self._nodes.get(worker_id)
+        tasks = node.heartbeat.running_tasks if node is not None else ()
+        return next((task for task in tasks if (task.task_id, task.attempt or 1) == key), None)
 
     def stub(self, worker_id: str) -> Any | None:
         """To call the node, whether it is active or not; None for one that never registered."""
@@ -166,10 +213,10 @@ class NodeRegistry:
                 node.was_active = False
                 log.warning("node.inactive", worker_id=node.worker_id, timeout_seconds=self._timeout_seconds)
 
-    def views(self, assigned: dict[str, Amounts]) -> list[tuple[Node, bool, Amounts]]:
+    def views(self, assigned: Assigned) -> list[tuple[Node, bool, Amounts]]:
         """Each node with whether it is active and what is assigned to it, by name."""
         nodes = sorted(self._nodes.values(), key=lambda node: node.worker_id)
-        return [(node, self._active(node), assigned.get(node.worker_id, Amounts())) for node in nodes]
+        return [(node, self._active(node), _sum(assigned, node)) for node in nodes]
 
     def _active(self, node: Node) -> bool:
         return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds
@@ -185,6 +232,13 @@ class NodeRegistry:
 
     def _in_use(self, address: str) -> bool:
         return any(node.address == address for node in self._nodes.values())
+
+
+def _sum(assigned: Assigned, node: Node) -> Amounts:
+    total = Amounts()
+    for request in assigned.get(node.worker_id, {}).values():
+        total = total.plus(request.amounts)
+    return total
 
 
 def amounts_of(info: pb.WorkerInfo) -> tuple[Amounts, Amounts]:

@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nodeservice.master.amounts import LABELS, Amounts, describe, shortage_reason
+from nodeservice.master.gpu_fit import GpuRoom
+from nodeservice.master.request import Request
+
+_GPUS = "gpu_count"
+_NODES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What one node has for tasks. `blocked` says in words why it takes nothing now (silent, draining); empty if it does."""
+    """What one node has for tasks. `blocked` says in words why it takes nothing now (silent, draining); empty if it does.
+
+    `gpus` None: the node tells their number alone (an older peer), and decides itself what it can't be asked here.
+    """
 
     worker_id: str
     allocatable: Amounts
     assigned: Amounts = field(default_factory=Amounts)
     blocked: str = ""
+    gpus: GpuRoom | None = None
 
     @property
     def free(self) -> Amounts:
         return self.allocatable.minus(self.assigned)
+
+    def lacking_ever(self, request: Request) -> tuple[str, ...]:
+        """Which resources (keys of `LABELS`) are too small here even with nothing assigned; empty when it fits."""
+        if not request.gpus.is_something:
+            has_gpus = True
+        elif self.gpus is not None:
+            has_gpus = self.gpus.could(request.gpus)
+        else:
+            has_gpus = self._counted(self.allocatable, request)
+        return _lacking(self.allocatable, request, has_gpus)
+
+    def lacking_now(self, request: Request) -> tuple[str, ...]:
+        if not request.gpus.is_something:
+            has_gpus = True
+        elif self.gpus is not None:
+            has_gpus = self.gpus.taking(request.gpus) is not None
+        else:
+            has_gpus = self._counted(self.free, request)
+        return _lacking(self.free, request, has_gpus)
+
+    def taking(self, request: Request) -> Offer:
+        """What is left of it with that assigned too."""
+        gpus = self.gpus.taking(request.gpus) if self.gpus is not None else None
+        return replace(self, assigned=self.assigned.plus(request.amounts), gpus=gpus or self.gpus)
+
+    @staticmethod
+    def _counted(have: Amounts, request: Request) -> bool:
+        """By number alone. To a peer that knows nothing of parts, one by amounts would be no GPU at all."""
+        wish = request.gpus
+        if wish.is_part and not wish.part_milli:
+            return False
+        return have.gpu_count >= max(1, wish.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +88,7 @@ Placement = Choice | Waiting | NeverFits
 
 
 def place(
-    request: Amounts,
+    request: Request,
     offers: Sequence[Offer],
     *,
     target: str = "",
@@ -64,13 +105,13 @@ def place(
     candidates = [offer for offer in offers if not target or offer.worker_id == target]
     if not candidates:
         return Waiting("TARGET_UNKNOWN", f"the target node {target} has not registered")
-    able = [offer for offer in candidates if not offer.allocatable.lacking(request)]
+    able = [offer for offer in candidates if not offer.lacking_ever(request)]
     if not able:
         return _never(request, candidates)
     awake = [offer for offer in able if not offer.blocked]
     if not awake:
         return Waiting("NODE_UNAVAILABLE", "; ".join(f"node {o.worker_id} {o.blocked}" for o in able[:3]))
-    roomy = [offer for offer in awake if not offer.free.lacking(request)]
+    roomy = [offer for offer in awake if not offer.lacking_now(request)]
     if not roomy:
         return _busy(request, awake)
     barred, kept = set(excluded), set(reserved)
@@ -83,35 +124,64 @@ def place(
     return Choice(min(willing, key=lambda offer: _waste(request, offer)).worker_id)
 
 
-def _waste(request: Amounts, offer: Offer) -> tuple[int, float, str]:
-    """Sort key: GPUs that a task without GPUs would block first, then the unused shares, then the name."""
-    left = offer.free.minus(request)
-    idle_gpus = left.gpu_count if request.gpu_count == 0 else 0
+def _lacking(have: Amounts, request: Request, has_gpus: bool) -> tuple[str, ...]:
+    others = tuple(name for name in have.lacking(request.amounts) if name != _GPUS)
+    return others if has_gpus else (*others, _GPUS)
+
+
+def _waste(request: Request, offer: Offer) -> tuple[int, tuple[bool, bool, int], float, str]:
+    """Sort key: GPUs that a task without GPUs would block first, then GPUs that are more than it needs, then the unused
+    shares, then the name."""
+    left = offer.free.minus(request.amounts)
+    idle_gpus = left.gpu_count if not request.gpus.is_something else 0
+    # Who tells what GPUs it has comes before who might refuse.
+    is_guess = offer.gpus is None and not request.gpus.takes_any
+    loss = (is_guess, *(offer.gpus.loss(request.gpus) if offer.gpus is not None else (False, 0)))
     shares = sum(left.of(name) / offer.allocatable.of(name) for name in LABELS if offer.allocatable.of(name) > 0)
-    return max(0, idle_gpus), shares, offer.worker_id
+    return max(0, idle_gpus), loss, shares, offer.worker_id
 
 
-def _never(request: Amounts, candidates: Sequence[Offer]) -> NeverFits:
-    nearest = min(candidates, key=lambda offer: (len(offer.allocatable.lacking(request)), offer.worker_id))
-    resource = nearest.allocatable.lacking(request)[0]
+def _never(request: Request, candidates: Sequence[Offer]) -> NeverFits:
+    nearest = min(candidates, key=lambda offer: (len(offer.lacking_ever(request)), offer.worker_id))
+    resource = nearest.lacking_ever(request)[0]
+    if resource == _GPUS:
+        return NeverFits(shortage_reason(resource), f"{request.gpus.words} asked; {_never_gpus(request, candidates)}")
+    asked = request.amounts.of(resource)
     best = max(candidates, key=lambda offer: offer.allocatable.of(resource))
-    if best.allocatable.of(resource) >= request.of(resource):
+    if best.allocatable.of(resource) >= asked:
         detail = f"no single node has all that is asked; node {nearest.worker_id} comes nearest and has"
         amount = nearest.allocatable.of(resource)
     else:
         detail = f"node {best.worker_id} has the most for tasks:"
         amount = best.allocatable.of(resource)
     return NeverFits(
-        shortage_reason(resource),
-        f"{describe(resource, request.of(resource))} asked; {detail} {describe(resource, amount)}",
+        shortage_reason(resource), f"{describe(resource, asked)} asked; {detail} {describe(resource, amount)}"
     )
 
 
-def _busy(request: Amounts, awake: Sequence[Offer]) -> Waiting:
-    nearest = min(awake, key=lambda offer: (len(offer.free.lacking(request)), offer.worker_id))
-    resource = nearest.free.lacking(request)[0]
-    asked, free = request.of(resource), max(0, nearest.free.of(resource))
+def _never_gpus(request: Request, candidates: Sequence[Offer]) -> str:
+    if any(_GPUS not in offer.lacking_ever(request) for offer in candidates):
+        return "no single node has all that is asked"
+    with_gpus = [offer for offer in candidates if offer.gpus is not None and offer.gpus.units]
+    if not with_gpus:
+        best = max(candidates, key=lambda offer: offer.allocatable.gpu_count)
+        return f"node {best.worker_id} has the most for tasks: {best.allocatable.gpu_count} GPU"
+    told = [
+        f"node {offer.worker_id} {offer.gpus.never_words(request.gpus)}"
+        for offer in with_gpus
+        if offer.gpus is not None
+    ]
+    return "; ".join(told[:_NODES_SHOWN]) + (f"; and {len(told) - _NODES_SHOWN} more" if told[_NODES_SHOWN:] else "")
+
+
+def _busy(request: Request, awake: Sequence[Offer]) -> Waiting:
+    nearest = min(awake, key=lambda offer: (len(offer.lacking_now(request)), offer.worker_id))
+    resource = nearest.lacking_now(request)[0]
+    if resource == _GPUS and nearest.gpus is not None:
+        words = f"{request.gpus.words} asked; node {nearest.worker_id} {nearest.gpus.busy_words(request.gpus)}"
+        return Waiting(shortage_reason(resource), words)
+    asked, free = request.amounts.of(resource), max(0, nearest.free.of(resource))
+    shown = request.gpus.words if resource == _GPUS else describe(resource, asked)
     return Waiting(
-        shortage_reason(resource),
-        f"{describe(resource, asked)} asked; node {nearest.worker_id} has {describe(resource, free)} free now",
+        shortage_reason(resource), f"{shown} asked; node {nearest.worker_id} has {describe(resource, free)} free now"
     )

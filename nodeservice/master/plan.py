@@ -8,10 +8,10 @@ placed there until it fits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from nodeservice.master.amounts import Amounts
 from nodeservice.master.placement import Choice, NeverFits, Offer, Placement, Waiting, place
+from nodeservice.master.request import Request
 
 Key = tuple[str, int]
 """(task_id, attempt)."""
@@ -22,7 +22,7 @@ class Candidate:
     """A queued attempt. `waited_seconds` counts from when it was queued."""
 
     key: Key
-    request: Amounts
+    request: Request
     target: str = ""
     waited_seconds: float = 0.0
     excluded: frozenset[str] = frozenset()
@@ -57,8 +57,7 @@ def make_plan(queue: Sequence[Candidate], offers: Sequence[Offer], *, patience_s
         match answer:
             case Choice(worker_id=worker_id):
                 assign.append((candidate.key, worker_id))
-                taken = room[worker_id].assigned.plus(candidate.request)
-                room[worker_id] = replace(room[worker_id], assigned=taken)
+                room[worker_id] = room[worker_id].taking(candidate.request)
             case NeverFits():
                 known[alike] = answer
                 never[candidate.key] = answer
@@ -77,9 +76,9 @@ def _reserve(candidate: Candidate, offers: Sequence[Offer]) -> frozenset[str]:
         for offer in offers
         if not offer.blocked
         and (not candidate.target or offer.worker_id == candidate.target)
-        and not offer.allocatable.lacking(candidate.request)
+        and not offer.lacking_ever(candidate.request)
     ]
     if not able:
         return frozenset()
-    nearest = min(able, key=lambda offer: (len(offer.free.lacking(candidate.request)), offer.worker_id))
+    nearest = min(able, key=lambda offer: (len(offer.lacking_now(candidate.request)), offer.worker_id))
     return frozenset({nearest.worker_id})

@@ -74,7 +74,7 @@ class Scheduler:
         self._nodes.notice_silence()
         await self._give_up_gone_nodes()
         queue = self._candidates(now)
-        offers = self._nodes.offers(self._book.assigned_amounts())
+        offers = self._nodes.offers(self._book.assigned())
         plan = make_plan(queue, offers, patience_seconds=self._settings.patience_seconds)
         self._book.explain(
             {key: (why.reason, why.message) for key, why in plan.waiting.items() if why.reason != "NODE_REFUSED"}

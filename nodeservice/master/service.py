@@ -9,13 +9,13 @@ import grpc.aio
 import structlog
 
 from nodeservice.errors import InvariantError, NodeServiceError, RequestError, TransientError
-from nodeservice.master.amounts import Amounts
 from nodeservice.master.checks import check_id, check_traceparent
 from nodeservice.master.log_proxy import LogProxy
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.placement import NeverFits, place
 from nodeservice.master.reconcile import Reconciler
 from nodeservice.master.reports import check_report
+from nodeservice.master.request import Request
 from nodeservice.master.rows import TaskRow
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.tasks import TaskBook
@@ -81,6 +81,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         except NodeServiceError as error:
             log.warning("report.refused", reason=error.reason, message=str(error))
             return pb.Ack(success=False, message=str(error))
+        self._nodes.note_end(request.worker_id, (request.task_id, request.attempt or 1))
         self._scheduler.wake()
         return pb.Ack(success=True, message="stored" if taken else "known before, or of no open attempt")
 
@@ -100,7 +101,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         traceparent = check_traceparent(_metadata(context, "traceparent"))
         target = request.target_worker_id
 
-        def refuse(asked: Amounts) -> RequestError | None:
+        def refuse(asked: Request) -> RequestError | None:
             answer = place(asked, self._nodes.offers({}), target=target)
             return RequestError(answer.message, reason=answer.reason) if isinstance(answer, NeverFits) else None
 
@@ -121,13 +122,17 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         except NodeServiceError as error:
             await _abort(context, error)
             raise InvariantError("abort returned") from error
-        return pb.TaskList(tasks=[task_view(row, brief=True) for row in rows])
+        return pb.TaskList(tasks=[self._view(row, brief=True) for row in rows])
 
     async def GetTask(self, request: pb.TaskID, context: Context) -> pb.TaskView:  # noqa: N802
-        return task_view(await self._find(request.task_id, request.attempt, context))
+        return self._view(await self._find(request.task_id, request.attempt, context))
+
+    def _view(self, row: TaskRow, *, brief: bool = False) -> pb.TaskView:
+        running = None if row.state.is_final else self._nodes.running(row.worker_id, row.key)
+        return task_view(row, running=running, brief=brief)
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.NodeList:  # noqa: N802
-        views = self._nodes.views(self._book.assigned_amounts())
+        views = self._nodes.views(self._book.assigned())
         return pb.NodeList(nodes=[node_view(node, active, assigned) for node, active, assigned in views])
 
     async def CancelTask(self, request: pb.TaskID, context: Context) -> pb.TaskAck:  # noqa: N802

@@ -14,10 +14,10 @@ from dataclasses import replace
 import structlog
 
 from nodeservice.errors import RequestError
-from nodeservice.master.amounts import Amounts
 from nodeservice.master.checks import check_task, request_of
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.reports import outcome_of
+from nodeservice.master.request import Request
 from nodeservice.master.rows import Key, OrphanRow, State, TaskRow
 from nodeservice.master.store import MasterStore
 from nodeservice.wire import master_worker_pb2 as pb
@@ -31,7 +31,7 @@ class TaskBook:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._open: dict[Key, TaskRow] = {}
-        self._requests: dict[Key, Amounts] = {}
+        self._requests: dict[Key, Request] = {}
         self._last_sequence = 0
         self._changed = asyncio.Event()
 
@@ -53,17 +53,17 @@ class TaskBook:
     def get_open(self, key: Key) -> TaskRow | None:
         return self._open.get(key)
 
-    def request(self, key: Key) -> Amounts:
+    def request(self, key: Key) -> Request:
         """What an open attempt asks for."""
         return self._requests[key]
 
-    def assigned_amounts(self) -> dict[str, Amounts]:
-        """Per node, what all its open attempts ask for together."""
-        totals: dict[str, Amounts] = {}
+    def assigned(self) -> dict[str, dict[Key, Request]]:
+        """Per node, what each of its open attempts asks for."""
+        found: dict[str, dict[Key, Request]] = {}
         for row in self._open.values():
             if row.worker_id:
-                totals[row.worker_id] = totals.get(row.worker_id, Amounts()).plus(self._requests[row.key])
-        return totals
+                found.setdefault(row.worker_id, {})[row.key] = self._requests[row.key]
+        return found
 
     async def find(self, task_id: str, attempt: int | None = None) -> TaskRow | None:
         """An attempt in whatever state; without `attempt` the newest."""
@@ -80,7 +80,7 @@ class TaskBook:
     # ---- clients ------------------------------------------------------------------------------------------------------
 
     async def submit(
-        self, task: pb.Task, *, traceparent: str = "", refuse: Callable[[Amounts], RequestError | None]
+        self, task: pb.Task, *, traceparent: str = "", refuse: Callable[[Request], RequestError | None]
     ) -> TaskRow:
         """Queue a task; durable when this returns. The same task again gives the same row.
 
@@ -294,7 +294,7 @@ class TaskBook:
     def _ended(self, row: TaskRow, state: State, reason: str, message: str) -> TaskRow:
         return replace(row, state=state, reason=reason, message=message, phase="", finished_at_ms=self._clock.unix_ms())
 
-    async def _save(self, rows: Sequence[TaskRow], requests: Mapping[Key, Amounts] | None = None) -> None:
+    async def _save(self, rows: Sequence[TaskRow], requests: Mapping[Key, Request] | None = None) -> None:
         """Store first, then memory, then wake whoever waits."""
         if not rows:
             return

@@ -10,8 +10,11 @@ from nodeservice.master.rows import TaskRow
 from nodeservice.wire import master_worker_pb2 as pb
 
 
-def task_view(row: TaskRow, *, brief: bool = False) -> pb.TaskView:
-    """`brief` leaves out what makes a list of many tasks large. Values of the environment are never shown."""
+def task_view(row: TaskRow, *, running: pb.RunningTask | None = None, brief: bool = False) -> pb.TaskView:
+    """`running` is the attempt as its node listed it last. `brief` leaves out what makes a list of many tasks large.
+
+    Values of the environment are never shown.
+    """
     task = pb.Task()
     task.CopyFrom(row.task)
     task.attempt = row.attempt
@@ -24,6 +27,7 @@ def task_view(row: TaskRow, *, brief: bool = False) -> pb.TaskView:
         phase=row.phase,
         message=row.message,
         reason=row.reason,
+        running=running,
         submitted_at_unix_ms=row.submitted_at_ms,
         assigned_at_unix_ms=row.assigned_at_ms,
         finished_at_unix_ms=row.finished_at_ms,
@@ -55,8 +59,13 @@ def node_view(node: Node, active: bool, assigned: Amounts) -> pb.NodeView:
         cpu_usage_percent=_percent(beat.cpu_usage),
         memory_usage_percent=_percent(beat.memory_usage),
         storage_usage_percent=_percent(beat.storage_usage),
-        gpus=beat.gpus or node.info.gpus,
+        gpus=node.gpus,
         running_tasks=beat.running_tasks,
+        conditions=beat.conditions,
+        warnings=node.warnings,
+        draining=beat.draining,
+        gpu_driver_version=node.info.gpu_driver_version,
+        cuda_version=node.info.cuda_version,
     )
 
 

@@ -27,6 +27,7 @@ from nodeservice.ports.disk import (
     TaskDisk,
 )
 from nodeservice.ports.gpus import (
+    NOBODY,
     Gpu,
     GpuBound,
     GpuInventory,
@@ -57,6 +58,7 @@ from nodeservice.ports.results import (
 )
 
 __all__ = [
+    "NOBODY",
     "Bundles",
     "CapacitySource",
     "Clock",

@@ -69,10 +69,6 @@ class TaskCgroups(Protocol):
         """Block devices whose rates have to be set on the container too, since it does not inherit them."""
         ...
 
-    async def started(self, id_: AttemptId) -> None:
-        """The container runs: set what can only be set on its own cgroup."""
-        ...
-
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         """The limits as the kernel holds them now: of the task's cgroup and of the container's below it.
 
@@ -86,6 +82,10 @@ class TaskCgroups(Protocol):
 
     async def kill(self, id_: AttemptId) -> None:
         """Send SIGKILL to everything in it, also to what left the container's process tree."""
+        ...
+
+    async def processes(self, id_: AttemptId) -> Sequence[int]:
+        """Those in it and below; empty where there is no such cgroup."""
         ...
 
     async def is_empty(self, id_: AttemptId) -> bool:

@@ -99,6 +99,8 @@ class ContainerState:
     """The limits as the engine holds them: cpu_milli, memory_bytes, memory_swap_bytes, pids_limit."""
     layer: tuple[Path, ...] = ()
     """Where its writable layer lies on this host, with the file system's own work directory; empty where not known."""
+    beside: tuple[Path, ...] = ()
+    """What else it can write to that the engine made for it: volumes of the image, /etc/hosts and the like."""
 
     @property
     def has_run(self) -> bool:

@@ -51,8 +51,11 @@ class TaskDisk(Protocol):
         """Whether a container's layer has to be added before its start, since the kernel bounds it."""
         ...
 
-    async def add_layer(self, id_: AttemptId, layer: Sequence[Path]) -> None:
-        """Bound the container's writable layer too (overlay: upper and work directory)."""
+    async def add_layer(self, id_: AttemptId, layer: Sequence[Path], beside: Sequence[Path] = ()) -> None:
+        """Bound the container's writable layer too (overlay: upper and work directory), and what it writes to beside it.
+
+        Repeating adds what is new.
+        """
         ...
 
     async def bound(self, id_: AttemptId) -> DiskBound | None:
@@ -60,11 +63,18 @@ class TaskDisk(Protocol):
         ...
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
-        """Return once the attempt has written more than its limit; within two seconds of it. Never where that is hard."""
+        """Return once the attempt has written more than its limit; within two seconds of it.
+
+        Where that is hard, only what got past the kernel's bound is told, and later.
+        """
         ...
 
     async def use(self, id_: AttemptId) -> DiskUse | None:
         """What it has written now, and the most that was seen. None for an attempt that was not prepared."""
+        ...
+
+    def seen(self, id_: AttemptId) -> DiskUse | None:
+        """What was last seen, without a new look: a large tree takes its time. None as with `use`."""
         ...
 
     async def remove(self, id_: AttemptId) -> None:

@@ -54,6 +54,8 @@ class Gpu:
     cpu_ids: tuple[int, ...] = ()
     """The CPUs that are near it; empty where the driver does not tell."""
     mig_enabled: bool = False
+    mig_slice_count: int = 7
+    """Into how many slices its compute can be split: 7 on A100, H100, H200 and B200, less on smaller ones."""
     mig_instances: tuple[MigInstance, ...] = ()
     closeness: Mapping[str, int] = field(default_factory=dict)
     """To other GPUs, by UUID; higher is better. 1,000 for each NVLink, and less than that for a way over PCI Express."""
@@ -115,6 +117,7 @@ class GpuBound:
     source: str
     sm_percent: int | None = None
     """None: nothing holds its compute back."""
+    sm_enforcement: Enforcement = Enforcement.HARD
     note: str = ""
 
 
@@ -144,14 +147,19 @@ class GpuProvider(Protocol):
     async def close(self) -> None: ...
 
 
+NOBODY = AttemptId("")
+"""Who owns a process that lives and belongs to no attempt."""
+
+
 class ProcessOwners(Protocol):
-    """Whose processes are those that a driver names? Never raises; what ended meanwhile is nobody's."""
+    """Whose processes are those that a driver names? Never raises."""
 
     def owners(
         self, pids: Sequence[int], attempts: Mapping[AttemptId, int], *, before_seconds: float
     ) -> Mapping[int, AttemptId]:
-        """By pid. `attempts` gives the first process of each attempt's container, as far as that runs.
+        """By pid, NOBODY for a stranger's. What ended meanwhile is not in it, nor is an MPS server, which works for all.
 
+        `attempts` gives the first process of each attempt's container, as far as that runs.
         A process belongs to the attempt below whose cgroup it lives, whatever it calls its own cgroups. One that was
         started after `before_seconds` (since the host was started) is not the one that was meant: its number was used again.
         """

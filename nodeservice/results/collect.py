@@ -13,6 +13,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from nodeservice.core.model import Manifest, ManifestEntry
@@ -48,7 +49,8 @@ def collect(
 
     `limit_bytes` bounds what the task's own files may have in sum; a file that would pass it is skipped with the reason.
     Sparse files count with their apparent size, since that is what a store would hold: without a limit a file of 8 EiB
-    that occupies nothing would be read for years. The log is never skipped.
+    that occupies nothing would be read for years. The log is never skipped. Past `layout.MAX_ENTRY_COUNT` entries the rest
+    is left out, with one line that says so.
 
     Files come sorted by stored path. Raises NodeFaultError (COLLECT_FAILED) when the disk cannot be read, and TransientError
     (STOPPING) soon after `stopping` is set.
@@ -82,6 +84,8 @@ class _Walk:
         self._hasher = hasher
         self._left_bytes = limit_bytes
         self._limit_bytes = limit_bytes
+        self._left_count = layout.MAX_ENTRY_COUNT
+        self._is_full = False
         self.files: list[ResultFile] = []
         self.skipped: list[str] = []
 
@@ -108,7 +112,7 @@ class _Walk:
             if os.fstat(fd).st_dev != device:
                 self._skip(directory, "another file system is mounted there")
                 return
-            for name in sorted(os.listdir(fd), key=os.fsencode):
+            for name in self._names(fd, directory):
                 path = f"{directory}/{name}" if directory else name
                 mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
                 if fault := layout.path_fault(layout.stored_path(path)):
@@ -121,6 +125,18 @@ class _Walk:
                     self._skip(path, _KINDS.get(stat.S_IFMT(mode), "not a regular file"))
         finally:
             os.close(fd)
+
+    def _names(self, fd: int, directory: str) -> list[str]:
+        """In order, as many as there is room for."""
+        with os.scandir(fd) as entries:
+            names = [entry.name for entry in islice(entries, self._left_count + 1)]
+        if len(names) > self._left_count:
+            if not self._is_full:
+                self._skip(directory or ".", f"more than {layout.MAX_ENTRY_COUNT} entries in all: the rest is left out")
+            self._is_full = True
+            del names[self._left_count :]
+        self._left_count -= len(names)
+        return sorted(names, key=os.fsencode)
 
     def _open_directory(self, path: str) -> int:
         """Open from the root, one component at a time: `O_NOFOLLOW` guards the last component of a path only."""

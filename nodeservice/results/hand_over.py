@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from nodeservice.core.model import TaskSpec
+from nodeservice.errors import NodeFaultError
 from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest
 from nodeservice.results.layout import LOG_NAME, MOVED_NAME, RESULTS_DIR
@@ -29,8 +30,7 @@ class Bundles:
     def collect(self, spec: TaskSpec, work_dir: Path, log_path: Path) -> ResultBundle:
         """Freeze a work directory; one that is frozen already is taken as it is. Raises NodeFaultError (COLLECT_FAILED)."""
         if manifest.read_local(work_dir) is None:
-            with contextlib.suppress(FileExistsError, FileNotFoundError):
-                os.link(log_path, work_dir / LOG_NAME)
+            _link_log(log_path, work_dir / LOG_NAME)
             frozen, _files = manifest.collect(
                 work_dir / RESULTS_DIR,
                 work_dir / LOG_NAME,
@@ -78,6 +78,18 @@ class Bundles:
 
     def _kept_dir(self, spec: TaskSpec) -> Path:
         return self._results_dir / spec.id.task_id / str(spec.id.attempt)
+
+
+def _link_log(log_path: Path, place: Path) -> None:
+    try:
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            os.link(log_path, place)
+    except OSError as error:
+        raise NodeFaultError(
+            f"the log {log_path} cannot be linked to {place}: {error.strerror}",
+            reason="COLLECT_FAILED",
+            hint="logs and work directories belong on one file system",
+        ) from error
 
 
 def _most_bytes(spec: TaskSpec, work_dir: Path) -> int:

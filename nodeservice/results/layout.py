@@ -23,6 +23,11 @@ MAX_PATH_BYTES = 700
 """Longest stored path in UTF-8. An S3 key has at most 1,024 bytes, prefix and task id included (Amazon S3 user guide)."""
 
 
+MAX_ENTRY_COUNT = 100_000
+"""Files, directories and all else in the results of one attempt. Each costs this service memory (1.6 KB, measured) and the
+store a request, and a task may make as many as its disk limit has blocks."""
+
+
 def is_reserved(path: str) -> bool:
     """True for a task's path whose first component is a name that the stored tree needs for itself."""
     return path.split("/", 1)[0] in _RESERVED

@@ -26,7 +26,7 @@ from nodeservice.core.model import (
 )
 from nodeservice.core.verdict import is_retryable
 from nodeservice.errors import invalid_request
-from nodeservice.rpc.convert_gpu import gpu_request, gpu_usage, gpus_allocated
+from nodeservice.rpc.convert_gpu import gpu_part, gpu_request, gpu_usage, gpus_allocated
 from nodeservice.wire import master_worker_pb2 as pb
 
 _MAX_AMOUNT = 2**60
@@ -170,6 +170,7 @@ def running_task(record: TaskRecord, units: Iterable[GpuUnit] = ()) -> pb.Runnin
         status="stuck" if record.stuck else record.phase.name.lower(),
         gpu_allocated=0.0 if record.compute_released else gpus_allocated(record.lease, units),
         gpu_uuids=() if record.compute_released else record.lease.gpu_uuids,
+        gpu_part=None if record.compute_released else gpu_part(record.lease),
         attempt=record.id.attempt,
         phase=record.phase.name,
         phase_started_at_unix_ms=round(record.timings[-1].started_at.timestamp() * 1000),
@@ -213,6 +214,7 @@ def task_result(record: TaskRecord, worker_id: str) -> pb.TaskResult:
         usage=_usage(record),
         remarks=list(record.remarks),
         gpu_uuids=list(record.lease.gpu_uuids),
+        gpu_part=gpu_part(record.lease),
         retryable=is_retryable(verdict.reason),
     )
     if verdict.exit_code is not None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from nodeservice.core.gpus import GpuRequest, GpuShare, GpuUnit, GpuUsage
+from nodeservice.core.gpus import GpuRequest, GpuShare, GpuUnit, GpuUsage, ShareMethod
 from nodeservice.core.model import Lease
 from nodeservice.errors import invalid_request
 from nodeservice.gpu.health import GpuState
@@ -17,6 +17,16 @@ from nodeservice.wire import master_worker_pb2 as pb
 _CAPABILITY = re.compile(r"([0-9]{1,2})\.([0-9]{1,2})\Z")
 _MOST_GPUS = 1_000_000
 State = Callable[[str], tuple[GpuState, str]]
+_OPTIONAL = (
+    "memory_used_bytes",
+    "utilization_percent",
+    "numa_node",
+    "power_watts",
+    "power_limit_watts",
+    "temperature_celsius",
+    "ecc_enabled",
+    "ecc_uncorrected_count",
+)
 
 
 # ---- from the wire ----------------------------------------------------------------------------------------------------
@@ -68,55 +78,57 @@ def _capability(text: str) -> tuple[int, int] | None:
 
 
 def gpu_infos(
-    inventory: GpuInventory, units: Iterable[GpuUnit], leases: Iterable[Lease], state: State
+    inventory: GpuInventory, units: Iterable[GpuUnit], leases: Iterable[Lease], state: State, *, sharing_allowed: bool
 ) -> list[pb.GpuInfo]:
-    """GPUs, each with its MIG instances behind it."""
+    """GPUs, each with its MIG instances behind it. `sharing_allowed`: the operator takes parts that are only watched."""
     leasable = {unit.uuid: unit for unit in units}
     held = _held_milli(leasable, leases)
     infos: list[pb.GpuInfo] = []
     for gpu in inventory.gpus:
-        infos.append(_info(gpu, leasable.get(gpu.uuid), held, state))
-        infos += [_instance(gpu, instance, leasable.get(instance.uuid), held, state) for instance in gpu.mig_instances]
+        info = _info(gpu, leasable.get(gpu.uuid), held, state)
+        instances = [
+            _instance(gpu, instance, leasable.get(instance.uuid), held, state) for instance in gpu.mig_instances
+        ]
+        if not sharing_allowed and ShareMethod.WATCHED in info.share_methods:
+            info.share_methods.remove(ShareMethod.WATCHED)
+        infos += [info, *instances]
     return infos
 
 
 def _info(gpu: Gpu, unit: GpuUnit | None, held: Mapping[str, int], state: State) -> pb.GpuInfo:
-    how, why = state(gpu.uuid)
+    how, why = _state_of(gpu, unit, state)
     info = pb.GpuInfo(
         uuid=gpu.uuid,
         name=gpu.name,
         memory_total_bytes=gpu.memory_total_bytes,
-        memory_used_bytes=gpu.memory_used_bytes or 0,
         memory_reserved_bytes=gpu.memory_reserved_bytes,
-        utilization_percent=gpu.utilization_percent or 0.0,
         compute_capability=_capability_text(gpu),
         pci_address=gpu.pci_address or "",
         leasable=unit is not None,
         counted=unit is not None and unit.counts,
         state=how.value,
-        state_reason=why or (unit.unwell if unit is not None else ""),
+        state_reason=why,
         held_milli=held.get(gpu.uuid, 0),
         throttle_reasons=throttle_names(gpu.throttle_reasons),
         share_methods=[method.value for method in unit.share_methods] if unit is not None else [],
+        nvlink_count=gpu.nvlink_count,
     )
-    if gpu.numa_node is not None:
-        info.numa_node = gpu.numa_node
-    if gpu.power_watts is not None:
-        info.power_watts = gpu.power_watts
-    if gpu.temperature_celsius is not None:
-        info.temperature_celsius = gpu.temperature_celsius
+    for field in _OPTIONAL:
+        value = getattr(gpu, field)
+        if value is not None:
+            setattr(info, field, value)
     return info
 
 
 def _instance(
     gpu: Gpu, instance: MigInstance, unit: GpuUnit | None, held: Mapping[str, int], state: State
 ) -> pb.GpuInfo:
-    how, why = state(gpu.uuid)
+    how, why = _state_of(gpu, unit, state)
     return pb.GpuInfo(
         uuid=instance.uuid,
         name=instance.name,
         memory_total_bytes=instance.memory_total_bytes,
-        memory_used_bytes=instance.memory_used_bytes or 0,
+        memory_used_bytes=instance.memory_used_bytes,
         compute_capability=_capability_text(gpu),
         pci_address=gpu.pci_address or "",
         mig_profile=instance.profile,
@@ -124,9 +136,18 @@ def _instance(
         leasable=unit is not None,
         counted=unit is not None and unit.counts,
         state=how.value,
-        state_reason=why or (unit.unwell if unit is not None else ""),
+        state_reason=why,
         held_milli=held.get(instance.uuid, 0),
+        share_methods=[ShareMethod.MIG.value],
     )
+
+
+def _state_of(gpu: Gpu, unit: GpuUnit | None, state: State) -> tuple[GpuState, str]:
+    """A GPU that is well takes no tasks all the same where its driver or its modes forbid it."""
+    how, why = state(gpu.uuid)
+    if how is GpuState.WELL and unit is not None and unit.unwell:
+        return GpuState.SUSPECT, unit.unwell
+    return how, why
 
 
 def _held_milli(units: Mapping[str, GpuUnit], leases: Iterable[Lease]) -> dict[str, int]:
@@ -150,6 +171,13 @@ def gpus_allocated(lease: Lease, units: Iterable[GpuUnit]) -> float:
         return float(len(lease.gpu_uuids))
     by_uuid = {unit.uuid: unit for unit in units}
     return sum(_milli(by_uuid.get(uuid), lease) for uuid in lease.gpu_uuids) / 1000
+
+
+def gpu_part(lease: Lease) -> pb.GpuPart | None:
+    part = lease.gpu_part
+    if part is None:
+        return None
+    return pb.GpuPart(memory_bytes=part.memory_bytes, sm_percent=part.sm_percent, method=part.method.value)
 
 
 def gpu_usage(used: GpuUsage) -> pb.GpuUsage:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nodeservice.core.model import GIB, Phase
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.gpu_keeper import GpuKeeper
+from nodeservice.lifecycle.gpu_keeper import GPU_DRIVER, GpuKeeper
 from nodeservice.ports import CapacitySource, GpuInventory
 from nodeservice.rpc import convert, convert_gpu
 from nodeservice.wire import master_worker_pb2 as pb
@@ -49,6 +49,9 @@ class NodeStatus:
             engine_version=engine.version if engine else "",
             node_version=self.version,
             listen_address=self.listen,
+            gpu_driver_version=node.host.gpus.driver_version,
+            cuda_version=node.host.gpus.cuda_version,
+            warnings=self._warnings(node.host.gpus),
         )
 
     async def heartbeat(self) -> pb.Heartbeat:
@@ -70,9 +73,20 @@ class NodeStatus:
             gpus=self._gpus(self.gpus.inventory),
             draining=self.driver.draining or self.driver.cordoned,
             conditions=[f"{name}: {words}" for name, words in self.driver.all_conditions().items()],
-            warnings=[f"{name}: {words}" for name, words in self.driver.warnings.items()],
+            warnings=self._warnings(self.gpus.inventory),
         )
+
+    def _warnings(self, inventory: GpuInventory) -> list[str]:
+        """At the first registration nobody may have looked at the GPUs but this."""
+        told = {**({GPU_DRIVER: inventory.error} if inventory.error is not None else {}), **self.driver.warnings}
+        return [f"{name}: {words}" for name, words in told.items()]
 
     def _gpus(self, inventory: GpuInventory) -> list[pb.GpuInfo]:
         ledger = self.driver.ledger
-        return convert_gpu.gpu_infos(inventory, ledger.gpus, ledger.gpu_leases(), self.gpus.state)
+        return convert_gpu.gpu_infos(
+            inventory,
+            ledger.gpus,
+            ledger.gpu_leases(),
+            self.gpus.state,
+            sharing_allowed=ledger.gpu_sharing_allowed,
+        )

@@ -14,6 +14,7 @@ from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
 from nodeservice.runtime.profile import EngineProfile
 
 _MIN_LOG_BYTES = 1 * MIB
+_MEMORY_MARGIN_BYTES = 1 * MIB
 _PERIOD_MICROSECONDS = 100_000
 _LONG_PERIOD_MICROSECONDS = 1_000_000
 _SMALLEST_QUOTA_MICROSECONDS = 1_000
@@ -120,12 +121,13 @@ def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:
 
 def _host_config(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> dict[str, Any]:
     period, quota = cpu_quota(spec.cpu_milli)
+    memory_bytes = memory_limit_bytes(spec, profile)
     config: dict[str, Any] = {
         "CpuPeriod": period,
         "CpuQuota": quota,
-        "Memory": spec.memory_bytes,
+        "Memory": memory_bytes,
         # Memory and swap together: equal to Memory means no swap; unset would allow as much swap again.
-        "MemorySwap": spec.memory_bytes,
+        "MemorySwap": memory_bytes,
         "PidsLimit": spec.pids_limit,
         # Counted in the container's memory; 64 MB, the engine's default, is too small for data loaders.
         "ShmSize": shm_bytes(spec.memory_bytes),
@@ -178,6 +180,16 @@ def ulimits(spec: ContainerSpec, profile: EngineProfile) -> list[dict[str, Any]]
     if profile.processes_ulimit is not None:
         wanted["nproc"] = profile.processes_ulimit
     return [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in wanted.items()]
+
+
+def memory_limit_bytes(spec: ContainerSpec, profile: EngineProfile) -> int:
+    """What is set on the container itself.
+
+    On cgroup v2 the task's own cgroup, above it, keeps the exact limit, and has to be the one that runs out: it then ends
+    all of the task at once (memory.oom.group). A limit further down that is as tight is met first, and ends one process.
+    """
+    has_own = spec.cgroup_parent is not None and profile.facts.cgroup_version == 2
+    return spec.memory_bytes + (_MEMORY_MARGIN_BYTES if has_own else 0)
 
 
 def cpu_quota(cpu_milli: int) -> tuple[int, int]:

@@ -56,6 +56,7 @@ def read_state(inspected: Mapping[str, Any]) -> ContainerState:
         labels=dict(config.get("Labels") or {}),
         limits=_limits(inspected.get("HostConfig") or {}),
         layer=_layer(inspected.get("GraphDriver") or {}),
+        beside=_beside(inspected),
     )
 
 
@@ -63,6 +64,13 @@ def _layer(graph_driver: Mapping[str, Any]) -> tuple[Path, ...]:
     """Of overlay drivers: what the container writes, and where the file system prepares it."""
     data = graph_driver.get("Data") or {}
     return tuple(Path(str(data[name])) for name in ("UpperDir", "WorkDir") if data.get(name))
+
+
+def _beside(inspected: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Volumes that an image declares, and the engine's own files in /etc, which a task may write to as well."""
+    volumes = [mount.get("Source") for mount in inspected.get("Mounts") or () if mount.get("Type") == "volume"]
+    files = [inspected.get(name) for name in ("HostsPath", "HostnamePath", "ResolvConfPath")]
+    return tuple(Path(str(place)) for place in (*volumes, *files) if place)
 
 
 def read_status(status: str) -> str:

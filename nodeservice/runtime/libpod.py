@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
 from nodeservice.ports import ContainerSpec, labels
-from nodeservice.runtime.docker_spec import check_request, cpu_quota, environment, log_config, ulimits
+from nodeservice.runtime.docker_spec import (
+    check_request,
+    cpu_quota,
+    environment,
+    log_config,
+    memory_limit_bytes,
+    ulimits,
+)
 from nodeservice.runtime.gpu_access import GpuAccess, cdi_names
 from nodeservice.runtime.profile import EngineProfile
 
@@ -48,7 +55,7 @@ def libpod_body(
         "r_limits": [
             {"type": limit["Name"], "soft": limit["Soft"], "hard": limit["Hard"]} for limit in ulimits(spec, profile)
         ],
-        "resource_limits": _resource_limits(spec),
+        "resource_limits": _resource_limits(spec, profile),
         "log_configuration": {
             "driver": logging["Type"],
             "size": int(logging["Config"]["max-size"]),
@@ -92,15 +99,16 @@ def create_natively(client: APIClient, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _resource_limits(spec: ContainerSpec) -> dict[str, Any]:
+def _resource_limits(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
     """As in the runtime specification (LinuxResources)."""
     period, quota = cpu_quota(spec.cpu_milli)
     cpu: dict[str, Any] = {"period": period, "quota": quota}
     if spec.cpu_ids:
         cpu["cpus"] = ids_text(frozenset(spec.cpu_ids))
+    memory_bytes = memory_limit_bytes(spec, profile)
     return {
         "cpu": cpu,
         # Memory and swap together, as Docker counts: equal means no swap.
-        "memory": {"limit": spec.memory_bytes, "swap": spec.memory_bytes},
+        "memory": {"limit": memory_bytes, "swap": memory_bytes},
         "pids": {"limit": spec.pids_limit},
     }

@@ -37,8 +37,8 @@ class FakeTaskDisk:
     def holds_layers(self) -> bool:
         return self._enforcement is Enforcement.HARD
 
-    async def add_layer(self, id_: AttemptId, layer: Sequence[Path]) -> None:
-        self._places[id_] = tuple(dict.fromkeys((*self._places.get(id_, ()), *layer)))
+    async def add_layer(self, id_: AttemptId, layer: Sequence[Path], beside: Sequence[Path] = ()) -> None:
+        self._places[id_] = tuple(dict.fromkeys((*self._places.get(id_, ()), *layer, *beside)))
 
     async def bound(self, id_: AttemptId) -> DiskBound | None:
         if id_ not in self._limits:
@@ -54,6 +54,9 @@ class FakeTaskDisk:
             await self._changed.wait()
 
     async def use(self, id_: AttemptId) -> DiskUse | None:
+        return self.seen(id_)
+
+    def seen(self, id_: AttemptId) -> DiskUse | None:
         if id_ not in self._limits:
             return None
         return self._used.get(id_, DiskUse(bytes=0, file_count=0, peak_bytes=0))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nodeservice.core.model import GIB, AttemptId
 from nodeservice.errors import NodeFaultError
-from nodeservice.ports import Gpu, GpuInventory, GpuXid
+from nodeservice.ports import NOBODY, Gpu, GpuInventory, GpuXid
 
 
 def fake_gpu(number: int = 0, *, memory_total_bytes: int = 80 * GIB, utilization_percent: float | None = 0.0) -> Gpu:
@@ -61,15 +61,16 @@ class FakeGpuProvider:
 
 
 class FakeOwners:
-    """`of` says which attempt a process belongs to."""
+    """`of` says which attempt a process belongs to; those in `ended` have ended since the look, others are strangers."""
 
     def __init__(self) -> None:
         self.of: dict[int, AttemptId] = {}
+        self.ended: set[int] = set()
 
     def owners(
         self, pids: Sequence[int], attempts: Mapping[AttemptId, int], *, before_seconds: float
     ) -> Mapping[int, AttemptId]:
-        return {pid: self.of[pid] for pid in pids if pid in self.of}
+        return {pid: self.of.get(pid, NOBODY) for pid in pids if pid not in self.ended}
 
     def cgroup(self, pid: int) -> str | None:
         return f"/sys/fs/cgroup/fake/{pid}"

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "worker_ip", "total_cpu", "total_memory", "total_storage", "total_gpu", "capacity", "allocatable", "free", "gpus", "kernel", "cgroup_version", "engine", "engine_version", "node_version", "listen_address")
+    __slots__ = ("worker_id", "worker_ip", "total_cpu", "total_memory", "total_storage", "total_gpu", "capacity", "allocatable", "free", "gpus", "kernel", "cgroup_version", "engine", "engine_version", "node_version", "listen_address", "gpu_driver_version", "cuda_version", "warnings")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_IP_FIELD_NUMBER: _ClassVar[int]
     TOTAL_CPU_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,9 @@ class WorkerInfo(_message.Message):
     ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_VERSION_FIELD_NUMBER: _ClassVar[int]
     LISTEN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GPU_DRIVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     worker_ip: str
     total_cpu: float
@@ -40,7 +43,10 @@ class WorkerInfo(_message.Message):
     engine_version: str
     node_version: str
     listen_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., worker_ip: _Optional[str] = ..., total_cpu: _Optional[float] = ..., total_memory: _Optional[float] = ..., total_storage: _Optional[float] = ..., total_gpu: _Optional[float] = ..., capacity: _Optional[_Union[Resources, _Mapping]] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., kernel: _Optional[str] = ..., cgroup_version: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., node_version: _Optional[str] = ..., listen_address: _Optional[str] = ...) -> None: ...
+    gpu_driver_version: str
+    cuda_version: str
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., worker_ip: _Optional[str] = ..., total_cpu: _Optional[float] = ..., total_memory: _Optional[float] = ..., total_storage: _Optional[float] = ..., total_gpu: _Optional[float] = ..., capacity: _Optional[_Union[Resources, _Mapping]] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., kernel: _Optional[str] = ..., cgroup_version: _Optional[int] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., node_version: _Optional[str] = ..., listen_address: _Optional[str] = ..., gpu_driver_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Resources(_message.Message):
     __slots__ = ("cpu_milli", "memory_bytes", "disk_bytes", "gpu_count")
@@ -55,7 +61,7 @@ class Resources(_message.Message):
     def __init__(self, cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., gpu_count: _Optional[int] = ...) -> None: ...
 
 class GpuInfo(_message.Message):
-    __slots__ = ("uuid", "name", "memory_total_bytes", "memory_used_bytes", "utilization_percent", "memory_reserved_bytes", "compute_capability", "pci_address", "numa_node", "mig_profile", "parent_uuid", "leasable", "counted", "state", "state_reason", "held_milli", "power_watts", "temperature_celsius", "throttle_reasons", "share_methods")
+    __slots__ = ("uuid", "name", "memory_total_bytes", "memory_used_bytes", "utilization_percent", "memory_reserved_bytes", "compute_capability", "pci_address", "numa_node", "mig_profile", "parent_uuid", "leasable", "counted", "state", "state_reason", "held_milli", "power_watts", "temperature_celsius", "throttle_reasons", "share_methods", "nvlink_count", "ecc_enabled", "ecc_uncorrected_count", "power_limit_watts")
     UUID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +82,10 @@ class GpuInfo(_message.Message):
     TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
     THROTTLE_REASONS_FIELD_NUMBER: _ClassVar[int]
     SHARE_METHODS_FIELD_NUMBER: _ClassVar[int]
+    NVLINK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ECC_ENABLED_FIELD_NUMBER: _ClassVar[int]
+    ECC_UNCORRECTED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    POWER_LIMIT_WATTS_FIELD_NUMBER: _ClassVar[int]
     uuid: str
     name: str
     memory_total_bytes: int
@@ -96,7 +106,11 @@ class GpuInfo(_message.Message):
     temperature_celsius: float
     throttle_reasons: _containers.RepeatedScalarFieldContainer[str]
     share_methods: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_used_bytes: _Optional[int] = ..., utilization_percent: _Optional[float] = ..., memory_reserved_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., pci_address: _Optional[str] = ..., numa_node: _Optional[int] = ..., mig_profile: _Optional[str] = ..., parent_uuid: _Optional[str] = ..., leasable: _Optional[bool] = ..., counted: _Optional[bool] = ..., state: _Optional[str] = ..., state_reason: _Optional[str] = ..., held_milli: _Optional[int] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., throttle_reasons: _Optional[_Iterable[str]] = ..., share_methods: _Optional[_Iterable[str]] = ...) -> None: ...
+    nvlink_count: int
+    ecc_enabled: bool
+    ecc_uncorrected_count: int
+    power_limit_watts: float
+    def __init__(self, uuid: _Optional[str] = ..., name: _Optional[str] = ..., memory_total_bytes: _Optional[int] = ..., memory_used_bytes: _Optional[int] = ..., utilization_percent: _Optional[float] = ..., memory_reserved_bytes: _Optional[int] = ..., compute_capability: _Optional[str] = ..., pci_address: _Optional[str] = ..., numa_node: _Optional[int] = ..., mig_profile: _Optional[str] = ..., parent_uuid: _Optional[str] = ..., leasable: _Optional[bool] = ..., counted: _Optional[bool] = ..., state: _Optional[str] = ..., state_reason: _Optional[str] = ..., held_milli: _Optional[int] = ..., power_watts: _Optional[float] = ..., temperature_celsius: _Optional[float] = ..., throttle_reasons: _Optional[_Iterable[str]] = ..., share_methods: _Optional[_Iterable[str]] = ..., nvlink_count: _Optional[int] = ..., ecc_enabled: _Optional[bool] = ..., ecc_uncorrected_count: _Optional[int] = ..., power_limit_watts: _Optional[float] = ...) -> None: ...
 
 class GpuRequest(_message.Message):
     __slots__ = ("model", "min_memory_bytes", "min_compute_capability", "mig_profile", "uuids", "share")
@@ -121,6 +135,16 @@ class GpuShare(_message.Message):
     memory_bytes: int
     sm_percent: int
     def __init__(self, memory_bytes: _Optional[int] = ..., sm_percent: _Optional[int] = ...) -> None: ...
+
+class GpuPart(_message.Message):
+    __slots__ = ("memory_bytes", "sm_percent", "method")
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SM_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    sm_percent: int
+    method: str
+    def __init__(self, memory_bytes: _Optional[int] = ..., sm_percent: _Optional[int] = ..., method: _Optional[str] = ...) -> None: ...
 
 class GpuUsage(_message.Message):
     __slots__ = ("uuid", "name", "seconds", "utilization_mean_percent", "utilization_peak_percent", "memory_peak_bytes", "energy_joules", "throttled_seconds", "xids")
@@ -237,7 +261,7 @@ class Heartbeat(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., cpu_usage: _Optional[float] = ..., memory_usage: _Optional[float] = ..., storage_usage: _Optional[float] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., gpu_usage: _Optional[float] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., draining: _Optional[bool] = ..., conditions: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RunningTask(_message.Message):
-    __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms", "gpu_uuids")
+    __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms", "gpu_uuids", "gpu_part")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     CPU_ALLOCATED_FIELD_NUMBER: _ClassVar[int]
     MEMORY_ALLOCATED_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +271,7 @@ class RunningTask(_message.Message):
     PHASE_FIELD_NUMBER: _ClassVar[int]
     PHASE_STARTED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     GPU_UUIDS_FIELD_NUMBER: _ClassVar[int]
+    GPU_PART_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     cpu_allocated: float
     memory_allocated: float
@@ -256,7 +281,8 @@ class RunningTask(_message.Message):
     phase: str
     phase_started_at_unix_ms: int
     gpu_uuids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, task_id: _Optional[str] = ..., cpu_allocated: _Optional[float] = ..., memory_allocated: _Optional[float] = ..., status: _Optional[str] = ..., gpu_allocated: _Optional[float] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., phase_started_at_unix_ms: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
+    gpu_part: GpuPart
+    def __init__(self, task_id: _Optional[str] = ..., cpu_allocated: _Optional[float] = ..., memory_allocated: _Optional[float] = ..., status: _Optional[str] = ..., gpu_allocated: _Optional[float] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., phase_started_at_unix_ms: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ..., gpu_part: _Optional[_Union[GpuPart, _Mapping]] = ...) -> None: ...
 
 class EnvVar(_message.Message):
     __slots__ = ("name", "value")
@@ -337,7 +363,7 @@ class Task(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ..., gpu: _Optional[_Union[GpuRequest, _Mapping]] = ..., disconnect_limit_seconds: _Optional[float] = ...) -> None: ...
 
 class TaskResult(_message.Message):
-    __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids", "retryable")
+    __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids", "retryable", "gpu_part")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -358,6 +384,7 @@ class TaskResult(_message.Message):
     REMARKS_FIELD_NUMBER: _ClassVar[int]
     GPU_UUIDS_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    GPU_PART_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     worker_id: str
     status: str
@@ -378,7 +405,8 @@ class TaskResult(_message.Message):
     remarks: _containers.RepeatedScalarFieldContainer[str]
     gpu_uuids: _containers.RepeatedScalarFieldContainer[str]
     retryable: bool
-    def __init__(self, task_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., status: _Optional[str] = ..., logs: _Optional[str] = ..., result_location: _Optional[str] = ..., output_files: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., exit_code: _Optional[int] = ..., image_digest: _Optional[str] = ..., trace_id: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[PhaseTiming, _Mapping]]] = ..., limits_json: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., manifest_sha256: _Optional[str] = ..., remarks: _Optional[_Iterable[str]] = ..., gpu_uuids: _Optional[_Iterable[str]] = ..., retryable: _Optional[bool] = ...) -> None: ...
+    gpu_part: GpuPart
+    def __init__(self, task_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., status: _Optional[str] = ..., logs: _Optional[str] = ..., result_location: _Optional[str] = ..., output_files: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., exit_code: _Optional[int] = ..., image_digest: _Optional[str] = ..., trace_id: _Optional[str] = ..., phases: _Optional[_Iterable[_Union[PhaseTiming, _Mapping]]] = ..., limits_json: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., manifest_sha256: _Optional[str] = ..., remarks: _Optional[_Iterable[str]] = ..., gpu_uuids: _Optional[_Iterable[str]] = ..., retryable: _Optional[bool] = ..., gpu_part: _Optional[_Union[GpuPart, _Mapping]] = ...) -> None: ...
 
 class PhaseTiming(_message.Message):
     __slots__ = ("name", "started_at_unix_ns", "duration_ns")
@@ -507,7 +535,7 @@ class ListTasksRequest(_message.Message):
     def __init__(self, limit: _Optional[int] = ...) -> None: ...
 
 class TaskView(_message.Message):
-    __slots__ = ("task", "state", "worker_id", "phase", "message", "result", "submitted_at_unix_ms", "assigned_at_unix_ms", "finished_at_unix_ms", "reason")
+    __slots__ = ("task", "state", "worker_id", "phase", "message", "result", "submitted_at_unix_ms", "assigned_at_unix_ms", "finished_at_unix_ms", "reason", "running")
     TASK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -518,6 +546,7 @@ class TaskView(_message.Message):
     ASSIGNED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     task: Task
     state: str
     worker_id: str
@@ -528,7 +557,8 @@ class TaskView(_message.Message):
     assigned_at_unix_ms: int
     finished_at_unix_ms: int
     reason: str
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., state: _Optional[str] = ..., worker_id: _Optional[str] = ..., phase: _Optional[str] = ..., message: _Optional[str] = ..., result: _Optional[_Union[TaskResult, _Mapping]] = ..., submitted_at_unix_ms: _Optional[int] = ..., assigned_at_unix_ms: _Optional[int] = ..., finished_at_unix_ms: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    running: RunningTask
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., state: _Optional[str] = ..., worker_id: _Optional[str] = ..., phase: _Optional[str] = ..., message: _Optional[str] = ..., result: _Optional[_Union[TaskResult, _Mapping]] = ..., submitted_at_unix_ms: _Optional[int] = ..., assigned_at_unix_ms: _Optional[int] = ..., finished_at_unix_ms: _Optional[int] = ..., reason: _Optional[str] = ..., running: _Optional[_Union[RunningTask, _Mapping]] = ...) -> None: ...
 
 class TaskList(_message.Message):
     __slots__ = ("tasks",)
@@ -541,7 +571,7 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeView(_message.Message):
-    __slots__ = ("worker_id", "address", "state", "capacity", "allocatable", "assigned", "last_heartbeat_unix_ms", "cpu_usage_percent", "memory_usage_percent", "storage_usage_percent", "gpus", "running_tasks")
+    __slots__ = ("worker_id", "address", "state", "capacity", "allocatable", "assigned", "last_heartbeat_unix_ms", "cpu_usage_percent", "memory_usage_percent", "storage_usage_percent", "gpus", "running_tasks", "conditions", "warnings", "draining", "gpu_driver_version", "cuda_version")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -554,6 +584,11 @@ class NodeView(_message.Message):
     STORAGE_USAGE_PERCENT_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_TASKS_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONS_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    GPU_DRIVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CUDA_VERSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     state: str
@@ -566,7 +601,12 @@ class NodeView(_message.Message):
     storage_usage_percent: float
     gpus: _containers.RepeatedCompositeFieldContainer[GpuInfo]
     running_tasks: _containers.RepeatedCompositeFieldContainer[RunningTask]
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., capacity: _Optional[_Union[Resources, _Mapping]] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., assigned: _Optional[_Union[Resources, _Mapping]] = ..., last_heartbeat_unix_ms: _Optional[int] = ..., cpu_usage_percent: _Optional[float] = ..., memory_usage_percent: _Optional[float] = ..., storage_usage_percent: _Optional[float] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ...) -> None: ...
+    conditions: _containers.RepeatedScalarFieldContainer[str]
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    draining: bool
+    gpu_driver_version: str
+    cuda_version: str
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., capacity: _Optional[_Union[Resources, _Mapping]] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., assigned: _Optional[_Union[Resources, _Mapping]] = ..., last_heartbeat_unix_ms: _Optional[int] = ..., cpu_usage_percent: _Optional[float] = ..., memory_usage_percent: _Optional[float] = ..., storage_usage_percent: _Optional[float] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., conditions: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., draining: _Optional[bool] = ..., gpu_driver_version: _Optional[str] = ..., cuda_version: _Optional[str] = ...) -> None: ...
 
 class NodeList(_message.Message):
     __slots__ = ("nodes",)

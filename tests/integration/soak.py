@@ -14,7 +14,6 @@ import os
 import random
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -84,14 +83,14 @@ class Cluster:
         self.engine_url = f"unix://{self.home}/d.sock"
         self.keys = secrets.token_hex(8), secrets.token_hex(16)
         self.store_address, self.master_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-        self.engine = self._engine()
+        self.containerd, self.engine = self._containerd(), self._engine()
         self.store = self._store(minio)
         self.master = self._service("master", "--listen", self.master_address, "--heartbeat-timeout", "5s")
         self.nodes = [self._node(number) for number in range(node_count)]
 
     def __enter__(self) -> Cluster:
         try:
-            for part in (self.engine, self.store, self.master):
+            for part in (self.containerd, self.engine, self.store, self.master):
                 part.start()
             self._load_image()
             self.objects.make_bucket(BUCKET)
@@ -110,9 +109,8 @@ class Cluster:
             for entry in client.containers(all=True):
                 client.remove_container(entry["Id"], force=True, v=True)
             client.close()
-        for part in (self.master, self.store, self.engine):
+        for part in (self.master, self.store, self.engine, self.containerd):
             part.end()
-        self._end_containerd()
         self._anchor.kill()
         self._anchor.wait()
         with contextlib.suppress(OSError):
@@ -137,19 +135,18 @@ class Cluster:
         argv = [
             "nsenter", f"--net=/proc/{self._anchor.pid}/ns/net", "dockerd", "--live-restore",
             "--data-root", self.home / "data", "--exec-root", self.home / "exec", "--pidfile", self.home / "pid",
-            "--host", self.engine_url, "--bridge", "none", "--iptables=false", "--ip6tables=false",
+            "--containerd", self.home / "c.sock", "--host", self.engine_url, "--bridge", "none",
+            "--iptables=false", "--ip6tables=false",
         ]  # fmt: skip
         return Restartable(argv, self.home / "dockerd.log", answers)
 
-    def _end_containerd(self) -> None:
-        """A dockerd that was killed has left it behind."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((self.home / "exec/containerd/containerd.pid").read_text())
-            if str(self.home).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGTERM)
-                give_up = time.monotonic() + 10
-                while Path(f"/proc/{pid}").exists() and time.monotonic() < give_up:
-                    time.sleep(0.05)
+    def _containerd(self) -> Restartable:
+        """Beside the engine, as distributions run it: it outlives an engine that is killed."""
+        argv = [
+            "containerd", "--root", self.home / "data/containerd", "--state", self.home / "exec/containerd",
+            "--address", self.home / "c.sock",
+        ]  # fmt: skip
+        return Restartable(argv, self.home / "containerd.log", (self.home / "c.sock").exists)
 
     def _store(self, binary: Path) -> Restartable:
         def ready() -> bool:

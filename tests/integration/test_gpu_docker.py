@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +138,25 @@ async def test_under_a_default_runtime_that_hands_gpus_a_task_without_any_does_n
         raw = client.create_container(GREEDY_IMAGE, "true", host_config=client.create_host_config(network_mode="none"))
         client.start(raw)
         assert seen(daemon, "runtime")[raw["Id"]] == "all"
+
+
+async def test_doctor_proves_it_and_warns_of_the_default_runtime(
+    with_default_runtime: DockerDaemon, tmp_path: Path
+) -> None:
+    before = seen(with_default_runtime, "runtime")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "nodeservice", "doctor", "--json", "--patience", "5", "--state-dir", str(tmp_path),
+        env={**os.environ, "DOCKER_HOST": with_default_runtime.url}, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    told = json.loads(out)
+    (check,) = [check for check in told["checks"] if check["limit"] == "GPUs not asked for"]
+    assert check["state"] == "hard", check
+    assert "NVIDIA_VISIBLE_DEVICES is void" in check["evidence"]
+    assert told["facts"]["default runtime"] == "nvidia"
+    assert told["facts"]["GPUs are handed"].startswith("by the runtime nvidia")
+    assert any("default-runtime to runc" in sentence for sentence in told["advice"])
+    assert seen(with_default_runtime, "runtime") == before
 
 
 async def test_an_engine_that_can_hand_none_is_a_fault_of_the_node_with_a_remedy() -> None:

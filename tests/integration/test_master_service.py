@@ -664,3 +664,82 @@ async def test_hostile_nodes_are_refused_and_hostile_heartbeats_change_nothing(
     assert await node.beat(allocatable=pb.Resources(cpu_milli=4000, memory_bytes=8 * GIB, disk_bytes=GIB))
     await client.submit("t1")
     await node.got("t1")
+
+
+# ---- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def gpu(number: int, name: str = "NVIDIA H200", **fields: Any) -> pb.GpuInfo:
+    known = {"memory_total_bytes": 140 * GIB, "leasable": True, "counted": True, "state": "WELL"}
+    return pb.GpuInfo(uuid=f"GPU-00000000-0000-0000-0000-{number:012d}", name=name, **(known | fields))
+
+
+def with_gpus(count: int) -> dict[str, Any]:
+    amounts = pb.Resources(cpu_milli=4000, memory_bytes=8 * GIB, disk_bytes=100 * GIB, gpu_count=count)
+    return {"allocatable": amounts, "capacity": amounts}
+
+
+async def test_the_gpus_that_are_asked_for_reach_the_node_unchanged(client: Client, master: Master) -> None:
+    asked = pb.GpuRequest(model="h200", min_memory_bytes=GIB, uuids=[gpu(1).uuid, gpu(2).uuid])
+    async with ScriptedNode(master.address) as node:
+        await node.register(gpus=[gpu(1), gpu(2)], **with_gpus(2))
+        assert (await client.submit("t", req_gpu=2, gpu=asked)).success
+        await node.got("t")
+    assert (node.assigned[0].gpu, node.assigned[0].req_gpu) == (asked, 2.0)
+
+
+async def test_a_gpu_out_of_service_is_taken_up_from_the_registration_and_not_only_from_a_heartbeat(
+    client: Client, master: Master
+) -> None:
+    async with ScriptedNode(master.address) as node:
+        await node.register(gpus=[gpu(1), gpu(2, "Tesla T4")], **with_gpus(2))
+        assert await node.beat(gpus=[gpu(1), gpu(2, "Tesla T4")], allocatable=with_gpus(2)["allocatable"])
+        sick = gpu(2, "Tesla T4", state="FAULTY", state_reason="fell off the bus")
+        await node.register(gpus=[gpu(1), sick], **with_gpus(1))
+        (shown,) = await client.nodes()
+        assert shown.allocatable.gpu_count == 1
+        assert [one.state for one in shown.gpus] == ["WELL", "FAULTY"]
+        assert (await client.submit("t", req_gpu=1, gpu=pb.GpuRequest(model="T4"))).success
+        assert (await client.submit("h", req_gpu=1)).success
+        await node.got("h")
+        waiting = await client.get("t")
+        assert (waiting.state, waiting.reason) == ("QUEUED", "INSUFFICIENT_GPU")
+        assert "fell off the bus" in waiting.message
+        assert node.ids() == ["h"]
+
+
+async def test_what_a_node_was_given_since_its_heartbeat_is_not_given_twice_and_what_it_reported_is_free(
+    client: Client, master: Master
+) -> None:
+    asked: dict[str, Any] = {"req_gpu": 1, "gpu": pb.GpuRequest(model="H200"), "req_cpu": 0.1, "req_memory": 0.1}
+    async with ScriptedNode(master.address) as node:
+        await node.register(gpus=[gpu(1)], **with_gpus(1))
+        assert (await client.submit("first", **asked)).success
+        await node.got("first")
+        assert (await client.submit("second", **asked)).success
+        running = pb.RunningTask(
+            task_id="first", attempt=1, phase="RUNNING", gpu_uuids=[gpu(1).uuid], gpu_allocated=1.0
+        )
+        assert await node.beat(running, gpus=[gpu(1, held_milli=1000)], allocatable=with_gpus(1)["allocatable"])
+        assert list((await client.until("first", "RUNNING")).running.gpu_uuids) == [gpu(1).uuid]
+        assert (await client.get("second")).state == "QUEUED"
+        await node.report("first")
+        await node.got("second")
+
+
+async def test_a_request_that_no_gpu_of_any_node_meets_is_refused_with_what_there_is(
+    client: Client, master: Master
+) -> None:
+    async with ScriptedNode(master.address) as node:
+        await node.register(gpus=[gpu(1)], **with_gpus(1))
+        refused = await client.submit("t", req_gpu=1, gpu=pb.GpuRequest(model="B200"))
+    assert (refused.success, refused.reason) == (False, "INSUFFICIENT_GPU")
+    assert refused.message == "1 GPU (model B200) asked; node w1 has 0 that will do, of 1 (NVIDIA H200)"
+
+
+async def test_a_peer_of_the_old_protocol_is_given_what_only_it_can_judge(client: Client, master: Master) -> None:
+    async with ScriptedNode(master.address, gpus=2) as node:
+        await node.register()
+        assert (await client.submit("t", req_gpu=1, gpu=pb.GpuRequest(model="B200"))).success
+        await node.got("t")
+        assert not (await client.submit("u", req_gpu=3)).success

@@ -91,6 +91,18 @@ def test_each_way_not_to_begin_is_told_as_json_too(
     assert told["message"] in ended.stderr
 
 
+@pytest.mark.engine
+def test_a_running_time_of_zero_is_no_limit_as_it_is_for_submit(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    ended = subprocess.run(
+        [*RUN, "--json", "--task-id", node_id, "--timeout", "0s", demo_image, "--", "true"],
+        env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, json.loads(ended.stdout)["limits"]["timeout_seconds"]) == (0, None)
+    assert containers_of(docker_client, node_id) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.engine
 def test_a_signal_cancels_and_a_second_one_does_not_wait_for_the_grace_period(
@@ -110,6 +122,27 @@ def test_a_signal_cancels_and_a_second_one_does_not_wait_for_the_grace_period(
     assert process.returncode == ExitCode.CANCELLED
     assert (json.loads(told)["outcome"], json.loads(told)["exit_code"]) == ("CANCELLED", 137)
     assert containers_of(docker_client, node_id) == []
+
+
+@pytest.mark.engine
+def test_the_next_run_removes_all_that_a_killed_one_left(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    command = [*RUN, "--json", "--task-id", node_id, demo_image, "--", "sh", "-c", "echo ready; sleep 1000"]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        read_until(process.stderr, "ready")
+        process.kill()
+    assert len(set(containers_of(docker_client, node_id))) == 1
+    subprocess.run(
+        [*RUN, "--task-id", f"{node_id}-next", demo_image, "--", "true"],
+        env=environment(tmp_path), check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert containers_of(docker_client, node_id) == []
+    assert list((tmp_path / "state/nodeservice/run").iterdir()) == []
+    assert list(Path("/sys/fs/cgroup").glob(f"**/{node_id}*")) == []
 
 
 def read_until(stream: IO[str], words: str) -> None:

@@ -111,6 +111,7 @@ class World:
     kept: MemoryResultStore = field(default_factory=MemoryResultStore)
     uplink: RecordingUplink = field(default_factory=RecordingUplink)
     give_up_seconds: float = 3600.0
+    store_backoff: Backoff = FAST
     log_max_bytes: int = 2**20
     disk: FakeTaskDisk = field(default_factory=FakeTaskDisk)
     free_space: FakeFreeSpace = field(default_factory=FakeFreeSpace)
@@ -159,7 +160,7 @@ class LiveNode:
                 upload_give_up_seconds=world.give_up_seconds,
                 step_backoff=FAST,
                 report_backoff=FAST,
-                store_backoff=FAST,
+                store_backoff=world.store_backoff,
                 pull_attempt_count=3,
                 kill_patience_seconds=world.kill_patience_seconds,
                 keep_host_seconds=0.02,

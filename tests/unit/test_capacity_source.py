@@ -13,9 +13,10 @@ from rich.console import Console
 
 from nodeservice.capacity.reserve import Reserve, allocatable_of, reserved_for_host
 from nodeservice.capacity.source import HostCapacity
-from nodeservice.cli.inspect_view import capacity_as_dict, human_bytes, human_cores, render_capacity
+from nodeservice.cli.inspect_view import human_bytes, human_cores, render_seen, seen_as_dict
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import GIB, MIB, Resources
+from nodeservice.daemon import Seen
 from nodeservice.errors import TransientError
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.ports import CapacitySource, EngineFacts, GpuInventory, GpuProvider, NodeCapacity
@@ -222,7 +223,7 @@ async def test_the_dict_is_json_with_exact_values(tmp_path: Path) -> None:
     )
     free = found.allocatable.minus(Resources(cpu_milli=100))
 
-    shown = json.loads(json.dumps(capacity_as_dict(found, free, degraded=["no init program"])))
+    shown = json.loads(json.dumps(seen_as_dict(Seen(capacity=found, free=free, degraded=("no init program",)))))
 
     assert shown["capacity"]["memory_bytes"] == found.capacity.memory_bytes
     assert shown["free"]["cpu_milli"] == found.allocatable.cpu_milli - 100
@@ -236,7 +237,7 @@ async def test_the_dict_is_json_with_exact_values(tmp_path: Path) -> None:
 
 def printed(found: NodeCapacity, *degraded: str) -> str:
     out = io.StringIO()
-    render_capacity(found, found.allocatable, Console(file=out, width=120), degraded=degraded)
+    render_seen(Seen(capacity=found, free=found.allocatable, degraded=degraded), Console(file=out, width=120))
     return out.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,9 +27,11 @@ from nodeservice.core.model import (
     Verdict,
 )
 from nodeservice.doctor.checks import all_probes
+from nodeservice.doctor.checks.gpu import judge_access
 from nodeservice.doctor.finding import Diagnosis, Finding, State
 from nodeservice.doctor.host import Share, has_swap, judge_share, processes_of, read_share
 from nodeservice.doctor.probe import Probe, Seen
+from nodeservice.doctor.toolkit import gpu_advice, toolkit_version
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PROBES = {probe.name: probe for probe in all_probes(cpu_count=2, has_swap=True)}
@@ -46,6 +49,7 @@ GOOD: dict[str, Any] = {
     "no_new_privileges": 1,
     "oom_score_adj": 0,
     "devices": "null",
+    "device_rules": "c 1:3 rwm",
     "shm_bytes": 64 * MIB,
 }
 
@@ -185,6 +189,65 @@ def test_what_a_process_may_do_is_told_limit_by_limit() -> None:
     )
     assert {limit for limit, how in broken.items() if how is State.FAILED} == {"open files", "devices"}
     assert {limit for limit, how in broken.items() if how is State.MISSING} == {"system calls"}
+
+
+VOID = "it is told NVIDIA_VISIBLE_DEVICES=void\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "mismatches", "expected"),
+    [
+        (VOID, (), State.HARD),
+        ("found /dev/nvidia0\n" + VOID, (), State.FAILED),
+        (VOID.replace("void", "all"), (), State.FAILED),
+        ("", (), State.FAILED),
+        (VOID, ("devices: sees nvidia0 (195:0), which it was not granted",), State.MISSING),
+        (VOID, ("device_rules: may open 195:0 of GPU-a, which it was not granted",), State.MISSING),
+    ],
+)
+def test_a_task_without_gpus_finds_none_and_may_open_none(
+    log: str, mismatches: tuple[str, ...], expected: State
+) -> None:
+    (finding,) = PROBES["no-gpu"].judge(seen("no-gpu", log=log, mismatches=mismatches))
+    assert finding.state is expected
+    assert bool(finding.remedy) is (expected is not State.HARD)
+
+
+def test_how_gpus_are_handed_is_told_where_there_are_any() -> None:
+    told = {"words": "by CDI", "passed_over": ("x",), "remedy": "install it"}
+    assert judge_access(0, is_possible=False, **told) == []
+    (good,) = judge_access(2, is_possible=True, **told)
+    assert (good.state, good.evidence) == (State.HARD, "2 handed by CDI (x)")
+    (bad,) = judge_access(2, is_possible=False, **told)
+    assert (bad.state, bad.remedy) == (State.MISSING, "install it")
+
+
+@pytest.mark.parametrize(
+    ("default", "path", "version", "said"),
+    [
+        ("runc", "runc", None, []),
+        ("runc", "runc", "1.19.1", []),
+        ("runc", "runc", "1.20.0-1", []),
+        ("runc", "runc", "1.17.8", ["1.19.1"]),
+        ("nvidia", "/usr/bin/nvidia-container-runtime", "1.19.0", ["default-runtime", "1.19.1"]),
+        ("mine", "/usr/bin/nvidia-container-runtime", None, ["default-runtime"]),
+    ],
+)
+def test_a_default_runtime_of_nvidia_and_an_old_toolkit_are_advised_against(
+    default: str, path: str, version: str | None, said: list[str]
+) -> None:
+    advice = list(gpu_advice({"DefaultRuntime": default, "Runtimes": {default: {"path": path}}}, version))
+    assert [word in sentence for word, sentence in zip(said, advice, strict=True)] == [True] * len(said)
+
+
+def test_the_version_of_the_toolkit_is_what_its_program_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-ctk"
+    program.write_text("#!/bin/sh\necho 'NVIDIA Container Toolkit CLI version 1.17.8'\necho 'commit: f202b80'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert toolkit_version() == "1.17.8"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert toolkit_version() is None, "this host has no such package"
 
 
 def test_shared_memory_ends_where_it_should() -> None:

@@ -220,9 +220,12 @@ def test_a_mig_device_has_the_node_of_its_gpu_and_two_capabilities(tmp_path: Pat
 
 # ---- rules, read ----
 
+RUNNING = "7 (a) b) S 1 7 7 0 -1 4194560 100 0 0 0\n"
+
 
 def write_cgroup(root: Path, lines: str, mount: str) -> None:
     (root / "proc/7").mkdir(parents=True)
+    (root / "proc/7/stat").write_text(RUNNING)
     (root / "proc/self").mkdir()
     (root / "proc/7/cgroup").write_text(lines)
     (root / "proc/self/mountinfo").write_text(mount)
@@ -243,6 +246,15 @@ def test_a_file_of_rules_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     found = read_device_rules(7, tmp_path)
     assert not found.readable
     assert "devices.list" in found.note
+
+
+def test_a_process_that_is_ending_is_not_read_in_the_topmost_cgroup_where_the_kernel_shows_it(tmp_path: Path) -> None:
+    write_cgroup(tmp_path, "3:devices:/\n", "30 25 0:26 / /d rw - cgroup cgroup rw,devices\n")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/devices.list").write_text("a *:* rwm\n")
+    (tmp_path / "proc/7/stat").write_text(RUNNING.replace("4194560", str(4194560 | 4)))
+    with pytest.raises(ProcessLookupError):
+        read_device_rules(7, tmp_path)
 
 
 def test_without_any_hierarchy_nothing_is_read_and_that_is_told(tmp_path: Path) -> None:

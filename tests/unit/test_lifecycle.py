@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest
+from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, NodeFaultError, RequestError, TransientError
 from nodeservice.testing.failing_journal import FailingJournal
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
@@ -136,6 +137,16 @@ async def test_results_are_kept_here_when_the_store_stays_away(world: World) -> 
         assert report.verdict is not None
         assert report.verdict.reason is Reason.RESULTS_NOT_STORED
         assert report.verdict.exit_code == 0
+        assert "t/1" in world.kept.stored
+
+
+async def test_a_long_pause_between_tries_does_not_prolong_the_limit(world: World) -> None:
+    world.give_up_seconds, world.store_backoff = 0.05, Backoff(first_seconds=3600.0, max_seconds=3600.0)
+    world.store.fail_next(1_000_000, DOWN)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(world.uplink.reports))
+        assert world.store.put_count >= 2
         assert "t/1" in world.kept.stored
 
 

@@ -54,6 +54,7 @@ def root(tmp_path: Path) -> Path:
     (process / "mountinfo").write_text(MOUNTS)
     (process / "net/dev").write_text(NETWORK)
     (process / "cgroup").write_text("7:devices:/docker/c1\n0::/\n")
+    (process / "stat").write_text("4711 (sh) S 1 7 7 0 -1 4194560 100 0 0 0\n")
     (tmp_path / "proc/self").mkdir()
     (tmp_path / "proc/self/mountinfo").write_text(CGROUP_MOUNT)
     (tmp_path / "cg/docker/c1").mkdir(parents=True)
@@ -139,19 +140,6 @@ def test_one_that_ends_between_two_files_is_told_for_what_is_missing(root: Path)
 
     assert found["seccomp"].readable
     assert [(found[name].readable, found[name].note) for name in ("shm_bytes", "devices")] == [(False, ENDED)] * 2
-
-
-def test_one_that_is_ending_and_sits_in_the_root_cgroup_already_is_not_taken_for_one_that_may_open_everything(
-    root: Path,
-) -> None:
-    (process(root) / "cgroup").write_text("7:devices:/\n0::/\n")
-    (root / "cg/devices.list").write_text("a *:* rwm\n")
-    assert by_limit(read_process(PID, root))["device_rules"].value == "a *:* rwm", "a living one may"
-
-    (process(root) / "root").rename(root / "away")
-
-    found = by_limit(read_process(PID, root))["device_rules"]
-    assert (found.readable, found.note) == (False, ENDED)
 
 
 @pytest.mark.parametrize("name", ["limits", "mountinfo", "oom_score_adj"])

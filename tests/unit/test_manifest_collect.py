@@ -27,6 +27,20 @@ def run(results: Path, *, limit_bytes: int | None = None) -> tuple[Manifest, tup
     return collect(results, results.parent / "stdout.log", task_id="t", attempt=1, limit_bytes=limit_bytes)
 
 
+def test_more_entries_than_the_bound_are_left_out_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeservice.results.layout.MAX_ENTRY_COUNT", 10)
+    results = tmp_path / "results"
+    for place in (results / "a", results / "b"):
+        place.mkdir(parents=True)
+        for n in range(30):
+            (place / f"{n}").touch()
+    manifest, files = collect(results, tmp_path / "no-log", task_id="t", attempt=1)
+    assert len(files) == 8  # and the two directories
+    assert manifest.skipped == ("a: more than 10 entries in all: the rest is left out",)
+
+
 def test_every_regular_file_is_listed_with_size_and_sha256(results: Path) -> None:
     (results / "deep" / "er").mkdir(parents=True)
     (results / "deep" / "er" / "x.bin").write_bytes(b"x" * 3_000_000)

@@ -14,7 +14,10 @@ from nodeservice.master.checks import check_address, check_task, check_tracepare
 from nodeservice.master.dialing import node_address
 from nodeservice.master.incoming import check_path, read_manifest
 from nodeservice.master.nodes import amounts_of
+from nodeservice.master.request import GpuWish
 from nodeservice.wire import master_worker_pb2 as pb
+
+UUID = "GPU-00000000-0000-0000-0000-000000000001"
 
 
 def task(**fields: object) -> pb.Task:
@@ -49,7 +52,23 @@ def test_an_id_is_always_safe_as_one_component_of_a_path(text: str) -> None:
         ({"req_cpu": math.inf}, "req_cpu"),
         ({"req_memory": -1.0}, "req_memory"),
         ({"req_storage": 1e300}, "req_storage"),
-        ({"req_gpu": 0.5}, "req_gpu"),
+        ({"req_gpu": 1.5}, "req_gpu"),
+        ({"req_gpu": 0.0001}, "req_gpu"),
+        ({"req_gpu": math.nan}, "req_gpu"),
+        ({"req_gpu": -1.0}, "req_gpu"),
+        ({"req_gpu": 1e9}, "req_gpu"),
+        ({"gpu": pb.GpuRequest(model="T4")}, "req_gpu"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(model="a\nb")}, "gpu.model"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(min_memory_bytes=-1)}, "gpu.min_memory_bytes"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(min_compute_capability="nine")}, "gpu.min_compute_capability"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(mig_profile="; rm")}, "gpu.mig_profile"),
+        ({"req_gpu": 0.5, "gpu": pb.GpuRequest(mig_profile="1g.18gb")}, "gpu.mig_profile"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=["0"])}, "gpu.uuids"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=[UUID, UUID])}, "gpu.uuids"),
+        ({"req_gpu": 2, "gpu": pb.GpuRequest(uuids=[UUID])}, "gpu.uuids"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB))}, "gpu.share"),
+        ({"gpu": pb.GpuRequest(share=pb.GpuShare())}, "gpu.share.memory_bytes"),
+        ({"gpu": pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB, sm_percent=101))}, "gpu.share.sm_percent"),
         ({"memory_bytes": -5}, "memory_bytes"),
         ({"memory_bytes": GIB, "req_memory": 2.0}, "memory_bytes"),
         ({"cpu_milli": 2**62}, "cpu_milli"),
@@ -81,13 +100,32 @@ def test_a_hostile_task_is_refused_with_the_field_named(fields: dict[str, object
 
 
 def test_old_fields_count_cores_and_gib() -> None:
-    amounts = check_task(task(req_cpu=0.5, req_memory=1.5, req_storage=2, req_gpu=1))
-    assert amounts == Amounts(cpu_milli=500, memory_bytes=3 * GIB // 2, disk_bytes=2 * GIB, gpu_count=1)
+    request = check_task(task(req_cpu=0.5, req_memory=1.5, req_storage=2, req_gpu=1))
+    assert request.gpus == GpuWish(count=1)
+    assert request.amounts == Amounts(cpu_milli=500, memory_bytes=3 * GIB // 2, disk_bytes=2 * GIB, gpu_count=1)
 
 
 def test_an_exact_field_wins_over_a_rounded_old_one() -> None:
-    assert check_task(task(req_memory=0.0625, memory_bytes=64 * 1024**2 + 5)).memory_bytes == 64 * 1024**2 + 5
-    assert check_task(task(memory_bytes=7)).memory_bytes == 7
+    assert check_task(task(req_memory=0.0625, memory_bytes=64 * 1024**2 + 5)).amounts.memory_bytes == 64 * 1024**2 + 5
+    assert check_task(task(memory_bytes=7)).amounts.memory_bytes == 7
+
+
+def test_a_number_below_one_is_a_part_of_a_gpu_and_a_description_is_read() -> None:
+    assert check_task(task(req_gpu=0.25)).gpus == GpuWish(part_milli=250)
+    described = pb.GpuRequest(model="H200", min_memory_bytes=GIB, min_compute_capability="9.0", uuids=[UUID])
+    assert check_task(task(req_gpu=1, gpu=described)).gpus == GpuWish(
+        count=1,
+        model="H200",
+        min_memory_bytes=GIB,
+        min_compute_capability=(9, 0),
+        uuids=frozenset({UUID}),
+    )
+    part = pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB, sm_percent=30))
+    assert check_task(task(gpu=part)).gpus == GpuWish(part_memory_bytes=GIB, part_sm_percent=30)
+
+
+def test_an_empty_description_asks_for_no_gpu() -> None:
+    assert check_task(task(gpu=pb.GpuRequest())).gpus == GpuWish()
 
 
 def test_a_broken_trace_context_is_dropped_and_not_an_error() -> None:

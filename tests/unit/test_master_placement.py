@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 from nodeservice.master.amounts import GIB, Amounts
 from nodeservice.master.placement import Choice, NeverFits, Offer, Waiting, place
 from nodeservice.master.plan import Candidate, make_plan
+from nodeservice.master.request import GpuWish, Request
 
 SMALL = Amounts(cpu_milli=1000, memory_bytes=GIB, disk_bytes=GIB)
 NODE = Amounts(cpu_milli=4000, memory_bytes=8 * GIB, disk_bytes=100 * GIB)
+
+
+def asks(amounts: Amounts) -> Request:
+    return Request(amounts=amounts, gpus=GpuWish(count=amounts.gpu_count))
 
 
 def offer(name: str, allocatable: Amounts = NODE, assigned: Amounts | None = None, blocked: str = "") -> Offer:
@@ -19,24 +24,24 @@ def offer(name: str, allocatable: Amounts = NODE, assigned: Amounts | None = Non
 
 
 def test_without_any_node_a_task_waits() -> None:
-    assert place(SMALL, []) == Waiting("NO_NODE", "no node has registered yet")
+    assert place(asks(SMALL), []) == Waiting("NO_NODE", "no node has registered yet")
 
 
 def test_the_node_on_which_the_least_stays_unused_is_chosen() -> None:
     empty, fuller = offer("a"), offer("b", assigned=Amounts(cpu_milli=2000, memory_bytes=4 * GIB))
-    assert place(SMALL, [empty, fuller]) == Choice("b")
+    assert place(asks(SMALL), [empty, fuller]) == Choice("b")
 
 
 def test_a_task_without_gpus_leaves_gpu_nodes_to_those_that_need_them() -> None:
     gpu_node = offer("a", Amounts(cpu_milli=1000, memory_bytes=GIB, disk_bytes=GIB, gpu_count=4))
-    assert place(SMALL, [gpu_node, offer("b")]) == Choice("b")
-    assert place(SMALL, [gpu_node]) == Choice("a")
+    assert place(asks(SMALL), [gpu_node, offer("b")]) == Choice("b")
+    assert place(asks(SMALL), [gpu_node]) == Choice("a")
 
 
 def test_the_target_is_honoured_even_where_another_node_fits_better() -> None:
     nodes = [offer("a"), offer("b", assigned=Amounts(cpu_milli=3000))]
-    assert place(SMALL, nodes, target="a") == Choice("a")
-    answer = place(SMALL, nodes, target="c")
+    assert place(asks(SMALL), nodes, target="a") == Choice("a")
+    answer = place(asks(SMALL), nodes, target="c")
     assert isinstance(answer, Waiting)
     assert answer.reason == "TARGET_UNKNOWN"
 
@@ -51,7 +56,7 @@ def test_the_target_is_honoured_even_where_another_node_fits_better() -> None:
     ],
 )
 def test_what_no_node_could_ever_hold_names_the_missing_resource(request_: Amounts, reason: str, words: str) -> None:
-    answer = place(request_, [offer("a"), offer("b", SMALL)])
+    answer = place(asks(request_), [offer("a"), offer("b", SMALL)])
     assert isinstance(answer, NeverFits)
     assert answer.reason == reason
     assert words in answer.message
@@ -61,38 +66,38 @@ def test_what_no_node_could_ever_hold_names_the_missing_resource(request_: Amoun
 def test_a_request_that_only_two_nodes_together_could_hold_never_fits() -> None:
     many_cpus = offer("c", Amounts(cpu_milli=16000, memory_bytes=GIB))
     much_memory = offer("m", Amounts(cpu_milli=1000, memory_bytes=64 * GIB))
-    answer = place(Amounts(cpu_milli=8000, memory_bytes=32 * GIB), [many_cpus, much_memory])
+    answer = place(asks(Amounts(cpu_milli=8000, memory_bytes=32 * GIB)), [many_cpus, much_memory])
     assert isinstance(answer, NeverFits)
     assert "no single node" in answer.message
 
 
 def test_a_full_node_makes_a_task_wait_with_the_missing_resource() -> None:
-    answer = place(SMALL, [offer("a", assigned=NODE)])
+    answer = place(asks(SMALL), [offer("a", assigned=NODE)])
     assert answer == Waiting("INSUFFICIENT_CPU", "1 CPU asked; node a has 0 CPU free now")
 
 
 def test_a_silent_node_makes_a_task_wait_and_never_makes_it_impossible() -> None:
-    answer = place(SMALL, [offer("a", blocked="is draining")])
+    answer = place(asks(SMALL), [offer("a", blocked="is draining")])
     assert answer == Waiting("NODE_UNAVAILABLE", "node a is draining")
 
 
 def test_a_node_that_just_refused_the_task_is_passed_over() -> None:
-    assert place(SMALL, [offer("a"), offer("b")], excluded={"a"}) == Choice("b")
-    answer = place(SMALL, [offer("a")], excluded={"a"})
+    assert place(asks(SMALL), [offer("a"), offer("b")], excluded={"a"}) == Choice("b")
+    answer = place(asks(SMALL), [offer("a")], excluded={"a"})
     assert isinstance(answer, Waiting)
     assert answer.reason == "NODE_REFUSED"
 
 
 def test_a_resource_of_which_nothing_is_asked_is_never_missing() -> None:
     overdrawn = offer("a", assigned=Amounts(disk_bytes=200 * GIB))
-    assert place(Amounts(cpu_milli=1000), [overdrawn]) == Choice("a")
+    assert place(asks(Amounts(cpu_milli=1000)), [overdrawn]) == Choice("a")
 
 
 # ---- the pass ---------------------------------------------------------------------------------------------------------
 
 
 def candidate(name: str, request: Amounts, waited: float = 0.0) -> Candidate:
-    return Candidate(key=(name, 1), request=request, waited_seconds=waited)
+    return Candidate(key=(name, 1), request=asks(request), waited_seconds=waited)
 
 
 def test_a_task_that_does_not_fit_now_is_skipped_and_smaller_ones_go_first() -> None:
@@ -147,7 +152,7 @@ queues = st.lists(
     st.builds(
         Candidate,
         key=st.tuples(st.text("xyz", min_size=1, max_size=6), st.just(1)),
-        request=amounts,
+        request=amounts.map(asks),
         target=st.sampled_from(["", "", "", "a", "z"]),
         waited_seconds=st.floats(0, 120),
         excluded=st.frozensets(st.sampled_from("abcd"), max_size=2),
@@ -172,8 +177,8 @@ def test_a_pass_never_gives_more_than_there_is_and_answers_for_every_task(
         assert not node.blocked
         assert name not in task.excluded
         assert task.target in ("", name)
-        assert not node.allocatable.minus(totals[name]).lacking(task.request)
-        totals[name] = totals[name].plus(task.request)
+        assert not node.allocatable.minus(totals[name]).lacking(task.request.amounts)
+        totals[name] = totals[name].plus(task.request.amounts)
 
 
 @given(queues, offers)
@@ -181,7 +186,7 @@ def test_what_never_fits_would_not_fit_on_empty_nodes_either(queue: list[Candida
     plan = make_plan(queue, nodes, patience_seconds=60)
     for task in queue:
         candidates = [o for o in nodes if task.target in ("", o.worker_id)]
-        possible = any(not o.allocatable.lacking(task.request) for o in candidates)
+        possible = any(not o.allocatable.lacking(task.request.amounts) for o in candidates)
         assert (task.key in plan.never) == (bool(candidates) and not possible)
 
 
@@ -197,7 +202,7 @@ def test_remembering_equal_requests_changes_no_answer(queue: list[Candidate], no
             assert assigned[task.key] == answer.worker_id
             before = room[answer.worker_id]
             room[answer.worker_id] = offer(
-                before.worker_id, before.allocatable, before.assigned.plus(task.request), before.blocked
+                before.worker_id, before.allocatable, before.assigned.plus(task.request.amounts), before.blocked
             )
         else:
             assert task.key not in assigned

@@ -30,8 +30,7 @@ def test_each_limit_is_a_row() -> None:
 
 def test_the_summary_names_what_is_not_plainly_hard() -> None:
     assert list(receipt_summary(LIMITS)) == [
-        "limits: 1 hard; watched: disk_bytes",
-        "limits: watched because no project quota",
+        "limits: 1 hard; watched: disk_bytes (nodeservice doctor tells why)",
         "limit not as asked: cpu_milli: asked 500, in force 400 (/f)",
         "limits not read: seccomp: it had ended",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nodeservice.doctor.checks import compute, confinement, disk, io, time
+from nodeservice.doctor.checks import compute, confinement, disk, gpu, io, time
 from nodeservice.doctor.probe import Probe
 
 
@@ -14,7 +14,8 @@ def all_probes(*, cpu_count: int, has_swap: bool, patience: float = 1.0) -> tupl
         *compute.probes(cpu_count=cpu_count, has_swap=has_swap),
         *disk.probes(),
         *io.probes(),
-        *confinement.probes(),
+        *confinement.probes(patience),
+        *gpu.probes(),
     )
     stretched = [replace(probe, timeout_seconds=probe.timeout_seconds * patience) for probe in unhurried]
     return (*stretched, *time.probes(patience))

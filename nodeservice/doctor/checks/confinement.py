@@ -16,11 +16,12 @@ _MADE_DEVICE = "made a device"
 _SHM_MEMORY_BYTES = 96 * MIB
 _SHM_FULL = "shared memory is full at"
 
+_READ_SECONDS = 1.0
+"""For this service to read the limits of the running task."""
 _TRY = f"""
 (ulimit -n {_OPEN_FILES * 2}) 2>/dev/null && echo {_RAISED_FILES}
 (ulimit -c 1000) 2>/dev/null && echo {_RAISED_CORE}
 mknod /tmp/device c 1 3 2>/dev/null && echo {_MADE_DEVICE}
-sleep 1
 """
 _FILL = (
     f'cat /dev/zero >/dev/shm/filler 2>/dev/null; set -- $(wc -c </dev/shm/filler); echo "{_SHM_FULL} $1"; sleep 0.5'
@@ -31,13 +32,18 @@ _BY_RECEIPT = {
     "system calls": ("seccomp", "use a kernel with CONFIG_SECCOMP_FILTER, and an engine that is not set to unconfined"),
     "no new privileges": ("no_new_privileges", "use an engine that honours the security option no-new-privileges"),
     "OOM score": ("oom_score_adj", "see that the engine does not give containers a lower score than the host's own"),
+    "device rules": (
+        "device_rules",
+        "let the engine guard devices by cgroup; on cgroup v2 reading it back needs CAP_BPF",
+    ),
     "devices": ("devices", "see which runtime hook or default of the engine hands devices to every container"),
 }
 
 
-def probes() -> tuple[Probe, ...]:
+def probes(patience: float = 1.0) -> tuple[Probe, ...]:
+    script = f"{_TRY}sleep {_READ_SECONDS * patience:g}"
     return (
-        Probe(name="confinement", script=_TRY, judge=judge_confinement, also={"open_files_limit": _OPEN_FILES}),
+        Probe(name="confinement", script=script, judge=judge_confinement, also={"open_files_limit": _OPEN_FILES}),
         Probe(name="shm", script=_FILL, judge=judge_shm, memory_bytes=_SHM_MEMORY_BYTES, cpu_milli=200),
     )
 

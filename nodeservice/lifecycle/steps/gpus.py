@@ -16,8 +16,9 @@ _MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 the place inside the container wher
 def with_part(context: Context, record: TaskRecord, spec: ContainerSpec) -> ContainerSpec:
     """The container of a task that shares its GPU through MPS is told where the server is, and what it may take.
 
-    The server keeps a client to these values; a client can only ask for less
-    (docs.nvidia.com/deploy/mps: CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, CUDA_MPS_ACTIVE_THREAD_PERCENTAGE).
+    The server keeps each process to what its environment says, and to its own settings where it says nothing
+    (docs.nvidia.com/deploy/mps: CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, CUDA_MPS_ACTIVE_THREAD_PERCENTAGE): a task that
+    changes its environment is not held by it, so the memory is watched too.
     """
     part, pipes = record.lease.gpu_part, context.settings.gpu_mps_pipe_dir
     if part is None or part.method is not ShareMethod.MPS or pipes is None:
@@ -53,12 +54,15 @@ async def bound(context: Context, record: TaskRecord, pid: int | None) -> GpuBou
         case ShareMethod.DRIVER:
             return await _driver_bound(context, record, pid, part.memory_bytes)
         case ShareMethod.MPS:
+            # Without the server's directory the container was not told its part of the compute.
+            told = context.settings.gpu_mps_pipe_dir is not None
             return GpuBound(
                 memory_bytes=part.memory_bytes,
                 enforcement=Enforcement.WATCHED,
                 source="MPS server and NVML",
-                sm_percent=part.sm_percent or None,
-                note="the MPS server keeps each process to it; all of the task together are watched",
+                sm_percent=part.sm_percent or None if told else None,
+                sm_enforcement=Enforcement.NONE,
+                note="the MPS server keeps each process to it that keeps its environment; the memory of all is watched",
             )
         case ShareMethod.WATCHED:
             return GpuBound(

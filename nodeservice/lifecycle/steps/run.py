@@ -45,9 +45,10 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
 
 
 async def _bound_disk(context: Context, record: TaskRecord) -> None:
+    # What this service adds beside the results (log, manifest) must not meet a quota that the task has used up.
     id_ = record.id
     await context.disk.prepare(
-        id_, record.spec.request.disk_bytes, work=context.dirs.root(id_), log=context.dirs.log(id_)
+        id_, record.spec.request.disk_bytes, work=context.dirs.results(id_), log=context.dirs.log(id_)
     )
 
 
@@ -103,9 +104,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         state = await persist(context, lambda: context.runtime.start(container_id))
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
-    if state.layer:
-        await context.disk.add_layer(record.id, state.layer)
-    await context.cgroups.started(record.id)
+    await context.disk.add_layer(record.id, state.layer, state.beside)
     gpu_part = await gpus.bound(context, record, state.pid)
     readings = [*await context.cgroups.readings(record.id)]
     if state.pid:
@@ -135,8 +134,8 @@ def _inside(context: Context, container_id: str) -> Callable[[Sequence[str]], Aw
 
 async def _bound_layer(context: Context, record: TaskRecord, container_id: str) -> None:
     created = await context.runtime.find(container_id)
-    if created is not None and created.layer:
-        await context.disk.add_layer(record.id, created.layer)
+    if created is not None:
+        await context.disk.add_layer(record.id, created.layer, created.beside)
 
 
 async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:

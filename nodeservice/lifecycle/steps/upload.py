@@ -44,7 +44,9 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
                 )
                 if kept is not None:
                     return kept
-            await context.clock.sleep(_pause(context, failures))
+            pause, left = _pause(context, failures), settings.upload_give_up_seconds - waited
+            # The last try is at the limit, not one long pause after it.
+            await context.clock.sleep(min(pause, left) if left > 0 else pause)
 
 
 async def _keep_here(

@@ -1,0 +1,40 @@
+"""The node that hostile tasks are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import docker
+import grpc
+import pytest
+import pytest_asyncio
+
+from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+from tests.integration.attack_bench import Bench
+from tests.integration.node_process import NodeProcess
+from tests.integration.old_peer import OldMaster
+
+
+@pytest_asyncio.fixture
+async def bench(
+    tmp_path: Path,
+    node_id: str,
+    demo_image: str,
+    docker_client: docker.APIClient,
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[Bench]:
+    settings = request.node.get_closest_marker("settings")
+    env = dict(settings.kwargs) if settings else {}
+    master = await OldMaster().start()
+    node = NodeProcess(path=tmp_path, worker_id=node_id, options=("--master", f"127.0.0.1:{master.port}"), env=env)
+    try:
+        await node.start()
+        async with grpc.aio.insecure_channel(node.address) as channel:
+            bench = Bench(node, master, pb_grpc.MasterWorkerStub(channel), docker_client)  # type: ignore[no-untyped-call]
+            yield bench
+        if request.node.get_closest_marker("unseen") is None:
+            assert bench.compared, "no receipt was compared with the kernel's files"
+    finally:
+        await node.stop()
+        await master.stop()

@@ -1,0 +1,132 @@
+"""Why it died, as a matrix on the real engine: each cause is brought about, and told as what it was.
+
+`TEST_VERDICT_REPEATS` repeats the whole; docs/evidence/verdicts.md has a run of a hundred.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from nodeservice.limits.hierarchy import host_cgroup_version
+from nodeservice.wire import master_worker_pb2 as pb
+from tests.integration.attack_bench import MIB, Bench, nothing_left
+
+pytestmark = [pytest.mark.engine, pytest.mark.unseen, pytest.mark.timeout(3000)]
+REPEATS = int(os.environ.get("TEST_VERDICT_REPEATS", "1"))
+ENDS_TOGETHER = host_cgroup_version() == 2
+"""There the kernel ends all of a task that runs out of memory."""
+HOG = "dd if=/dev/zero of=/dev/null bs=300M count=1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """`act` is done to it from outside once it runs. `exit_code` None is any."""
+
+    command: str
+    outcome: str
+    reason: str
+    exit_code: int | None = None
+    act: str = ""
+    remark: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "own exit 0": Case(command="exit 0", outcome="SUCCEEDED", reason="COMPLETED", exit_code=0),
+    "own exit 3": Case(command="exit 3", outcome="FAILED", reason="EXIT_NONZERO", exit_code=3),
+    "own exit 137": Case(command="exit 137", outcome="FAILED", reason="EXIT_NONZERO", exit_code=137),
+    "own SIGKILL": Case(command="kill -9 $$", outcome="FAILED", reason="EXIT_NONZERO", exit_code=137),
+    "foreign SIGKILL": Case(
+        command="sleep 600", act="kill", outcome="FAILED", reason="EXIT_NONZERO", exit_code=137
+    ),
+    "deadline, obeyed": Case(
+        command="trap 'exit 0' TERM; while :; do sleep 0.1; done",
+        outcome="FAILED", reason="DEADLINE", exit_code=0, fields={"timeout_seconds": 1.0, "grace_seconds": 20.0},
+    ),
+    "deadline, ignored": Case(
+        command="trap '' TERM; while :; do sleep 0.1; done",
+        outcome="FAILED", reason="DEADLINE", exit_code=137, fields={"timeout_seconds": 1.0},
+    ),
+    "cancel": Case(command="sleep 600", act="cancel", outcome="CANCELLED", reason="CANCELLED"),
+    "disk": Case(
+        command="dd if=/dev/zero of=/results/f bs=1M count=40; sleep 600", outcome="FAILED", reason="DISK_LIMIT"
+    ),
+    "own memory": Case(command=f"exec {HOG}", outcome="FAILED", reason="MEMORY_LIMIT", exit_code=137),
+    "child's memory, parent succeeds": Case(
+        command=f"({HOG}); exit 0", outcome="SUCCEEDED", reason="COMPLETED", exit_code=0, remark="at the memory limit"
+    ) if not ENDS_TOGETHER else Case(
+        command=f"({HOG}); exit 0", outcome="FAILED", reason="MEMORY_LIMIT", exit_code=137
+    ),
+    "child's memory, parent fails": Case(
+        command=f"({HOG}) || exit 7", outcome="FAILED", reason="MEMORY_LIMIT",
+        exit_code=137 if ENDS_TOGETHER else 7,
+    ),
+    "no such command": Case(
+        command="", outcome="FAILED", reason="COMMAND_NOT_FOUND", fields={"argv": ["/no/such/program"]}
+    ),
+}  # fmt: skip
+
+
+async def test_each_cause_of_death_is_told_as_what_it_was(bench: Bench) -> None:
+    agreed: Counter[str] = Counter()
+    for _ in range(REPEATS):
+        for name, told in zip(
+            CASES, await asyncio.gather(*(play(bench, case) for case in CASES.values())), strict=True
+        ):
+            assert told == "", f"{name}: {told}"
+            agreed[name] += 1
+    print("\n".join(f"| {name} | {count} of {REPEATS} |" for name, count in agreed.items()))
+
+
+async def play(bench: Bench, case: Case) -> str:
+    """What differs from the case, in words."""
+    task_id = await bench.assign(case.command, **({"cpu_milli": 60} | dict(case.fields)))
+    if case.act:
+        await bench.running(task_id)
+        await act(bench, case.act, task_id)
+    result = await bench.end_of(task_id)
+    told = (result.outcome, result.reason, *(() if case.exit_code is None else (result.exit_code,)))
+    wanted = (case.outcome, case.reason, *(() if case.exit_code is None else (case.exit_code,)))
+    remarked = not case.remark or any(case.remark in remark for remark in result.remarks)
+    return "" if told == wanted and remarked else f"{told} {list(result.remarks)} {result.message}"
+
+
+async def act(bench: Bench, what: str, task_id: str) -> None:
+    container = f"nodeservice.{task_id}.1"
+    match what:
+        case "cancel":
+            await bench.stub.CancelTask(pb.TaskID(task_id=task_id), timeout=30)
+        case "kill":
+            await asyncio.to_thread(bench.engine.kill, container, "SIGKILL")
+
+
+async def test_a_kill_because_others_left_no_memory_is_not_called_the_tasks_own(
+    bench: Bench, docker_client: docker.APIClient
+) -> None:
+    """The cgroup above the task is shrunk while it runs: as on a host that runs out, the task is within its own limit."""
+    for _ in range(REPEATS):
+        task_id = await bench.assign("sleep 2; dd if=/dev/zero of=/dev/null bs=48M count=1", memory_bytes=64 * MIB)
+        await bench.running(task_id)
+        shrink_above(docker_client.inspect_container(f"nodeservice.{task_id}.1")["State"]["Pid"], 20 * MIB)
+        result = await bench.end_of(task_id)
+        assert (result.outcome, result.reason, result.retryable) == ("FAILED", "HOST_OUT_OF_MEMORY", True)
+        await nothing_left(docker_client, bench.node)
+
+
+def shrink_above(pid: int, memory_bytes: int) -> None:
+    """Of the container, the task and the node, the last."""
+    places = dict(line.split(":", 2)[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    top, name = (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if "memory" in places else ("/sys/fs/cgroup", "memory.max")
+    )
+    above = Path(f"{top}{places.get('memory', places.get(''))}").parent.parent
+    (above / name).write_text(str(memory_bytes))

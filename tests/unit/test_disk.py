@@ -1,0 +1,141 @@
+"""What is measured of a task's writing, and that measuring one holds up no other."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodeservice.core.model import AttemptId
+from nodeservice.limits.disk import BoundedDisk
+from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
+
+MIB = 1024**2
+ME, OTHER = AttemptId("me"), AttemptId("other")
+
+
+async def own_process(_id: AttemptId) -> Sequence[int]:
+    return (os.getpid(),)
+
+
+@pytest.fixture
+async def disk() -> AsyncIterator[BoundedDisk]:
+    disk = BoundedDisk(quotas=None, why_watched="because", processes=own_process)
+    yield disk
+    await disk.close()
+
+
+def test_tiny_and_empty_files_count_a_block_and_links_count_once(tmp_path: Path) -> None:
+    empty = measure([tmp_path]).bytes
+    for n in range(10):
+        (tmp_path / f"{n}").touch()
+    assert measure([tmp_path]).bytes == empty + 10 * LEAST_BYTES
+    (tmp_path / "big").write_bytes(b"x" * MIB)
+    with_big = measure([tmp_path])
+    for n in range(3):
+        os.link(tmp_path / "big", tmp_path / f"link{n}")
+    with_links = measure([tmp_path])
+    assert with_links.bytes == with_big.bytes
+    assert with_links.file_count == with_big.file_count + 3
+
+
+def test_a_sparse_file_counts_what_it_takes(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    assert measure([tmp_path]).bytes < MIB
+
+
+@pytest.mark.parametrize("held_by", ["descriptor", "mapping"])
+def test_a_deleted_file_counts_while_a_process_holds_it(tmp_path: Path, held_by: str) -> None:
+    path = tmp_path / "file"
+    with path.open("w+b") as file:
+        file.write(b"x" * MIB)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), MIB)
+        path.unlink()
+        if held_by == "mapping":
+            file.close()
+        held = Scan([tmp_path], pids=[os.getpid()]).step()
+        assert held is not None
+        assert MIB <= held.bytes < MIB + 16 * LEAST_BYTES  # once, be it open and mapped
+        mapped.close()
+    gone = Scan([tmp_path], pids=[os.getpid()]).step()
+    assert gone is not None
+    assert gone.bytes < MIB
+
+
+def test_shared_memory_is_not_taken_for_disk(tmp_path: Path) -> None:
+    descriptor = os.memfd_create("memory")
+    os.write(descriptor, b"x" * MIB)
+    try:
+        found = Scan([tmp_path], pids=[os.getpid()]).step()
+    finally:
+        os.close(descriptor)
+    assert found is not None
+    assert found.bytes < MIB
+
+
+def test_a_scan_can_be_done_in_pieces(tmp_path: Path) -> None:
+    for n in range(500):
+        (tmp_path / f"{n}").touch()
+    ticks = iter(range(10**6))
+    scan = Scan([tmp_path], clock=lambda: float(next(ticks)))
+    pieces = 0
+    while (found := scan.step(1.0)) is None:
+        pieces += 1
+        assert scan.so_far.file_count < 501
+    assert pieces > 5
+    assert found == measure([tmp_path])
+
+
+async def test_what_the_engine_made_for_the_container_counts_too(disk: BoundedDisk, tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("work", "layer", "volume")}
+    for place in places.values():
+        place.mkdir()
+    (tmp_path / "hosts").write_bytes(b"x" * 2 * MIB)
+    (places["volume"] / "file").write_bytes(b"x" * 3 * MIB)
+    await disk.prepare(ME, 10 * MIB, work=places["work"], log=tmp_path / "log")
+    await disk.add_layer(ME, [places["layer"]], [places["volume"]])
+    await disk.add_layer(ME, [places["layer"]], [places["volume"], tmp_path / "hosts"])
+    used = await disk.use(ME)
+    assert used is not None
+    assert 5 * MIB <= used.bytes < 6 * MIB
+    assert disk.seen(ME) == used
+    bound = await disk.bound(ME)
+    assert bound is not None
+    assert {place for place, _ in bound.places} == set(places.values())
+    (places["layer"] / "more").write_bytes(b"x" * 8 * MIB)
+    crossed = await asyncio.wait_for(disk.crossed(ME), 60)
+    assert crossed.bytes > 10 * MIB
+
+
+async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
+    disk: BoundedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = tmp_path / str(ME)
+
+    class Slow(Scan):
+        def __init__(self, places: Sequence[Path], **options: Any) -> None:
+            super().__init__(places, **options)
+            self.never_ends = endless in places
+
+        def step(self, seconds: float | None = None) -> Measured | None:
+            return None if self.never_ends else super().step(seconds)
+
+    monkeypatch.setattr("nodeservice.limits.disk.Scan", Slow)
+    for id_ in (ME, OTHER):
+        (tmp_path / str(id_)).mkdir()
+        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    slow = [asyncio.create_task(disk.use(ME)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for _ in range(10):
+        assert await asyncio.wait_for(disk.use(OTHER), 60) is not None
+    assert not any(task.done() for task in slow)
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)

@@ -1,0 +1,100 @@
+"""What a walk finds, and what it can't be led to, in trees of a hostile making."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.limits.tree_walk import walk
+
+DEEP = 2_000
+"""Past PATH_MAX (with names of 10 bytes), the recursion limit and the usual table of descriptors."""
+
+
+def nest(place: Path, depth: int, *, leaf: str = "leaf") -> None:
+    """Directories in one another, and a file in the last."""
+    descriptor = os.open(place, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d" * 10, dir_fd=descriptor)
+        inner = os.open("d" * 10, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(os.open(leaf, os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+    os.close(descriptor)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_walk_comes_to_the_bottom_of_any_depth_with_few_descriptors(tmp_path: Path) -> None:
+    nest(tmp_path, DEEP)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/file").touch()
+    before, most, names = open_files(), 0, []
+    for entry in walk(tmp_path):
+        most = max(most, open_files() - before)
+        names.append(entry.name)
+    assert sorted(set(names)) == ["beside", "d" * 10, "file", "leaf"]
+    assert len(names) == DEEP + 3
+    assert most < 64
+    assert open_files() == before
+    remove_tree(tmp_path)
+
+
+def test_a_walk_follows_no_link_and_can_be_left_early(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").touch()
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(outside)
+    nest(inside, 3)
+    before = open_files()
+    assert {entry.name for entry in walk(inside)} == {"link", "d" * 10, "leaf"}
+    cut = walk(inside)
+    next(cut)
+    cut.close()
+    assert open_files() == before
+    assert list(walk(inside / "link")) == []
+
+
+def test_a_directory_that_is_moved_during_the_walk_does_not_lead_it_astray(tmp_path: Path) -> None:
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    tree.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "foreign").touch()
+    nest(tree, 100)
+    for n in range(3):
+        (tree / f"more{n}").mkdir()
+        (tree / f"more{n}/file").touch()
+    names = []
+    for entry in walk(tree):
+        names.append(entry.name)
+        if entry.name == "leaf":  # the way back up from here leads out of the tree now
+            deep = tree.joinpath(*["d" * 10] * 60)
+            deep.rename(elsewhere / "moved")
+    assert "foreign" not in names
+    assert {f"more{n}" for n in range(3)} <= set(names)
+
+
+def test_removal_takes_any_tree_apart(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    nest(tree, DEEP)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    (tree / "link").symlink_to(kept)
+    os.mkfifo(tree / "pipe")
+    for name in (".removing-0", ".removing-1", "a/b/c"):  # names that removal uses itself
+        (tree / name).mkdir(parents=True)
+        (tree / name / "file").touch()
+    (tree / ".removing-2").mkdir()
+    before = open_files()
+    remove_tree(tree)
+    remove_tree(tree)
+    assert not tree.exists()
+    assert (kept / "file").exists()
+    assert open_files() == before
