@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -24,35 +25,32 @@ COMMAND = (sys.executable, "-m", "nodeservice")
 
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+    print(json.dumps(idle_node(seconds), indent=2))
+
+
+def idle_node(seconds: float, env: Mapping[str, str] | None = None) -> dict[str, object]:
+    """`env` is added to the node's."""
     with tempfile.TemporaryDirectory(prefix="nodeservice-idle-") as home:
         master = start(Path(home), "master", "--listen", "127.0.0.1:0", "--insecure")
         address = ready(Path(home), "master")["address"]
-        node = start(
-            Path(home),
-            "serve",
-            "--listen",
-            "127.0.0.1:0",
-            "--insecure",
-            "--worker-id",
-            "idle",
-            "--master",
-            str(address),
-        )
+        options = ("--listen", "127.0.0.1:0", "--insecure", "--worker-id", "idle", "--master", str(address))
+        node = start(Path(home), "serve", *options, env=env)
         try:
             ready(Path(home), "serve")
             time.sleep(SETTLE_SECONDS)
-            print(json.dumps(measure(psutil.Process(node.pid), seconds), indent=2))
+            return measure(psutil.Process(node.pid), seconds)
         finally:
             for process in (node, master):
                 process.terminate()
                 process.wait(20)
 
 
-def start(home: Path, command: str, *options: str) -> subprocess.Popen[bytes]:
+def start(home: Path, command: str, *options: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     with (home / f"{command}.log").open("wb") as log:
         return subprocess.Popen(
-            [*COMMAND, command, *options, "--state-dir", str(home / command)], stdout=log, stderr=log
-        )
+            [*COMMAND, command, *options, "--state-dir", str(home / command)],
+            stdout=log, stderr=log, env=os.environ | dict(env or {}),
+        )  # fmt: skip
 
 
 def ready(home: Path, command: str) -> dict[str, object]:

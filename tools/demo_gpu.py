@@ -116,8 +116,9 @@ def cluster(home: Path, world: Machines) -> Iterator[pb_grpc.MasterWorkerStub]:
 def remove_cgroups() -> None:
     """Those of the nodes; the tasks' own are gone by then."""
     for node in NODES:
-        for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node}.node"):
-            remove_cgroup(cgroup)
+        for pattern in (f"*/nodeservice/{node}.node", f"nodeservice/{node}.node"):
+            for cgroup in Path("/sys/fs/cgroup").glob(pattern):
+                remove_cgroup(cgroup)
 
 
 def await_gpus(console: Console, client: pb_grpc.MasterWorkerStub) -> None:
@@ -220,4 +221,7 @@ def story(sight: Sight, play: Play, again: pb.TaskResult, world: Machines) -> Te
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # by then all that was started has ended

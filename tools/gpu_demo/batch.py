@@ -74,7 +74,7 @@ def _whole(name: str, count: int, seconds: float, *, target: str = "", **more: A
 
 def _part(name: str, memory_bytes: int, seconds: float, **more: Any) -> Expected:
     share = pb.GpuRequest(share=pb.GpuShare(memory_bytes=memory_bytes))
-    return Expected(_task(name, seconds, gpu=share, target_worker_id=SHARING_NODE), seconds, **more)
+    return Expected(_task(name, seconds, gpu=share), seconds, **more)
 
 
 def _task(name: str, seconds: float, **fields: Any) -> pb.Task:
