@@ -130,7 +130,8 @@ def look(pid: int) -> dict[str, object]:
 def left_behind(docker_client: docker.APIClient, node: NodeProcess) -> list[str]:
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
     cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{node.worker_id}*/*attack-*")]
-    return [entry["Id"] for entry in containers] + cgroups
+    work = [str(path) for path in (node.path / "state/tasks").glob("*")]
+    return [entry["Id"] for entry in containers] + cgroups + work
 
 
 async def nothing_left(docker_client: docker.APIClient, node: NodeProcess) -> None:
