@@ -71,6 +71,8 @@ int cuCtxSynchronize(void) {
 FALSE_SMI = """#!{python}
 import sys
 import pynvml as n
+
+pytestmark = pytest.mark.slow
 n.nvmlInit()
 (query,) = [a.partition("=")[2].split(",") for a in sys.argv if a.startswith("--query-gpu=")] or [[]]
 for index in range(n.nvmlDeviceGetCount()):
