@@ -20,6 +20,8 @@ import pytest
 from nodeservice.testing.false_driver import FalseDriver, Machine
 from nodeservice.testing.false_driver import build as build_module
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "test_gpu.py"
 Build = Callable[[str | Machine], FalseDriver]
@@ -71,8 +73,6 @@ int cuCtxSynchronize(void) {
 FALSE_SMI = """#!{python}
 import sys
 import pynvml as n
-
-pytestmark = pytest.mark.slow
 n.nvmlInit()
 (query,) = [a.partition("=")[2].split(",") for a in sys.argv if a.startswith("--query-gpu=")] or [[]]
 for index in range(n.nvmlDeviceGetCount()):
