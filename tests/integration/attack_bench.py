@@ -127,9 +127,16 @@ def look(pid: int) -> dict[str, object]:
     return facts | {"cpu_milli": round(quota * 1000 / period)}
 
 
+def escaped(node_id: str) -> str:
+    """What shows of it in a path, be it a directory of its name or a slice, which has no dash."""
+    return node_id.rpartition("-")[2]
+
+
 def left_behind(docker_client: docker.APIClient, node: NodeProcess) -> list[str]:
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
-    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{node.worker_id}*/*attack-*")]
+    # os.walk, since others' cgroups vanish under it.
+    found = (directory for directory, _, _ in os.walk("/sys/fs/cgroup") if escaped(node.worker_id) in directory)
+    cgroups = [directory for directory in found if "attack" in Path(directory).name]
     work = [str(path) for path in (node.path / "state/tasks").glob("*")]
     return [entry["Id"] for entry in containers] + cgroups + work
 
