@@ -57,6 +57,8 @@ class Bench:
         result = pb.TaskResult.FromString(report.SerializeToString())
         looking = self._looking.pop(task_id, None)
         seen = await looking if looking is not None else None
+        if result.reason == "COMMAND_NOT_FOUND":
+            return result  # it never was what was asked for, so there is no receipt
         if seen is not None:
             told = receipt(result)
             held = {name: value for name, value in told["effective"].items() if name in seen}
