@@ -45,11 +45,15 @@ class Place:
         own = self.instance.gpu_instance_id
         return tuple(process for process in self.gpu.processes if process.gpu_instance_id == own)
 
-    @property
-    def left_behind_bytes(self) -> int:
-        """What is used beyond what the driver holds by itself; 0 where that is not known."""
-        used = self.used_bytes or 0
-        return used if used > max(_SLACK_BYTES, self.total_bytes // _SLACK_SHARE) else 0
+
+def left_behind_bytes(place: Place, owners: Mapping[int, AttemptId]) -> int:
+    """What is used beyond what the driver holds by itself; 0 where that is not known.
+
+    What a process holds that `owners` does not know is left out: it has ended, or it is an MPS server.
+    """
+    passing = sum(process.memory_bytes or 0 for process in place.processes if process.pid not in owners)
+    used = (place.used_bytes or 0) - passing
+    return used if used > max(_SLACK_BYTES, place.total_bytes // _SLACK_SHARE) else 0
 
 
 def places(inventory: GpuInventory) -> dict[str, Place]:

@@ -85,6 +85,7 @@ def read_slow(nvml: Any, device: Device) -> None:
     handle = device.handle
     mig = optional(nvml, nvml.nvmlDeviceGetMigMode, handle)
     mig_enabled = mig is not None and bool(mig[0])
+    slices = _number(int, nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) if mig_enabled else None
     device.mig_handles = {}
     device.graphics = _graphics_processes(nvml, handle)
     instances = _mig_instances(nvml, device) if mig_enabled else ()
@@ -96,6 +97,7 @@ def read_slow(nvml: Any, device: Device) -> None:
     device.gpu = replace(
         device.gpu,
         mig_enabled=mig_enabled,
+        mig_slice_count=slices or device.gpu.mig_slice_count,
         mig_instances=instances,
         ecc_enabled=bool(ecc[0]) if ecc is not None else None,
         ecc_uncorrected_count=int(errors) if errors is not None else None,

@@ -100,19 +100,20 @@ class NvmlSession:
         cuda = int(nvml.nvmlSystemGetCudaDriverVersion())
         self._versions = text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
         known = {uuid: device.gpu for uuid, device in self._devices.items()}
-        self._devices, unreachable = {}, []
+        found: dict[str, Device] = {}
+        unreachable: list[str] = []
         for index in range(nvml.nvmlDeviceGetCount()):
             try:
                 device = open_device(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
-                self._devices[device.gpu.uuid] = device
+                found[device.gpu.uuid] = device
             except nvml.NVMLError as error:
                 # The count includes devices that this process may not open: they are not ours, which is no fault.
                 if int(error.value) != NO_PERMISSION:
                     unreachable.append(explain(int(error.value), f"GPU {index}"))
         for uuid, gpu in known.items():
             # One that was there before and is no more is lost; its tasks must hear of it.
-            self._devices.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more")))
-        self._unreachable = tuple(unreachable)
+            found.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more")))
+        self._devices, self._unreachable = found, tuple(unreachable)
         read_closeness(nvml, [device for device in self._devices.values() if device.handle is not None])
 
     def _look_at(self, nvml: Any, device: Device, *, is_slow: bool) -> None:

@@ -16,7 +16,7 @@ from nodeservice.core import events as ev
 from nodeservice.core.gpus import GpuUnit, GpuUsage, ShareMethod
 from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord
 from nodeservice.gpu.health import GpuFault, GpuState, HealthBoard
-from nodeservice.gpu.holders import Place, memory_of, places, sample, strangers
+from nodeservice.gpu.holders import Place, left_behind_bytes, memory_of, places, sample, strangers
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.gpu.xid import words as xid_words
 from nodeservice.lifecycle.driver import Driver
@@ -109,8 +109,7 @@ class GpuKeeper:
         self._note_xids(xids, seen, holders)
         self._fail_tasks(faults, seen, holders)
         if inventory.gpus and inventory.error is None:
-            pids = [process.pid for gpu in inventory.gpus for process in gpu.processes]
-            owners = self._owners.owners(pids, self._pids, before_seconds=inventory.looked_at_seconds)
+            owners = self._owners_of(inventory)
             self._look_for_strangers(seen, holders, owners)
             self._watch_memory(seen, holders, owners)
             for record in holders:
@@ -121,7 +120,8 @@ class GpuKeeper:
                         for uuid in record.lease.gpu_uuids
                         if uuid in seen
                     ],
-                    now_seconds=now,
+                    # A driver that hangs tells the same look again: no time has passed for the bill then.
+                    now_seconds=inventory.looked_at_seconds or now,
                 )
         self._looks += 1
         if holders and self._looks % _SAVE_EVERY_LOOKS == 0:
@@ -186,8 +186,9 @@ class GpuKeeper:
             if all(record.phase is Phase.RUNNING and record.id in self._pids for record in own):
                 pids = strangers(place, (record.id for record in own), owners)
                 stranger = stranger or (f"process {pids[0]} uses it, which is of no task that holds it" if pids else "")
-            if not own and place.left_behind_bytes and place.gpu.uuid not in held_parents:
-                left = left or f"{place.left_behind_bytes} bytes of its memory are in use though no task holds it"
+            left_bytes = left_behind_bytes(place, owners)
+            if not own and left_bytes and place.gpu.uuid not in held_parents:
+                left = left or f"{left_bytes} bytes of its memory are in use though no task holds it"
             words[place.gpu.uuid] = (stranger, left)
         for uuid, (stranger, left) in words.items():
             self._suspect(uuid, _STRANGER, stranger)
@@ -231,7 +232,7 @@ class GpuKeeper:
     def _not_ready(self, record: TaskRecord) -> str:
         if self._inventory.error is not None:
             return self._inventory.error
-        seen = places(self._inventory)
+        seen, owners = places(self._inventory), self._owners_of(self._inventory)
         shared = record.lease.gpu_part is not None and record.lease.gpu_part.method is not ShareMethod.MIG
         for uuid in record.lease.gpu_uuids:
             place = seen.get(uuid)
@@ -240,9 +241,15 @@ class GpuKeeper:
             state, why = self._board.state(place.gpu.uuid)
             if state is not GpuState.WELL:
                 return f"{place.gpu.uuid}: {why}"
-            if not shared and (place.processes or place.left_behind_bytes):
-                return f"{uuid}: {len(place.processes)} processes and {place.left_behind_bytes} bytes are still on it"
+            if place.gpu.mig_enabled and place.instance is None:
+                return f"{uuid} was split into MIG instances meanwhile"
+            if not shared and (busy := _busy(place, owners)):
+                return f"{uuid}: {busy} on it"
         return ""
+
+    def _owners_of(self, inventory: GpuInventory) -> Mapping[int, AttemptId]:
+        pids = [process.pid for gpu in inventory.gpus for process in gpu.processes]
+        return self._owners.owners(pids, self._pids, before_seconds=inventory.looked_at_seconds)
 
     def follow(self, id_: AttemptId, pid: int) -> None:
         """The first process of the attempt's container: what is on the GPU in its cgroup is the attempt's."""
@@ -280,12 +287,11 @@ class GpuKeeper:
             await self._look_now()
 
     def _left(self, record: TaskRecord) -> str:
-        seen = places(self._inventory)
-        for uuid in record.lease.gpu_uuids:
-            place = seen.get(uuid)
-            if place is not None and not place.gpu.lost and (place.processes or place.left_behind_bytes):
-                return f"{uuid}: {len(place.processes)} processes, {place.left_behind_bytes} bytes"
-        return ""
+        seen, owners = places(self._inventory), self._owners_of(self._inventory)
+        held = [seen[uuid] for uuid in record.lease.gpu_uuids if uuid in seen and not seen[uuid].gpu.lost]
+        return "; ".join(f"{place.uuid}: {busy}" for place in held if (busy := _busy(place, owners)))
+
+    # ---- the bill --------------------------------------------------------------------------------------------------
 
     def usage(self, id_: AttemptId) -> tuple[GpuUsage, ...]:
         return self._bills.usage(id_)
@@ -314,6 +320,12 @@ class GpuKeeper:
                 if unit.unwell:
                     log.warning("gpu.out_of_service", uuid=unit.uuid, why=unit.unwell)
             self._on_change()
+
+
+def _busy(place: Place, owners: Mapping[int, AttemptId]) -> str:
+    """Who or what is still there, in words; empty where nothing is."""
+    pids, left_bytes = strangers(place, (), owners), left_behind_bytes(place, owners)
+    return f"{len(pids)} processes and {left_bytes} bytes are still" if pids or left_bytes else ""
 
 
 def _touched(record: TaskRecord, gpu: str, instance_id: int | None, seen: Mapping[str, Place]) -> list[str]:

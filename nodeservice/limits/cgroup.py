@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.asked import ids_of
 from nodeservice.limits.block_devices import disks_of
 from nodeservice.limits.hierarchy import read_mounts
-from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share
+from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
 from nodeservice.limits.tree import CgroupTree
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
@@ -203,6 +204,7 @@ class KernelTaskCgroups:
     def _make_room(self, place: str, *, again: bool = False) -> None:
         """The cgroup above all tasks; it goes with the last of them."""
         if self._share is not None and (again or not self._tree.exists(place)):
+            self._tree.create(place.partition("/")[0], plan_top(os.cpu_count() or 1))
             self._tree.create(place, self._share)
 
     async def _create(self, place: str, limits: CgroupLimits) -> None:

@@ -34,6 +34,8 @@ class CgroupLimits:
     write_bytes_per_second: int | None = None
     oom_group: bool = False
     """Whether the kernel ends everything in it when it runs out of memory (v2 only)."""
+    cpu_weight_milli: int | None = None
+    """Its part, in proportion to others beside it, where all together want more CPU than there is."""
 
 
 def plan_cgroup(spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> CgroupLimits:
@@ -46,6 +48,7 @@ def plan_cgroup(spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> CgroupLimits:
         read_bytes_per_second=spec.read_bytes_per_second,
         write_bytes_per_second=spec.write_bytes_per_second,
         oom_group=True,
+        cpu_weight_milli=request.cpu_milli if request.cpu_milli > 0 else None,
     )
 
 
@@ -55,7 +58,23 @@ def plan_share(allocatable: Resources, *, host_pids: int | None) -> CgroupLimits
         memory_bytes=allocatable.memory_bytes if allocatable.memory_bytes > 0 else None,
         cpu_quota_us=cpu_quota_us(allocatable.cpu_milli) if allocatable.cpu_milli > 0 else None,
         pids_max=int(host_pids * (1 - HOST_PIDS_SHARE)) if host_pids else None,
+        cpu_weight_milli=allocatable.cpu_milli if allocatable.cpu_milli > 0 else None,
     )
+
+
+def plan_top(cpu_count: int) -> CgroupLimits:
+    """For the cgroup above all nodes of this host: no limit, but the weight of all its CPUs beside the host's own work."""
+    return CgroupLimits(memory_bytes=None, cpu_quota_us=None, pids_max=None, cpu_weight_milli=cpu_count * 1000)
+
+
+def cpu_shares(cpu_milli: int) -> int:
+    """For `cpu.shares` of v1, where a core is 1,024 and anything new has as much."""
+    return min(262_144, max(2, cpu_milli * 1024 // 1000))
+
+
+def cpu_weight(cpu_milli: int) -> int:
+    """For `cpu.weight` of v2, where a core is 100 and anything new has as much."""
+    return min(10_000, max(1, cpu_milli // 10))
 
 
 def cpu_quota_us(cpu_milli: int, *, period_us: int = CPU_PERIOD_US) -> int:

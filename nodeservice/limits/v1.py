@@ -20,7 +20,7 @@ from nodeservice.limits.block_devices import device_file
 from nodeservice.limits.hierarchy import Mount, v1_mount
 from nodeservice.limits.kernel_log import OomLog
 from nodeservice.limits.oom import OomWatches
-from nodeservice.limits.plan import CgroupLimits, cpu_milli_of
+from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_shares
 from nodeservice.limits.tree import (
     NO_LIMIT,
     children_of,
@@ -172,6 +172,8 @@ class V1CgroupTree:
 
     def _set_limits(self, name: str, node: Any, limits: CgroupLimits) -> None:
         controller = node.controller
+        if name == "cpu" and limits.cpu_weight_milli is not None:
+            controller.shares = cpu_shares(limits.cpu_weight_milli)
         if name == "memory" and limits.memory_bytes is not None:
             _set_memory(controller, limits.memory_bytes)
         elif name == "cpu" and limits.cpu_quota_us is not None:

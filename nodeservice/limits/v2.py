@@ -18,7 +18,7 @@ from nodeservice.core.model import Usage
 from nodeservice.limits.asked import ids_of, ids_text
 from nodeservice.limits.files import BandwidthFile, FlatKeyedFile, LimitFile
 from nodeservice.limits.hierarchy import Mount, v2_mount
-from nodeservice.limits.plan import CgroupLimits, cpu_milli_of
+from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_weight
 from nodeservice.limits.tree import (
     DirectoryCall,
     children_of,
@@ -43,6 +43,7 @@ class UnifiedCgroup:
     memory_events: Any = FlatKeyedFile("memory.events", readonly=True)
     memory_oom_group: Any = FlagFile("memory.oom.group")
     cpu_max: Any = BandwidthFile("cpu.max")
+    cpu_weight: Any = IntegerFile("cpu.weight")
     cpu_stat: Any = FlatKeyedFile("cpu.stat", readonly=True)
     cpuset_cpus: Any = BaseFileInterface("cpuset.cpus")
     cpuset_cpus_effective: Any = BaseFileInterface("cpuset.cpus.effective", readonly=True)
@@ -100,6 +101,8 @@ class UnifiedCgroup:
             self.set_if_offered("memory_oom_group", True)
         if limits.cpu_quota_us is not None:
             self.cpu_max = (limits.cpu_quota_us, limits.cpu_period_us)
+        if limits.cpu_weight_milli is not None:
+            self.set_if_offered("cpu_weight", cpu_weight(limits.cpu_weight_milli))
         if limits.pids_max is not None:
             self.pids_max = limits.pids_max
         if limits.cpu_ids:

@@ -16,6 +16,8 @@ class FakeTaskDisk:
     def __init__(self, *, enforcement: Enforcement = Enforcement.WATCHED) -> None:
         self._enforcement = enforcement
         self._limits: dict[AttemptId, int] = {}
+        self.prepared_places: dict[AttemptId, tuple[Path, Path]] = {}
+        """Work directory and log, as they were named; remembered past the end."""
         self._places: dict[AttemptId, tuple[Path, ...]] = {}
         self._used: dict[AttemptId, DiskUse] = {}
         self._changed = asyncio.Event()
@@ -32,7 +34,7 @@ class FakeTaskDisk:
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
         self._limits[id_] = limit_bytes
-        self._places[id_] = (work, log)
+        self._places[id_] = self.prepared_places[id_] = (work, log)
 
     def holds_layers(self) -> bool:
         return self._enforcement is Enforcement.HARD

@@ -136,7 +136,8 @@ def left_behind(docker_client: docker.APIClient, node: NodeProcess) -> list[str]
         for name in names
         if node.worker_id in parent and "attack-" in name
     ]
-    return [entry["Id"] for entry in containers] + cgroups
+    work = [str(path) for path in (node.path / "state/tasks").glob("*")]
+    return [entry["Id"] for entry in containers] + cgroups + work
 
 
 async def nothing_left(docker_client: docker.APIClient, node: NodeProcess) -> None:

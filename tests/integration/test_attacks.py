@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import uuid
 from pathlib import Path
 
@@ -142,6 +143,28 @@ async def test_a_disk_filler_is_ended_for_it(bench: Bench, where: str) -> None:
     assert result.usage.disk_peak_bytes > 8 * MIB
     assert receipt(result)["enforcement"]["disk_bytes"] == "watched"
     assert (await bench.end_of(quiet)).reason == "COMPLETED"
+
+
+async def test_a_volume_that_its_image_declares_is_bounded_too(bench: Bench, docker_client: docker.APIClient) -> None:
+    image = f"nodeservice/volume-{uuid.uuid4().hex[:8]}"
+    recipe = io.BytesIO(b"FROM nodeservice/demo\nVOLUME /data\n")
+    for _line in docker_client.build(fileobj=recipe, tag=image, rm=True):
+        pass
+    try:
+        result = await bench.run("dd if=/dev/zero of=/data/big bs=1M count=200; sleep 600", docker_image=image)
+        assert result.reason == "DISK_LIMIT"
+        await nothing_left(docker_client, bench.node)
+    finally:
+        docker_client.remove_image(image, force=True)
+
+
+async def test_a_tree_of_any_depth_keeps_neither_the_results_nor_the_disk(
+    bench: Bench, docker_client: docker.APIClient
+) -> None:
+    deep = "cd /results; echo mine > file; i=0; while [ $i -lt 1500 ]; do mkdir d; cd d; i=$((i+1)); done; sleep 1"
+    result = await bench.run(deep, cpu_milli=800, disk_bytes=64 * MIB)
+    assert (result.reason, set(result.output_files)) == ("COMPLETED", {"file", "stdout.log"})
+    await nothing_left(docker_client, bench.node)
 
 
 async def test_shared_memory_is_part_of_the_memory_and_has_a_size(bench: Bench) -> None:

@@ -180,6 +180,24 @@ async def test_the_peak_stays_readable_after_the_container_and_nothing_is_left_a
     assert places_left(parent) == []
 
 
+async def test_cpu_is_shared_in_proportion_to_what_was_promised(cgroups: TaskCgroups) -> None:
+    """Else eight loops on a tenth of a core weigh as much as a neighbour with a whole one, wherever the host is busy."""
+    await cgroups.share(Resources(cpu_milli=1800, memory_bytes=512 * MIB))
+    parent = await cgroups.prepare(spec(cpu_milli=500))
+    assert parent is not None
+    (task,) = [place for place in places_of(parent) if weights_of(place)]
+    core = {"cpu.shares": 1024, "cpu.weight": 100}
+    ((name, weight),) = weights_of(task).items()
+    assert weight == core[name] // 2
+    assert weights_of(task.parent) == {name: int(core[name] * 1.8)}
+    assert weights_of(task.parent.parent) == {name: core[name] * (os.cpu_count() or 1)}
+
+
+def weights_of(place: Path) -> dict[str, int]:
+    files = (place / "cpu.shares", place / "cpu.weight")
+    return {file.name: int(file.read_text()) for file in files if file.exists()}
+
+
 async def test_a_busy_task_is_seen_to_be_throttled(
     engine: docker.DockerClient, image: str, cgroups: TaskCgroups
 ) -> None:

@@ -10,6 +10,8 @@ from nodeservice.core.model import AttemptId, Phase, Reason
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import World, living, spec
 
+pytestmark = pytest.mark.slow
+
 T = AttemptId("t")
 
 

@@ -255,6 +255,20 @@ def test_an_unknown_status_is_never_taken_for_an_end() -> None:
     assert read_status("paused") == "running"
 
 
+def test_volumes_and_the_engines_own_files_are_told_beside_the_layer() -> None:
+    state = read_state(
+        {
+            "Id": "i",
+            "State": {"Status": "running"},
+            "Mounts": [{"Type": "volume", "Source": "/v/1/_data"}, {"Type": "bind", "Source": "/state/results"}],
+            "HostsPath": "/c/hosts",
+            "HostnamePath": "",
+            "ResolvConfPath": "/c/resolv.conf",
+        }
+    )
+    assert [str(place) for place in state.beside] == ["/v/1/_data", "/c/hosts", "/c/resolv.conf"]
+
+
 def test_a_run_never_ends_before_it_started() -> None:
     state = read_state(
         {

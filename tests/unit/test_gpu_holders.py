@@ -9,7 +9,7 @@ import pytest
 from nodeservice.core.gpus import GpuPart, ShareMethod
 from nodeservice.core.model import GIB, MIB, AttemptId, Lease, Resources
 from nodeservice.gpu.bill import GpuSample
-from nodeservice.gpu.holders import Place, memory_of, places, sample, strangers
+from nodeservice.gpu.holders import Place, left_behind_bytes, memory_of, places, sample, strangers
 from nodeservice.ports import NOBODY, GpuInventory, GpuProcess, MigInstance
 from nodeservice.testing.fake_gpu import fake_gpu
 
@@ -91,12 +91,19 @@ def test_an_instance_has_the_processes_of_its_own_id() -> None:
     [(None, 0), (0, 0), (256 * MIB, 0), (80 * GIB // 100, 0), (80 * GIB // 100 + 1, 80 * GIB // 100 + 1)],
 )
 def test_a_little_memory_in_use_is_the_driver_s_own(used: int | None, left: int) -> None:
-    assert on(memory_used_bytes=used).left_behind_bytes == left
+    assert left_behind_bytes(on(memory_used_bytes=used), {}) == left
 
 
 def test_what_is_left_behind_on_an_instance_is_its_own() -> None:
-    assert split(used_bytes=GIB)["MIG-7"].left_behind_bytes == GIB
-    assert split(used_bytes=200 * MIB)["MIG-7"].left_behind_bytes == 0
+    assert left_behind_bytes(split(used_bytes=GIB)["MIG-7"], {}) == GIB
+    assert left_behind_bytes(split(used_bytes=200 * MIB)["MIG-7"], {}) == 0
+
+
+def test_what_a_server_for_all_or_a_process_that_ended_holds_is_not_left_behind() -> None:
+    processes = (GpuProcess(pid=1, memory_bytes=GIB), GpuProcess(pid=2, memory_bytes=2 * GIB))
+    place = on(*processes, memory_used_bytes=3 * GIB)
+    assert left_behind_bytes(place, {2: AttemptId("t")}) == 2 * GIB
+    assert left_behind_bytes(place, {}) == 0
 
 
 # ---- strangers --------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord
-from nodeservice.errors import CapacityError, TransientError
+from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.results.hand_over import Bundles
@@ -179,6 +181,29 @@ def test_a_sparse_file_past_the_bound_is_left_out_with_a_word(tmp_path: Path) ->
     bundle = bundles.collect(spec(), work, tmp_path / "log")
     assert [file.entry.path for file in bundle.files] == ["small"]
     assert any(line.startswith("hole: ") for line in bundle.manifest.skipped)
+
+
+async def test_the_bound_lies_on_the_results_and_not_on_what_this_service_adds(world: World) -> None:
+    """A quota on the whole work directory refuses the link to the log (EXDEV), and the manifest once it is used up."""
+    async with living(world) as node:
+        record = await node.assign(spec("bounded"))
+        await node.until_finished(record.id)
+    work, log = world.disk.prepared_places[record.id]
+    assert (work, log) == (node.dirs.results(record.id), node.dirs.log(record.id))
+
+
+def test_a_log_that_cannot_be_linked_fails_the_collection_and_not_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_places: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    bundles = Bundles(worker_id="node", results_dir=tmp_path / "results")
+    (tmp_path / "work/results").mkdir(parents=True)
+    with pytest.raises(NodeFaultError, match="cannot be linked") as raised:
+        bundles.collect(spec(), tmp_path / "work", tmp_path / "log")
+    assert raised.value.reason == "COLLECT_FAILED"
 
 
 def test_collecting_is_broken_off_when_the_node_stops(tmp_path: Path) -> None:
