@@ -15,13 +15,13 @@ from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
 from nodeservice.daemon.fault_points import armed
-from nodeservice.daemon.settings import reserve, sharing_policy
+from nodeservice.daemon.host_policy import reserve, sharing_policy
 from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.lock import StateDirLock
-from nodeservice.journal.sqlite import SqliteJournal
+from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
@@ -41,8 +41,6 @@ from nodeservice.results.choose import open_result_store
 from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import open_trace_sink
-
-JOURNAL_NAME = "journal.sqlite"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -23,6 +23,9 @@ from nodeservice.journal.schema import migrate
 
 log = structlog.get_logger(__name__)
 
+JOURNAL_NAME = "journal.sqlite"
+"""In a node's state directory."""
+
 T = TypeVar("T")
 Row = tuple[str | int, ...]
 
