@@ -15,6 +15,7 @@ from nodeservice.ports.containers import (
     ContainerSpec,
     ContainerState,
     EngineFacts,
+    LocalImage,
     Mount,
     PulledImage,
     PullProgress,
@@ -24,6 +25,7 @@ from nodeservice.ports.disk import (
     DiskUse,
     Enforcement,
     FreeSpace,
+    Room,
     TaskDisk,
 )
 from nodeservice.ports.gpus import (
@@ -53,6 +55,7 @@ from nodeservice.ports.results import (
     Bundles,
     ResultBundle,
     ResultFile,
+    ResultsFolder,
     ResultStore,
 )
 
@@ -77,6 +80,7 @@ __all__ = [
     "GpuXid",
     "HostFacts",
     "Journal",
+    "LocalImage",
     "MigInstance",
     "Mount",
     "NodeCapacity",
@@ -89,6 +93,8 @@ __all__ = [
     "ResultBundle",
     "ResultFile",
     "ResultStore",
+    "ResultsFolder",
+    "Room",
     "TaskCgroups",
     "TaskDisk",
     "TraceSink",

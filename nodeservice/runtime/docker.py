@@ -14,7 +14,15 @@ import structlog
 
 from nodeservice.core.model import PullPolicy
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress, labels
+from nodeservice.ports import (
+    ContainerSpec,
+    ContainerState,
+    EngineFacts,
+    LocalImage,
+    PulledImage,
+    PullProgress,
+    labels,
+)
 from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_spec import check_mount_sources, create_body
@@ -25,6 +33,7 @@ from nodeservice.runtime.exits import ExitWatcher
 from nodeservice.runtime.gpu_access import GpuAccess, choose_gpu_access
 from nodeservice.runtime.inside import run_inside
 from nodeservice.runtime.libpod import libpod_body
+from nodeservice.runtime.local_images import list_images, remove_image
 from nodeservice.runtime.log_file import read_log_file
 from nodeservice.runtime.logs import read_log
 from nodeservice.runtime.profile import EngineProfile
@@ -98,6 +107,12 @@ class DockerRuntime:
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None = None) -> PulledImage:
         return await self._pulls.pull(image, policy=policy, on_progress=on_progress)
+
+    async def list_images(self) -> Sequence[LocalImage]:
+        return await self._connection.call(list_images, doing="list images")
+
+    async def remove_image(self, name: str) -> bool:
+        return await self._connection.call(lambda client: remove_image(client, name), doing=f"remove image {name!r}")
 
     async def create(self, spec: ContainerSpec) -> str:
         """As the port says; a cancelled caller waits for the engine's answer, so no container appears behind its back."""
