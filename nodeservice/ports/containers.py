@@ -116,6 +116,8 @@ class ContainerState:
     labels: Mapping[str, str]
     limits: Mapping[str, object] = field(default_factory=dict)
     """The limits as the engine holds them: cpu_milli, memory_bytes, memory_swap_bytes, pids_limit."""
+    ended_by_engine: bool = False
+    """The engine's own going or coming ended it; known from `wait_exited` alone."""
     layer: tuple[Path, ...] = ()
     """Where its writable layer lies on this host, with the file system's own work directory; empty where not known."""
 

@@ -202,6 +202,7 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         finished_at=state.finished_at,
         observed=observed.usage,
         gpu_fault=context.gpus.fault(id_),
+        by_engine=state.ended_by_engine,
     )
 
 
