@@ -22,7 +22,7 @@ import docker
 import grpc
 import psutil
 
-from nodeservice.daemon.fault_points import VARIABLE
+from nodeservice.fault_points import VARIABLE
 from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldClient, OldMaster
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import docker
 import pytest
 
-from nodeservice.daemon.fault_points import POINTS, FaultPoint
+from nodeservice.daemon.fault_points import POINTS
 from nodeservice.errors import ConfigError, TransientError
+from nodeservice.fault_points import FaultPoint
 from tests.integration.ordeal import COMMANDS, go_through
 
 pytestmark = [pytest.mark.engine, pytest.mark.crash, pytest.mark.timeout(240)]
@@ -51,7 +52,7 @@ async def test_a_node_frozen_there_goes_on_when_it_is_thawed(
 
 
 def test_a_point_counts_and_acts_once() -> None:
-    point = FaultPoint("store.put.after:fail:2")
+    point = FaultPoint("store.put.after:fail:2", POINTS)
     point.reached("store.put.after")
     point.reached("store.put.before")
     with pytest.raises(TransientError):
@@ -62,4 +63,4 @@ def test_a_point_counts_and_acts_once() -> None:
 @pytest.mark.parametrize("text", ["store.put", "store.put.after", "store.put.after:explode", "store.put.after:kill:x"])
 def test_a_point_that_does_not_exist_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
-        FaultPoint(text)
+        FaultPoint(text, POINTS)
