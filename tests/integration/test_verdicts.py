@@ -21,7 +21,7 @@ from tests.integration.attack_bench import MIB, Bench, nothing_left
 
 pytestmark = [pytest.mark.engine, pytest.mark.unseen, pytest.mark.timeout(3000)]
 REPEATS = int(os.environ.get("TEST_VERDICT_REPEATS", "1"))
-_AT_ONCE = 3
+_AT_ONCE = 2
 """Repetitions of the whole; more would only wait for each other."""
 HOG = "dd if=/dev/zero of=/dev/null bs=300M count=1"
 
