@@ -60,7 +60,7 @@ class WorkDirs:
         return [entry for entry in found if datetime.fromtimestamp(entry.lstat().st_ctime, UTC) < instant]
 
     def remove_salvaged(self, path: Path) -> None:
-        shutil.rmtree(path)
+        remove_tree(path)
 
     def remove_log(self, id_: AttemptId) -> None:
         self.log(id_).unlink(missing_ok=True)

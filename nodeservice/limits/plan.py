@@ -20,7 +20,7 @@ and go beside the task, and the limit that the task meets must be the one that i
 HOST_PIDS_SHARE = 0.1
 """Of the processes that this host can have at all, what no task may take."""
 
-HOST_WORK_WEIGHT = 10
+HOST_WORK_WEIGHT = 4
 """How much more a CPU of the tasks weighs than one busy thread of the host.
 
 What the host needs is reserved by the quota on each node. Beyond that its work gives way to what was promised, also work

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.unseen, pytest.mark.timeout(3000)]
 REPEATS = int(os.environ.get("TEST_VERDICT_REPEATS", "1"))
 ENDS_TOGETHER = host_cgroup_version() == 2
 """There the kernel ends all of a task that runs out of memory."""
-_AT_ONCE = 3
+_AT_ONCE = 2
 """Repetitions of the whole; more would only wait for each other."""
 HOG = "dd if=/dev/zero of=/dev/null bs=300M count=1"
 
