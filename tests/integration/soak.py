@@ -235,7 +235,7 @@ async def soak(
             shutil.copytree(
                 cluster.home,
                 f"{cluster.home}-broken",
-                ignore=shutil.ignore_patterns("data", "exec", "objects", "*.sock"),
+                ignore=shutil.ignore_patterns("data", "exec", "objects", "*.sock*"),
             )
     story.seconds = round(time.monotonic() - began, 1)
     return story
