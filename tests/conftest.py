@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,8 +63,13 @@ def node_id(docker_client: docker.APIClient) -> Iterator[str]:
     """A node of this test's own. Whatever containers bear its label at the end are removed."""
     node = f"test-{uuid.uuid4().hex[:12]}"
     yield node
-    for entry in docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
-        docker_client.remove_container(entry["Id"], force=True, v=True)
+    give_up = time.monotonic() + 60
+    while left := docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
+        for entry in left:
+            with contextlib.suppress(docker.errors.APIError):  # it is just being removed
+                docker_client.remove_container(entry["Id"], force=True, v=True)
+        assert time.monotonic() < give_up, f"these stay: {left}"
+        time.sleep(0.05)
     for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node}.node"):
         with contextlib.suppress(FileNotFoundError):  # the engine is just removing the last of it
             remove_cgroup(cgroup)

@@ -103,6 +103,10 @@ class Driver:
         """All unfinished attempts, oldest first."""
         return [record for id_, record in self._records.items() if id_ not in self._finished]
 
+    def finished(self) -> list[TaskRecord]:
+        """All attempts that are over and still remembered."""
+        return [self._records[id_] for id_ in self._finished]
+
     def all_conditions(self) -> dict[str, str]:
         """The node's conditions, and what its tasks and its journal make of it."""
         found = {**self.conditions, **self._stuck_condition()}

@@ -17,6 +17,7 @@ from nodeservice.master.announce import announce
 from nodeservice.master.checks import check_address
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer
+from nodeservice.master.fault_points import armed
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.service import MasterServicer
@@ -47,7 +48,7 @@ class Master:
         state_dir = settings.state_dir.absolute()
         self._state_dir = state_dir
         self._results_dir = (settings.results_dir or state_dir / "results").absolute()
-        self._store = MasterStore(settings.database_url or sqlite_url(state_dir))
+        self._store = armed(MasterStore(settings.database_url or sqlite_url(state_dir)), "store")
         self._dialer = NodeDialer(settings.dial_credentials)
         self._book = TaskBook(self._store, clock)
         self._nodes = NodeRegistry(

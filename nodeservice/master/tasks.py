@@ -295,10 +295,22 @@ class TaskBook:
         return replace(row, state=state, reason=reason, message=message, phase="", finished_at_ms=self._clock.unix_ms())
 
     async def _save(self, rows: Sequence[TaskRow], requests: Mapping[Key, Request] | None = None) -> None:
-        """Store first, then memory, then wake whoever waits."""
+        """Store first, then memory, then wake whoever waits.
+
+        A caller that is cancelled meanwhile (its client hung up) leaves both or none: the write goes on in its thread.
+        """
         if not rows:
             return
-        await self._store.save_tasks(rows)
+        saving = asyncio.ensure_future(self._store.save_tasks(rows))
+        cancelled: asyncio.CancelledError | None = None
+        while not saving.done():
+            try:
+                await asyncio.wait({saving})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        failure = saving.exception()
+        if failure is not None:
+            raise cancelled or failure
         self._requests.update(requests or {})
         for row in rows:
             self._last_sequence = max(self._last_sequence, row.sequence)
@@ -309,6 +321,8 @@ class TaskBook:
                 self._open[row.key] = row
         self._changed.set()
         self._changed = asyncio.Event()
+        if cancelled is not None:
+            raise cancelled
 
 
 def _fingerprint(task: pb.Task) -> bytes:

@@ -23,6 +23,7 @@ _CONNECT_SECONDS = 5.0
 _GPU_DRIVER = "proc/driver/nvidia/version"
 _SYSTEMD = 1
 """It listens in the place of an engine that it starts when asked, which then has this PATH and the host's root."""
+_DOCKER_PIDFILE = "run/docker.pid"
 _SYSTEMD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -51,8 +52,7 @@ def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> Engine
     with connection:
         if endpoint.socket_path is None:
             return unknown
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, _, _ = _CREDENTIALS.unpack(credentials)
+        pid = _listener(connection)
     place = root / "proc" / str(pid)
     try:
         process = _of(place, root, unknown)
@@ -63,6 +63,28 @@ def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> Engine
         return replace(process, root=own_root, has_gpu_hook=has_program(GPU_HOOK, path, own_root))
     except OSError:
         return process
+
+
+def peer_pid(connection: socket.socket, *, root: Path = Path("/")) -> int | None:
+    """The engine's process at the other end of a Unix socket; None where that cannot be told.
+
+    Where systemd listens in its place, Docker's own pid file names it (dockerd(8), --pidfile).
+    """
+    pid = _listener(connection)
+    if pid != _SYSTEMD:
+        return pid or None  # 0: it lives outside of our pid namespace
+    try:
+        named = int((root / _DOCKER_PIDFILE).read_text(encoding="ascii"))
+        is_docker = (root / "proc" / str(named) / "comm").read_text(encoding="ascii").strip() == "dockerd"
+    except (OSError, ValueError):
+        return None
+    return named if is_docker else None
+
+
+def _listener(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(credentials)[0]
+    return pid
 
 
 def has_program(name: str, path: str, root: Path) -> bool:

@@ -94,11 +94,23 @@ def test_what_is_taken_out_of_its_quota_is_noticed(volume: Machine) -> None:
     assert told["reason"] == "DISK_LIMIT", told
 
 
+def test_a_crash_starts_no_program_of_the_host(volume: Machine) -> None:
+    """Where core files are piped to a program, a limit of 0 does not keep the kernel from starting it, as root."""
+    volume.run(
+        "printf '#!/bin/sh\\nwc -c >/tmp/core-bytes\\n' >/tmp/handler\nchmod +x /tmp/handler\n"
+        "cat /proc/sys/kernel/core_pattern >/tmp/pattern\necho '|/tmp/handler' >/proc/sys/kernel/core_pattern"
+    )
+    told = run_there(volume, "sleep 1; kill -SEGV $$")
+    left = volume.run("cat /tmp/pattern >/proc/sys/kernel/core_pattern\nls /tmp/core-bytes", check=False)
+    assert told["exit_code"] == 139, told
+    assert "No such file" in left.stderr
+
+
 def run_there(machine: Machine, script: str) -> Any:
     """One task of 8 MiB disk, its state on the volume."""
     options = "--json --results /volume/results --memory 64m --cpus 0.8 --disk 8m --timeout 300s"
     command = f"HOME=/volume/home python3 -m nodeservice run {options} nodeservice/demo -- sh -c '{script}' </dev/null"
-    return machine.json(f"mkdir -p /volume/home\n{command}", codes=(0, 1, 4, 74, 124, 137, 143))
+    return machine.json(f"mkdir -p /volume/home\n{command}", codes=(0, 1, 4, 74, 124, 137, 139, 143))
 
 
 @pytest.fixture(scope="module")
