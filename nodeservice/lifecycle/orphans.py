@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 
 import structlog
@@ -36,19 +35,19 @@ class Orphans:
     def __init__(self, context: Context, driver: Driver) -> None:
         self._context = context
         self._driver = driver
-        self._first_seen: dict[tuple[str, str], datetime] = {}
+        self._first_seen: dict[tuple[str, str], float] = {}
 
     async def sweep(self) -> None:
         """One round. Raises as the runtime does where containers can't be listed."""
         containers = await self._context.runtime.list_owned(self._context.settings.worker_id)
         files = await self._files({identity(container) for container in containers})
         found = [*self._containers(containers), *await self._cgroups(), *files]
-        now = self._context.clock.now()
+        now = self._context.clock.elapsed()
         seen = {(orphan.kind, orphan.name): orphan for orphan in found}
         before = self._first_seen
         self._first_seen = {key: before.get(key, now) for key in seen}
         for key, orphan in seen.items():
-            age_seconds = (now - self._first_seen[key]).total_seconds()
+            age_seconds = now - self._first_seen[key]
             if key in before and age_seconds >= self._context.settings.orphan_grace_seconds:
                 await self._remove(orphan, age_seconds)
 

@@ -16,6 +16,7 @@ from nodeservice.core.model import AttemptId, Phase
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import AgeClock
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +27,7 @@ class Retention:
     def __init__(self, context: Context, driver: Driver) -> None:
         self._context = context
         self._driver = driver
+        self._present = AgeClock(context.clock)
         self._tidied: set[AttemptId] = set()
 
     async def sweep(self) -> None:
@@ -41,7 +43,7 @@ class Retention:
         keep_seconds = context.settings.results_retention_seconds
         if keep_seconds is None:
             return
-        before = context.clock.now() - timedelta(seconds=keep_seconds)
+        before = self._present.now() - timedelta(seconds=keep_seconds)
         only_moved = context.fallback is not None
         for id_ in await asyncio.to_thread(context.folder.stored_before, before, only_moved=only_moved):
             if self._is_finished_or_unknown(id_):
@@ -51,7 +53,7 @@ class Retention:
         keep_seconds = self._context.settings.salvage_retention_seconds
         if keep_seconds is None:
             return
-        before = self._context.clock.now() - timedelta(seconds=keep_seconds)
+        before = self._present.now() - timedelta(seconds=keep_seconds)
         for path in await asyncio.to_thread(self._context.dirs.salvaged_before, before):
             await self._remove("salvage", path.name, partial(self._context.dirs.remove_salvaged, path))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from datetime import timedelta
 
 import structlog
 
@@ -11,6 +10,7 @@ from nodeservice.core import events as ev
 from nodeservice.core.model import PullPolicy, Reason, TaskRecord
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.patience import Patience
 from nodeservice.lifecycle.steps.failure import reason_of
 from nodeservice.ports import PulledImage
 
@@ -35,7 +35,7 @@ async def fetch(context: Context, record: TaskRecord, name: str, *, policy: Pull
     NodeFaultError, or the last TransientError.
     """
     settings, clock = context.settings, context.clock
-    give_up_at = record.timings[-1].started_at + timedelta(seconds=settings.pull_timeout_seconds)
+    patience = Patience(clock, settings.pull_timeout_seconds, since=record.timings[-1].started_at)
     failures = 0
     while True:
         try:
@@ -43,7 +43,7 @@ async def fetch(context: Context, record: TaskRecord, name: str, *, policy: Pull
         except TransientError as error:
             failures += 1
             log.warning("image.pull_failed", task_id=record.id.task_id, image=name, failures=failures, error=str(error))
-            if failures >= settings.pull_attempt_count or clock.now() >= give_up_at:
+            if failures >= settings.pull_attempt_count or patience.is_over:
                 message = f"gave up after {failures} tries: {error.message}"
                 raise TransientError(message, reason=error.reason, hint=error.hint) from error
             await clock.sleep(settings.step_backoff.delay(failures, random.random()))  # noqa: S311
