@@ -44,7 +44,7 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
                 )
                 if kept is not None:
                     return kept
-            pause, left = _pause(context, failures), settings.upload_give_up_seconds - waited
+            pause, left = _pause(context, failures), patience.left_seconds
             # The last try is at the limit, not one long pause after it.
             await context.clock.sleep(min(pause, left) if left > 0 else pause)
 
