@@ -13,13 +13,16 @@ from pathlib import Path
 
 import docker
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.testing.false_driver import FalseDriver, Machine
 from nodeservice.testing.false_driver.build import compiler
 
-settings.register_profile("fast", max_examples=15)  # for make test-fast; the whole run uses the default
+# No example has a time limit: how fast a machine is, is not what these tests are about.
+settings.register_profile("fast", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("whole")
 
 pytest.register_assert_rewrite("tests.integration.attack_bench")
 
