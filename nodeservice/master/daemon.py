@@ -50,7 +50,7 @@ class Master:
         self._results_dir = (settings.results_dir or state_dir / "results").absolute()
         self._store = armed(MasterStore(settings.database_url or sqlite_url(state_dir)), "store")
         self._dialer = NodeDialer(settings.dial_credentials)
-        self._book = TaskBook(self._store, clock)
+        self._book = TaskBook(self._store, clock, node_retries=settings.node_loss_retries)
         self._nodes = NodeRegistry(
             self._store,
             self._dialer,
@@ -74,6 +74,7 @@ class Master:
             opened.push_async_callback(self._dialer.close)
             await self._listen(opened)
             await self._listen_http(opened)
+            self._spawn(opened, self._nodes.run(), "nodes")
             self._spawn(opened, self._scheduler.run(), "scheduler")
             if self.settings.nodes:
                 self._announce(opened)

@@ -32,11 +32,15 @@ class MemoryMasterStore:
         return sorted((row for row in self.rows.values() if not row.state.is_final), key=lambda row: row.sequence)
 
     async def newest_tasks(self, limit: int) -> list[TaskRow]:
-        return sorted(self.rows.values(), key=lambda row: -row.sequence)[:limit]
+        newest = {row.task_id: row for row in sorted(self.rows.values(), key=lambda row: row.sequence)}
+        return sorted(newest.values(), key=lambda row: -row.sequence)[:limit]
 
     async def find_task(self, task_id: str, attempt: int | None = None) -> TaskRow | None:
         found = [row for row in self.rows.values() if row.task_id == task_id and attempt in (None, row.attempt)]
-        return max(found, key=lambda row: row.attempt, default=None)
+        return max(found, key=lambda row: row.sequence, default=None)
+
+    async def attempts(self, task_id: str) -> list[TaskRow]:
+        return sorted((row for row in self.rows.values() if row.task_id == task_id), key=lambda row: row.attempt)
 
     async def last_sequence(self) -> int:
         return max((row.sequence for row in self.rows.values()), default=0)
