@@ -6,6 +6,7 @@ CAP_SYS_RESOURCE), capabilities(7), systemd.exec(5) (the PATH of a service).
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -43,11 +44,15 @@ class EngineProcess:
 
 
 def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> EngineProcess:
-    """Blocks shortly. All of the process unknown where the engine listens on TCP, or it can't be seen."""
+    """Blocks shortly. All of the process unknown where the engine listens on TCP, or it can't be seen.
+
+    Raises OSError where this process is out of descriptors: what is not known for now must not be taken for unknown.
+    """
     unknown = EngineProcess(root=root, has_gpu_driver=(root / _GPU_DRIVER).exists())
     try:
         connection = endpoint.connect(timeout_seconds=_CONNECT_SECONDS)
-    except OSError:
+    except OSError as error:
+        _raise_if_out_of_descriptors(error)
         return unknown
     with connection:
         if endpoint.socket_path is None:
@@ -56,13 +61,20 @@ def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> Engine
     place = root / "proc" / str(pid)
     try:
         process = _of(place, root, unknown)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        _raise_if_out_of_descriptors(error)
         return unknown
     try:
         own_root, path = (root, _SYSTEMD_PATH) if pid == _SYSTEMD else (place / "root", _path(place))
         return replace(process, root=own_root, has_gpu_hook=has_program(GPU_HOOK, path, own_root))
-    except OSError:
+    except OSError as error:
+        _raise_if_out_of_descriptors(error)
         return process
+
+
+def _raise_if_out_of_descriptors(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
 
 
 def peer_pid(connection: socket.socket, *, root: Path = Path("/")) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import docker
 import psutil
 import pytest
 
-from nodeservice.daemon.fault_points import VARIABLE
+from nodeservice.fault_points import VARIABLE
 from tests.integration.docker_daemon import IMAGE
 from tests.integration.engine_proxy import EngineProxy
 from tests.integration.node_process import NodeProcess
@@ -41,6 +42,12 @@ async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
 
 
 @pytest.fixture
+def task() -> str:
+    """An id that no other test on this engine has: its container is called by it."""
+    return f"t-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
 async def node(tmp_path: Path, node_id: str, demo_image: str, master: OldMaster) -> AsyncIterator[NodeProcess]:
     """Not started yet."""
     made = NodeProcess(tmp_path / "node", node_id, ("--master", f"127.0.0.1:{master.port}"), dict(QUICK))
@@ -59,46 +66,46 @@ async def reason_of(node: NodeProcess, task_id: str) -> str:
 
 
 async def test_a_create_whose_answer_was_lost_makes_one_container_that_runs_once(
-    node: NodeProcess, proxy: EngineProxy, master: OldMaster, tmp_path: Path
+    task: str, node: NodeProcess, proxy: EngineProxy, master: OldMaster, tmp_path: Path
 ) -> None:
     node.env["NODESERVICE_DOCKER_HOST"] = proxy.url
     await node.start()
     proxy.loses_next_create = True
     async with OldClient(node.address) as client:
-        assert (await client.assign(task_id="t", command="echo ran >> /results/ran")).success
-        assert (await master.report_of("t")).status == "success"
+        assert (await client.assign(task_id=task, command="echo ran >> /results/ran")).success
+        assert (await master.report_of(task)).status == "success"
     assert not proxy.loses_next_create
-    assert (tmp_path / "node/results/t/1/ran").read_text() == "ran\n"
-    assert master.count("t") == 1
+    assert (tmp_path / f"node/results/{task}/1/ran").read_text() == "ran\n"
+    assert master.count(task) == 1
 
 
 async def test_an_exit_that_no_event_tells_is_found_by_the_look_at_the_list(
-    node: NodeProcess, proxy: EngineProxy, master: OldMaster
+    task: str, node: NodeProcess, proxy: EngineProxy, master: OldMaster
 ) -> None:
     proxy.hides_events = True
     node.env["NODESERVICE_DOCKER_HOST"] = proxy.url
     await node.start()
     async with OldClient(node.address) as client:
-        assert (await client.assign(task_id="t", command="sleep 0.5; exit 3")).success
-        assert (await master.report_of("t", 20)).status == "failed"
-    assert await reason_of(node, "t") == "EXIT_NONZERO"
+        assert (await client.assign(task_id=task, command="sleep 0.5; exit 3")).success
+        assert (await master.report_of(task, 20)).status == "failed"
+    assert await reason_of(node, task) == "EXIT_NONZERO"
 
 
 async def test_an_engine_that_cannot_be_reached_for_a_while_is_not_the_end_of_a_task_that_exits_137_by_itself(
-    node: NodeProcess, proxy: EngineProxy, master: OldMaster, docker_client: docker.APIClient
+    task: str, node: NodeProcess, proxy: EngineProxy, master: OldMaster, docker_client: docker.APIClient
 ) -> None:
     node.env["NODESERVICE_DOCKER_HOST"] = proxy.url
     await node.start()
     async with OldClient(node.address) as client:
-        assert (await client.assign(task_id="t", command="sleep 1.5; exit 137")).success
+        assert (await client.assign(task_id=task, command="sleep 1.5; exit 137")).success
         async with asyncio.timeout(20):
-            while not docker_client.containers(filters={"name": "nodeservice.t.1"}):
+            while not docker_client.containers(filters={"name": f"nodeservice.{task}.1"}):
                 await asyncio.sleep(0.02)
         await proxy.down()
         await asyncio.sleep(2)
         await proxy.up()
-        assert (await master.report_of("t", 20)).status == "failed"
-    assert await reason_of(node, "t") == "EXIT_NONZERO"
+        assert (await master.report_of(task, 20)).status == "failed"
+    assert await reason_of(node, task) == "EXIT_NONZERO"
 
 
 PHASES = {
@@ -111,20 +118,20 @@ PHASES = {
 
 @pytest.mark.parametrize("point", PHASES)
 async def test_a_container_that_somebody_removes_is_told_as_lost_where_its_end_is_not_known_yet(
-    point: str, node: NodeProcess, master: OldMaster, docker_client: docker.APIClient
+    task: str, point: str, node: NodeProcess, master: OldMaster, docker_client: docker.APIClient
 ) -> None:
     node.env[VARIABLE] = f"{point}:stop"
     await node.start()
     async with OldClient(node.address) as client:
-        assert (await client.assign(task_id="t", command="sleep 0.2")).success
+        assert (await client.assign(task_id=task, command="sleep 0.2")).success
         await frozen(node)
-        docker_client.remove_container("nodeservice.t.1", force=True)
+        docker_client.remove_container(f"nodeservice.{task}.1", force=True)
         node.thaw()
-        report = await master.report_of("t", 30)
-        assert (report.status, await reason_of(node, "t")) == PHASES[point]
-        assert (await client.assign(task_id="next", command="true")).success
-        assert (await master.report_of("next", 30)).status == "success"
-    assert master.count("t") == 1
+        report = await master.report_of(task, 30)
+        assert (report.status, await reason_of(node, task)) == PHASES[point]
+        assert (await client.assign(task_id=f"{task}-next", command="true")).success
+        assert (await master.report_of(f"{task}-next", 30)).status == "success"
+    assert master.count(task) == 1
 
 
 async def frozen(node: NodeProcess) -> None:

@@ -152,8 +152,9 @@ async def test_an_image_that_somebody_removes_between_pull_and_create_is_pulled_
     try:
         proxy.before_next_create = lambda: docker_client.remove_image(images[0])
         async with OldClient(node.address) as client:
-            assert (await client.assign(task_id="t", docker_image=images[0], command="echo it ran")).success
-            report = await master.report_of("t")
+            task_id = f"t-{uuid.uuid4().hex[:8]}"
+            assert (await client.assign(task_id=task_id, docker_image=images[0], command="echo it ran")).success
+            report = await master.report_of(task_id)
     finally:
         await node.stop()
         await proxy.down()

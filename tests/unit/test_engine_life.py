@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -13,8 +14,9 @@ import pytest
 
 from nodeservice.errors import TransientError
 from nodeservice.ports import ContainerState
-from nodeservice.runtime.endpoint import resolve_endpoint
+from nodeservice.runtime.endpoint import Endpoint, resolve_endpoint
 from nodeservice.runtime.engine_life import Absence, EngineLife, EngineStart, read_start
+from nodeservice.runtime.engine_process import read_engine_process
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -204,3 +206,18 @@ def test_the_start_of_a_process_is_read_and_one_that_is_not_there_is_none() -> N
     assert again is not None
     assert again.ticks == own.ticks
     assert read_start(2**22 + 1) is None
+
+
+@pytest.mark.parametrize(("number", "is_raised"), [(errno.EMFILE, True), (errno.ENFILE, True), (errno.EACCES, False)])
+def test_being_out_of_descriptors_does_not_make_the_engines_limits_unknown(
+    number: int, is_raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_endpoint: Endpoint, *, timeout_seconds: float) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Endpoint, "connect", refuse)
+    if is_raised:
+        with pytest.raises(OSError, match="open files"):
+            read_engine_process(resolve_endpoint("unix:///e.sock"))
+    else:
+        assert read_engine_process(resolve_endpoint("unix:///e.sock")).open_files_max is None
