@@ -123,6 +123,11 @@ def claim(attempts: Sequence[TaskRow], row: TaskRow, worker_id: str) -> Claim:
     return Claim.TAKE_BACK if is_its_own and _may_come_back(attempts, row) else Claim.RECALL
 
 
+def recalled(row: TaskRow) -> TaskRow:
+    """Its node is told to end it; written down before."""
+    return replace(row, cancel_requested=True)
+
+
 def take_back(attempts: Sequence[TaskRow], row: TaskRow, phase: str, *, moment: Moment) -> tuple[TaskRow, ...]:
     """The lost attempt goes on where it was; only after `claim` said so."""
     back = replace(
@@ -139,7 +144,8 @@ def take_back(attempts: Sequence[TaskRow], row: TaskRow, phase: str, *, moment: 
 
 
 def _may_come_back(attempts: Sequence[TaskRow], row: TaskRow) -> bool:
-    return row.state is State.LOST and current(attempts).state is State.QUEUED
+    """Not once its node was told to end it: it may be ending."""
+    return row.state is State.LOST and not row.cancel_requested and current(attempts).state is State.QUEUED
 
 
 def _dropped(attempts: Sequence[TaskRow], row: TaskRow, moment: Moment) -> TaskRow:

@@ -46,6 +46,7 @@ class TaskRow:
     accepted: bool = False
     """The node has answered AssignTask with success: it has the task durably."""
     cancel_requested: bool = False
+    """By a client; of a LOST one by us, when its node came back too late."""
     phase: str = ""
     reason: str = ""
     message: str = ""

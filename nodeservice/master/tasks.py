@@ -7,8 +7,9 @@ orders the changes, so that a check and the write that follows it see the same r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -38,6 +39,8 @@ class TaskBook:
         self._clock = clock
         self._node_retries = node_retries
         self._lock = asyncio.Lock()
+        self._in_doubt: set[str] = set()
+        """Tasks of which a write failed. A database may have taken it, and only its answer was lost."""
         self._open: dict[Key, TaskRow] = {}
         self._requests: dict[Key, Request] = {}
         self._last_sequence = 0
@@ -105,7 +108,7 @@ class TaskBook:
         named.submitted_at = named.submitted_at or now_ms // 1000
         request = check_task(named)
         attempt = named.attempt if named.HasField("attempt") else 1
-        async with self._lock:
+        async with self._changing():
             known = await self.attempts(named.task_id)
             if known and attempt <= known[-1].attempt:
                 return submitted_before(named, attempt, known)
@@ -129,7 +132,7 @@ class TaskBook:
 
     async def request_cancel(self, row: TaskRow) -> TaskRow:
         """A queued attempt ends at once; an assigned one is marked, to be passed on. Returns what it is now."""
-        async with self._lock:
+        async with self._changing():
             current = self._open.get(row.key)
             if current is None:
                 return await self._store.find_task(*row.key) or row
@@ -145,7 +148,7 @@ class TaskBook:
     async def assign(self, choices: Sequence[tuple[Key, str]]) -> list[TaskRow]:
         """Write "ASSIGNED to W" before anything is sent. Attempts that are no longer queued are left out."""
         now_ms = self._clock.unix_ms()
-        async with self._lock:
+        async with self._changing():
             rows = [
                 replace(
                     row,
@@ -164,20 +167,20 @@ class TaskBook:
 
     async def accepted(self, key: Key, worker_id: str) -> None:
         """The node has it durably."""
-        async with self._lock:
+        async with self._changing():
             row = self._held(key, worker_id)
             if row is not None and not row.accepted:
                 await self._save([replace(row, accepted=True, reason="", message="")])
 
     async def unaccepted(self, keys: Iterable[Key]) -> None:
         """The node no longer lists them: they are to be offered to it again."""
-        async with self._lock:
+        async with self._changing():
             rows = [row for key in keys if (row := self._open.get(key)) is not None and row.accepted]
             await self._save([replace(row, accepted=False) for row in rows])
 
     async def refused(self, key: Key, worker_id: str, *, reason: str, message: str, final: bool) -> None:
         """The node does not take it: back to the queue, or REJECTED when `final`; CANCELLED where that was asked."""
-        async with self._lock:
+        async with self._changing():
             row = self._held(key, worker_id)
             if row is None:
                 return
@@ -194,7 +197,7 @@ class TaskBook:
     async def reject(self, refusals: Mapping[Key, tuple[str, str]]) -> None:
         """Queued attempts that no node can ever hold: reason and message of each."""
         now_ms = self._clock.unix_ms()
-        async with self._lock:
+        async with self._changing():
             await self._save(
                 [
                     course.rejected(row, reason, message, now_ms=now_ms)
@@ -205,7 +208,7 @@ class TaskBook:
 
     async def lose(self, key: Key, worker_id: str, message: str) -> None:
         """The node is given up: another attempt follows, unless a cancellation was asked for or all retries are used."""
-        async with self._lock:
+        async with self._changing():
             row = self._held(key, worker_id)
             if row is None:
                 return
@@ -237,7 +240,7 @@ class TaskBook:
 
     async def note_phases(self, worker_id: str, phases: Mapping[Key, str]) -> None:
         """What a heartbeat says of the node's attempts; written only where something changed."""
-        async with self._lock:
+        async with self._changing():
             rows = [
                 replace(row, state=State.RUNNING, accepted=True, phase=phase, reason="", message="")
                 for key, phase in phases.items()
@@ -250,7 +253,7 @@ class TaskBook:
 
         The resources of the attempt are free from here on, once, however often the report comes.
         """
-        async with self._lock:
+        async with self._changing():
             attempts = await self.attempts(result.task_id)
             own = [row for row in attempts if row.worker_id == result.worker_id]
             attempt = result.attempt if result.HasField("attempt") else own[-1].attempt if own else 1
@@ -280,7 +283,7 @@ class TaskBook:
         `attempt` None is the last that it held. Returns the attempt if the node shall end it; what is not known here is left
         alone.
         """
-        async with self._lock:
+        async with self._changing():
             attempts = await self.attempts(task_id)
             of_node = [row.attempt for row in attempts if row.worker_id == worker_id]
             wanted = of_node[-1] if attempt is None and of_node else attempt
@@ -298,6 +301,8 @@ class TaskBook:
                     worker_id=worker_id,
                     dropped_attempt=changed[1].attempt,
                 )
+            elif claim is Claim.RECALL and row.state is State.LOST and not row.cancel_requested:
+                await self._save([course.recalled(row)])
             return row if claim is Claim.RECALL else None
 
     async def _keep_orphan(self, result: pb.TaskResult, attempt: int) -> None:
@@ -313,6 +318,18 @@ class TaskBook:
         )
 
     # ---- inside the lock ------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _changing(self) -> AsyncIterator[None]:
+        """One change at a time, and none before memory and store agree."""
+        async with self._lock:
+            for task_id in tuple(self._in_doubt):
+                stored = await self._store.attempts(task_id)
+                for key in [key for key in self._open if key[0] == task_id]:
+                    del self._open[key], self._requests[key]
+                self._remember(stored)
+                self._in_doubt.discard(task_id)
+            yield
 
     def _held(self, key: Key, worker_id: str) -> TaskRow | None:
         row = self._open.get(key)
@@ -340,6 +357,7 @@ class TaskBook:
                 cancelled = error
         failure = saving.exception()
         if failure is not None:
+            self._in_doubt.update(row.task_id for row in rows)
             raise cancelled or failure
         self._remember(rows)
         self._changed.set()

@@ -18,11 +18,15 @@ class MemoryMasterStore:
         self.gate = asyncio.Event()
         self.gate.set()
         self.fails = False
+        self.forgets_to_answer = False
+        """A write is done, and the call fails all the same."""
 
     async def save_tasks(self, rows: Sequence[TaskRow]) -> None:
         await self.gate.wait()
         self._check()
         self.rows |= {row.key: row for row in rows}
+        if self.forgets_to_answer:
+            raise TransientError("the master's database does not answer: gone", reason="STORE_UNAVAILABLE")
 
     async def save_orphan(self, row: OrphanRow) -> None:
         self._check()

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nodeservice.errors import TransientError
-from nodeservice.master.attempts import SURROUNDINGS, Budget, Claim, Taken, claim, current, retry_of
+from nodeservice.master.attempts import SURROUNDINGS, Budget, Claim, Taken, claim, current, recalled, retry_of
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.reconcile import MISSES, Reconciler
 from nodeservice.master.rows import Key, State, TaskRow
@@ -63,7 +63,9 @@ class World:
     async def step(self, what: str, one: int, other: int) -> None:
         with contextlib.suppress(TransientError):
             await getattr(self, f"_{what}")(one, other)
-        self.store.fails = False
+        self.store.fails = self.store.forgets_to_answer = False
+        async with self.book._changing():
+            pass
 
     async def start(self) -> None:
         self.book = TaskBook(self.store, MasterClock(), node_retries=NODE_RETRIES)  # type: ignore[arg-type]
@@ -145,8 +147,8 @@ class World:
         await self.start()
 
     async def _fail_next(self, one: int, other: int) -> None:
-        """The store takes nothing during one step; whoever reported or offered does so again."""
-        self.store.fails = True
+        """The store takes nothing during one step, or takes it and does not say so; whoever asked does so again."""
+        self.store.fails, self.store.forgets_to_answer = other % 2 == 0, other % 2 == 1
         await getattr(self, f"_{STEPS[one % len(STEPS)]}")(other, other)
 
     # ---- what always holds ------------------------------------------------------------------------------------------------
@@ -233,6 +235,12 @@ def _bytes(row: TaskRow) -> bytes:
         ("report", 0, 0),
     ]
 )
+@example(  # recalled, and then the next attempt is queued again: what ends by our own wish is not taken back
+    [
+        ("assign", 2, 0), ("offer", 0, 1), ("lose", 0, 0), ("assign", 2, 1), ("offer", 0, 1), ("beat", 0, 0), ("end", 1, 2),
+        ("report", 1, 1), ("beat", 0, 0),
+    ]
+)  # fmt: skip
 def test_whatever_happens_a_task_ends_once_by_one_report_and_within_its_budgets(
     steps: list[tuple[str, int, int]],
 ) -> None:
@@ -293,6 +301,7 @@ def test_only_the_node_that_lost_an_attempt_may_go_on_with_it() -> None:
     assert claim([lost, waiting], lost, "other") is Claim.RECALL
     given = replace(waiting, state=State.ASSIGNED, worker_id="other")
     assert claim([lost, given], lost, "w") is Claim.RECALL
+    assert claim([recalled(lost), waiting], recalled(lost), "w") is Claim.RECALL, "it may be ending"
     assert claim([lost, given], given, "w") is Claim.RECALL, "it has an attempt that it was never known to have taken"
 
 

@@ -54,3 +54,18 @@ async def test_a_write_that_fails_changes_nothing_in_memory(store: MemoryMasterS
     with pytest.raises(TransientError):
         await submit(book, "u")
     assert [(row.task_id, row.state) for row in book.open_rows()] == [("t", State.QUEUED)]
+
+
+async def test_a_write_whose_answer_was_lost_is_found_again(store: MemoryMasterStore, book: TaskBook) -> None:
+    store.forgets_to_answer = True
+    with pytest.raises(TransientError):
+        await submit(book)
+    store.forgets_to_answer = False
+    assert (await submit(book)).state is State.QUEUED
+    assert [row.key for row in book.open_rows()] == [("t", 1)]
+    store.forgets_to_answer = True
+    with pytest.raises(TransientError):
+        await book.assign([(("t", 1), "w")])
+    store.forgets_to_answer = False
+    await book.note_phases("w", {("t", 1): "RUNNING"})
+    assert [(row.state, row.worker_id) for row in book.open_rows()] == [(State.RUNNING, "w")]
