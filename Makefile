@@ -10,10 +10,10 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu demo demo-gpu lock clean
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu bench bench-quick demo demo-gpu lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv with the command .venv/bin/nodeservice (again only when the lock file changed)
 	@tools/setup.sh
@@ -55,6 +55,12 @@ test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a 
 
 test-gpu: setup ## Checks this machine's NVIDIA GPUs, changes no setting of theirs, writes evidence (options: GPU="--gpu UUID")
 	@$(BIN)/python tools/test_gpu.py $(GPU)
+
+bench: setup engine image minio ## Measure everything beside its baselines: JSON, tables and plots in build/bench (hours; calm machine)
+	@$(WITH_ENGINE) $(BIN)/python -m benchmarks run --out "$${BENCH_OUT:-build/bench/full.json}"
+
+bench-quick: setup engine image minio ## The same, smaller, in minutes; BENCH_OUT names the JSON
+	@$(WITH_ENGINE) $(BIN)/python -m benchmarks run --quick --out "$${BENCH_OUT:-build/bench/quick.json}"
 
 demo: setup engine image ## The main job, live: master, node and a batch of tasks
 	@DOCKER_HOST=$$(tools/engine.sh) $(BIN)/python tools/demo.py

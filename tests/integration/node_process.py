@@ -27,6 +27,8 @@ class NodeProcess:
     options: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     insecure: bool = True
+    module: str = "nodeservice"
+    """What python runs; another one may replace a part of the node first."""
     port: int = 0
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
@@ -44,7 +46,7 @@ class NodeProcess:
         self.starts += 1
         with self.log.open("wb") as stream:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "nodeservice", "serve", "--worker-id", self.worker_id,
+                sys.executable, "-m", self.module, "serve", "--worker-id", self.worker_id,
                 "--listen", f"127.0.0.1:{self.port}", *(("--insecure",) if self.insecure else ()),
                 "--state-dir", str(self.path / "state"), "--results-dir", str(self.path / "results"), *self.options,
                 stdout=stream, stderr=stream, stdin=asyncio.subprocess.DEVNULL,

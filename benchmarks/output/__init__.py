@@ -1,0 +1,1 @@
+"""Turns a result file into tables, plots and comparisons."""

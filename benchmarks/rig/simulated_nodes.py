@@ -1,0 +1,121 @@
+"""Many nodes in one process, as a master sees them over gRPC: they register, beat, and report every task as done at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from itertools import cycle, islice
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from nodeservice.wire import master_worker_pb2 as pb
+from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+
+AT_A_TIME = 32
+SERVING_COUNT = 10
+"""So many have room and a server of their own; all others are full, as most are in a cluster that is busy."""
+_ROOM = pb.Resources(cpu_milli=64_000, memory_bytes=2**38, disk_bytes=2**40)
+_FULL = pb.Resources(cpu_milli=1, memory_bytes=2**38, disk_bytes=2**40)
+
+
+class SimulatedNodes:
+    def __init__(self, master: str) -> None:
+        self._master = master
+        self._count = 0
+        self._next: Iterator[pb.Heartbeat] = iter(())
+        self._done: set[str] = set()
+        self._changed = asyncio.Condition()
+        self._serving = [_ServingNode(_name(number), self) for number in range(SERVING_COUNT)]
+
+    async def __aenter__(self) -> SimulatedNodes:
+        for node in self._serving:
+            await node.start()
+        self._channel = grpc.aio.insecure_channel(self._master)
+        self.stub: Any = pb_grpc.MasterWorkerStub(self._channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for node in self._serving:
+            await node.stop()
+        await self._channel.close(None)
+
+    async def register(self, count: int) -> None:
+        """Bring their number up to this, at least to those that serve."""
+        new = iter(range(self._count, count))
+
+        async def work() -> None:
+            for number in new:
+                port = self._serving[number % SERVING_COUNT].port
+                room = self._room(number)
+                info = pb.WorkerInfo(
+                    worker_id=_name(number), listen_address=f":{port}", allocatable=room, capacity=room
+                )
+                await self.stub.RegisterWorker(info, timeout=120)
+
+        await asyncio.gather(*(work() for _ in range(AT_A_TIME)))
+        self._count = count
+        rooms = ((number, self._room(number)) for number in range(count))
+        self._next = cycle([pb.Heartbeat(worker_id=_name(n), allocatable=room, free=room) for n, room in rooms])
+
+    async def beat(self, count: int) -> None:
+        """So many heartbeats, of one node after the other."""
+        beats = islice(self._next, count)
+
+        async def work() -> None:
+            for beat in beats:
+                ack = await self.stub.SendHeartbeat(beat, timeout=120)
+                if not ack.success:
+                    raise RuntimeError(f"the master does not know {beat.worker_id}")
+
+        await asyncio.gather(*(work() for _ in range(AT_A_TIME)))
+
+    async def reported(self, names: list[str]) -> None:
+        """Until all of them were reported and acknowledged."""
+        wanted = set(names)
+        async with asyncio.timeout(300), self._changed:
+            await self._changed.wait_for(lambda: wanted <= self._done)
+
+    async def note_done(self, task_id: str) -> None:
+        async with self._changed:
+            self._done.add(task_id)
+            self._changed.notify_all()
+
+    def _room(self, number: int) -> pb.Resources:
+        return _ROOM if number < SERVING_COUNT else _FULL
+
+
+class _ServingNode(pb_grpc.MasterWorkerServicer):
+    def __init__(self, worker_id: str, nodes: SimulatedNodes) -> None:
+        self._worker_id = worker_id
+        self._nodes = nodes
+        self._reports: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        pb_grpc.add_MasterWorkerServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(None)
+
+    async def AssignTask(self, request: pb.Task, context: Any) -> pb.TaskAck:  # noqa: N802
+        report = asyncio.create_task(self._report(request))
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+        return pb.TaskAck(success=True)
+
+    async def _report(self, task: pb.Task) -> None:
+        result = pb.TaskResult(
+            task_id=task.task_id, worker_id=self._worker_id, status="success", attempt=task.attempt or 1
+        )
+        while not (await self._nodes.stub.ReportTaskCompletion(result, timeout=120)).success:
+            await asyncio.sleep(0.01)
+        await self._nodes.note_done(task.task_id)
+
+
+def _name(number: int) -> str:
+    return f"simulated-{number:05d}"
