@@ -13,9 +13,11 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(4000)]
 
 ATTACKS = (
     "fork_bomb or memory_hog or hog_in_a_child or 137 or left_its_family or ignores_its_deadline or eight_busy or twenty"
-    " or shared_memory or ends_at_its_deadline or share_that_is_full or disk_filler"
+    " or shared_memory or ends_at_its_deadline or share_that_is_full"
 )
-"""With cgroupfs as the driver, a few of them: the kernel is the same, and only who makes the cgroups differs."""
+"""Without those that fill the disk: its root file system has quotas, so that they meet an error; see `volume`.
+
+With cgroupfs as the driver, a few of them: the kernel is the same, and only who makes the cgroups differs."""
 SOME = "fork_bomb or hog_in_a_child or left_its_family or eight_busy"
 HARD = {
     "CPU", "memory", "swap", "processes", "exclusive CPUs", "block I/O", "open files", "core files", "capabilities",
@@ -43,7 +45,7 @@ def test_the_contract_of_task_cgroups_holds_on_cgroup_v2(machine: Machine) -> No
     assert [reason for reason in ran.skipped if "v1" not in reason] == []
 
 
-@pytest.mark.parametrize(("driver", "attacks", "count"), [("systemd", ATTACKS, 23), ("cgroupfs", SOME, 4)])
+@pytest.mark.parametrize(("driver", "attacks", "count"), [("systemd", ATTACKS, 11), ("cgroupfs", SOME, 4)])
 def test_attacks_meet_their_limits_on_cgroup_v2(machine: Machine, driver: str, attacks: str, count: int) -> None:
     machine.set_cgroup_driver(driver)
     ran = machine.pytest("tests/integration/test_attacks.py", "-k", attacks, timeout_seconds=3000.0)
