@@ -108,7 +108,8 @@ async def go_through(path: Path, worker_id: str, point: str, action: str, docker
                 for task_id, (command, _) in ids.items():
                     await _insist(node, task_id, command=command)
                 cancelled = next(task_id for task_id in ids if task_id.startswith("is-cancelled"))
-                await asyncio.sleep(0.3)
+                # So that there is something to stop; however the node fares, it comes to that.
+                await master.until(lambda: _runs(master, cancelled) or master.count(cancelled) > 0, DONE_SECONDS)
                 await _insist(node, cancelled, command=None)
                 for task_id in ids:
                     await master.report_of(task_id, DONE_SECONDS)
@@ -177,6 +178,14 @@ async def _insist(node: NodeProcess, task_id: str, *, command: str | None) -> No
                 if answer.success or command is None:
                     return
         await asyncio.sleep(0.1)
+
+
+def _runs(master: OldMaster, task_id: str) -> bool:
+    return any(
+        task.task_id == task_id and task.status == "running"
+        for beat in master.heartbeats[-1:]
+        for task in beat.running_tasks
+    )
 
 
 def _left(docker_client: docker.APIClient, node: NodeProcess, *, kept: bool) -> list[str]:

@@ -37,7 +37,11 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     await asyncio.to_thread(context.dirs.prepare, id_)
     await _bound_disk(context, record)
     try:
+        # What passes (TransientError) is no failure of the task: the whole step is tried again.
         cgroup_parent = await context.cgroups.prepare(spec, record.lease.cpu_ids)
+    except (RequestError, NodeFaultError) as error:
+        return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
+    try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
         container_id = await _create(context, record, wanted)
     except (RequestError, NodeFaultError, TransientError) as error:
