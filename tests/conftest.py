@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,12 @@ settings.register_profile("whole", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("whole")
 
 pytest.register_assert_rewrite("tests.integration.attack_bench")
+
+# A shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP; programs that the tests start and
+# then interrupt would inherit that. A signal that is caught here is as deadly to them as one in a terminal.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_IMAGE = "nodeservice/demo:latest"
