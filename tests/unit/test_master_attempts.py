@@ -110,7 +110,13 @@ class World:
     async def _report(self, one: int, other: int) -> None:
         node = self.nodes[NODES[one % 3]]
         for key, result in sorted(node.outbox.items())[:1]:
-            taken = await self.book.complete(result)
+            unknown = self.store.rows[key].result is None
+            try:
+                taken = await self.book.complete(result)
+            except TransientError:
+                newest = current([row for row in self.store.rows.values() if row.task_id == key[0]])
+                self.decisive[key[0]] += unknown and newest.key == key and newest.result is not None
+                raise  # written, and the answer lost: this report ended the task, and comes again
             self.decisive[key[0]] += taken is Taken.ENDED
             assert taken is not Taken.ASIDE
             if other % 3:
@@ -234,6 +240,9 @@ def _bytes(row: TaskRow) -> bytes:
         ("report", 0, 0),
         ("report", 0, 0),
     ]
+)
+@example(  # the report is stored and its answer lost
+    [("assign", 0, 0), ("offer", 0, 0), ("end", 0, 0), ("fail_next", 5, 3), ("report", 0, 0)]
 )
 @example(  # recalled, and then the next attempt is queued again: what ends by our own wish is not taken back
     [
