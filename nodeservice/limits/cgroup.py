@@ -151,6 +151,9 @@ class KernelTaskCgroups:
             id_, lambda place: self._tree.readings(place) if self._tree.was_used(place) else nothing, nothing
         )
 
+    async def was_used(self, id_: AttemptId) -> bool:
+        return await self._look(id_, self._tree.was_used, False)
+
     async def usage(self, id_: AttemptId) -> Usage:
         return await self._look(id_, self._tree.usage, Usage())
 
@@ -274,6 +277,9 @@ class NoTaskCgroups:
 
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         return ()
+
+    async def was_used(self, id_: AttemptId) -> bool:
+        return False
 
     async def usage(self, id_: AttemptId) -> Usage:
         return Usage()

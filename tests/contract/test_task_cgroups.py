@@ -174,6 +174,8 @@ async def test_a_cgroup_in_which_nothing_ran_tells_no_usage(cgroups: KernelTaskC
     await cgroups.prepare(spec())
 
     assert await cgroups.usage(AttemptId("task", 1)) == Usage()
+    assert not await cgroups.was_used(AttemptId("task", 1))
+    assert not await cgroups.was_used(AttemptId("other", 1))
 
 
 async def test_an_unknown_attempt_has_no_limits_and_no_usage_and_is_removed_already(cgroups: KernelTaskCgroups) -> None:

@@ -45,6 +45,7 @@ class OwnEngine:
                  "--config-file", self.home / "daemon.json", "--data-root", self.data_root,
                  "--exec-root", self.home / "exec", "--pidfile", self.home / "pid", "--host", self.url,
                  "--bridge", "none", "--iptables=false", "--ip6tables=false"],
+                env=os.environ | {"PATH": f"{self.programs}:{os.environ['PATH']}"},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         give_up = time.monotonic() + START_SECONDS
@@ -57,6 +58,11 @@ class OwnEngine:
                     said = (self.home / "log").read_text(errors="replace")[-3000:]
                     raise AssertionError(f"dockerd does not serve:\n{said}") from error
                 time.sleep(0.02)
+
+    @property
+    def programs(self) -> Path:
+        """First on the PATH of the daemon and of all that it starts."""
+        return self.home / "bin"
 
     @property
     def data_root(self) -> Path:

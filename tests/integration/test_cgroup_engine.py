@@ -169,6 +169,7 @@ async def test_the_peak_stays_readable_after_the_container_and_nothing_is_left_a
     ) as container:
         assert container.wait() == 0
 
+    assert await cgroups.was_used(TASK)
     usage = await cgroups.usage(TASK)
     await cgroups.remove(TASK)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -24,6 +25,18 @@ SLEEPS = "exec sleep 600"
 OBEYS = "trap 'exit 0' TERM; while :; do sleep 0.05; done"
 IS_DEAF = "trap '' TERM; while :; do sleep 0.05; done"
 COUNTS = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 3"
+SLOW_RUNC = """#!/bin/sh
+{runc} "$@"
+code=$?
+for word in "$@"; do
+    if [ "$word" = start ]; then
+        tries=0
+        while [ ! -e {goes_on} ] && [ $tries -lt 600 ]; do sleep 0.05; tries=$((tries + 1)); done
+    fi
+done
+exit $code
+"""
+"""The command runs, and who asked for that hears of it late."""
 QUICK = {
     "NODESERVICE_RELIST_SECONDS": "1",
     "NODESERVICE_DEFAULT_GRACE_SECONDS": "1",
@@ -175,6 +188,40 @@ async def test_a_node_that_was_away_as_well_tells_the_same(tmp_path: Path) -> No
         "ends": ("failed", "EXIT_NONZERO", 3),
         "well": ("success", "COMPLETED", 0),
     }
+
+
+@pytest.mark.parametrize("then", ["true", "sleep 600"], ids=["ended", "still there"])
+@pytest.mark.parametrize("node_too", [False, True], ids=["engine", "engine and node"])
+async def test_a_task_whose_engine_was_killed_in_the_middle_of_its_start_is_not_run_twice(
+    tmp_path: Path, then: str, node_too: bool
+) -> None:
+    async with bench(tmp_path) as on:
+        goes_on = tmp_path / "goes-on"
+        on.engine.programs.mkdir()
+        slow = on.engine.programs / "runc"
+        slow.write_text(SLOW_RUNC.format(goes_on=goes_on, runc=shutil.which("runc")))
+        slow.chmod(0o755)
+        async with OldClient(on.node.address) as client:
+            command = f"echo ran >> /results/ran; {then}"
+            assert (await client.assign(task_id="begun", docker_image=IMAGE, command=command)).success
+        async with asyncio.timeout(30):
+            while not [*(tmp_path / "node/state").rglob("ran")]:
+                await asyncio.sleep(0.02)
+        await asyncio.to_thread(on.engine.crash)
+        if node_too:
+            await on.node.kill()
+        goes_on.touch()
+        await asyncio.to_thread(on.engine.start)
+        if node_too:
+            await on.node.start()
+        assert (await on.ended("begun"))["begun"][:2] == ("failed", "ENGINE_FAULT")
+        assert (tmp_path / "node/results/begun/1/ran").read_text() == "ran\n"
+        # What ends later finds nothing of the one before in its way.
+        async with OldClient(on.node.address) as client:
+            assert (await client.assign(task_id="after", docker_image=IMAGE, command="exit 3")).success
+        assert await on.ended("after") == {"after": ("failed", "EXIT_NONZERO", 3)}
+        with on.engine.client() as client:
+            assert not client.containers(all=True)
 
 
 async def test_while_the_engine_hangs_the_node_beats_takes_work_and_loses_nothing(tmp_path: Path) -> None:

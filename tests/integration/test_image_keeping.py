@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -129,14 +128,11 @@ async def test_a_node_frees_a_full_disk_of_the_images_that_it_pulled_and_of_no_o
     node.env |= BELOW_EVERY_DISK
     await node.start()
     async with asyncio.timeout(30):
-        while is_here(docker_client, images[0]):
+        while not (removed := [event for event in node.events() if event["event"] == "image.removed"]):
             await asyncio.sleep(0.05)
     await node.stop()
     assert [is_here(docker_client, image) for image in images] == [False, True, True]
-    [removed] = [
-        event for event in map(json.loads, node.log.read_text().splitlines()) if event["event"] == "image.removed"
-    ]
-    assert removed["image"] == [images[0]]
+    assert [event["image"] for event in removed] == [[images[0]]]
 
 
 async def test_an_image_that_somebody_removes_between_pull_and_create_is_pulled_again(

@@ -123,7 +123,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     try:
         if context.disk.holds_layers():
             await persist(context, lambda: _bound_layer(context, record, container_id))
-        state = await persist(context, lambda: context.runtime.start(container_id))
+        state = await persist(context, lambda: _start_once(context, record, container_id))
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
     await context.disk.add_layer(record.id, state.layer, state.beside)
@@ -148,6 +148,23 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         limits=receipt.as_dict(),
         not_enforced=receipt.not_enforced if state.is_running else (),
     )
+
+
+async def _start_once(context: Context, record: TaskRecord, container_id: str) -> ContainerState:
+    """Raises NodeFaultError (ENGINE_FAULT) for one that ran and whose engine, killed in the middle of its start, forgot it.
+
+    Docker hands a container to containerd before it notes the start; the next engine ends what it finds there, and shows a
+    container that never ran. The kernel's counts outlive both, and this service too.
+    """
+    if await context.cgroups.was_used(record.id):
+        state = await context.runtime.find(container_id)
+        if state is not None and not state.has_run:
+            raise NodeFaultError(
+                f"the engine was ended while it started {container_id[:12]}",
+                reason="ENGINE_FAULT",
+                hint="whether the command has run is not known, so it is not run again in this attempt",
+            )
+    return await context.runtime.start(container_id)
 
 
 def _inside(context: Context, container_id: str) -> Callable[[Sequence[str]], Awaitable[str]]:
