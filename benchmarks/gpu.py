@@ -49,6 +49,7 @@ def inspect(home: Path, gpus: Mapping[str, str]) -> dict[str, object]:
     return {
         kind: {
             "gpu_count": counts[kind],
+            "wall_seconds_least": round(min(wall for wall, _ in measured), 3),
             "wall_seconds_median": round(statistics.median(wall for wall, _ in measured), 3),
             "wall_seconds_max": round(max(wall for wall, _ in measured), 3),
             "cpu_seconds_median": round(statistics.median(cpu for _, cpu in measured), 3),

@@ -14,7 +14,9 @@ import json
 import os
 import platform
 import secrets
+import signal
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ async def measure(rounds: int) -> dict[str, Any]:
         finally:
             await node.stop()
             await master.stop()
+            for entry in engine.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]}):
+                engine.remove_container(entry["Id"], force=True, v=True)
             engine.close()
     ratios = [beside / alone for alone, beside, _ in rows]
     return {
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the node and its tasks end with it
     told = asyncio.run(measure(options.rounds))
     print(json.dumps(told, indent=2))
     if options.json:

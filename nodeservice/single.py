@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import structlog
 
-from nodeservice import daemon
 from nodeservice.config import NodeConfig
 from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
+from nodeservice.daemon.node import Node, build, working
+from nodeservice.daemon.settings import open_store
 from nodeservice.errors import ConfigError, NodeServiceError, TransientError
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
@@ -66,7 +67,7 @@ async def run_once(
     `config.state_dir` must be this run's own. Raises RequestError or CapacityError when refused, TransientError
     (ENGINE_UNAVAILABLE) when no engine answers.
     """
-    node = await daemon.build(config)
+    node = await build(config)
     interrupts = _Interrupts(node, say)
     manifest: list[Manifest] = []
 
@@ -82,10 +83,10 @@ async def run_once(
         try:
             async with asyncio.timeout(_ENGINE_SECONDS):
                 facts = await node.runtime.facts()
-            async with daemon.working(
+            async with working(
                 node,
                 uplink=_LocalUplink(),
-                store=daemon.open_store(config),
+                store=open_store(config),
                 facts=facts,
                 on_pull_progress=lambda _id: on_pull,
                 retries_kept_results=False,
@@ -127,7 +128,7 @@ class _Interrupts:
     One that comes before the task is accepted cancels it as soon as it is; one more then gives up altogether.
     """
 
-    def __init__(self, node: daemon.Node, say: Callable[[str], None]) -> None:
+    def __init__(self, node: Node, say: Callable[[str], None]) -> None:
         self._node = node
         self._say = say
         self._main = asyncio.current_task()
@@ -180,12 +181,12 @@ class _Interrupts:
                 await self._node.runtime.kill(record.container_id)
 
 
-async def _cancel(node: daemon.Node, id_: AttemptId, why: str) -> None:
+async def _cancel(node: Node, id_: AttemptId, why: str) -> None:
     stop = StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now(), message=why)
     await node.driver.request_stop(id_, stop)
 
 
-async def _follow(node: daemon.Node, record: TaskRecord, on_log: Callable[[bytes], None]) -> None:
+async def _follow(node: Node, record: TaskRecord, on_log: Callable[[bytes], None]) -> None:
     """Pass the log on as it comes, until all is cleaned up (or kept here for a store that is away).
 
     Where nobody takes the log any more, the task is cancelled, as a program in a pipe would end, and followed to its end.

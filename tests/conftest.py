@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import docker
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.testing.false_driver import FalseDriver, Machine
 from nodeservice.testing.false_driver.build import compiler
 
-settings.register_profile("fast", max_examples=15)  # for make test-fast; the whole run uses the default
+# No example has a time limit: how fast a machine is, is not what these tests are about.
+settings.register_profile("fast", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("whole")
 
 pytest.register_assert_rewrite("tests.integration.attack_bench")
+
+# A shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP; programs that the tests start and
+# then interrupt would inherit that. A signal that is caught here is as deadly to them as one in a terminal.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_IMAGE = "nodeservice/demo:latest"
@@ -62,8 +73,13 @@ def node_id(docker_client: docker.APIClient) -> Iterator[str]:
     """A node of this test's own. Whatever containers bear its label at the end are removed."""
     node = f"test-{uuid.uuid4().hex[:12]}"
     yield node
-    for entry in docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
-        docker_client.remove_container(entry["Id"], force=True, v=True)
+    give_up = time.monotonic() + 60
+    while left := docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
+        for entry in left:
+            with contextlib.suppress(docker.errors.APIError):  # it is just being removed
+                docker_client.remove_container(entry["Id"], force=True, v=True)
+        assert time.monotonic() < give_up, f"these stay: {left}"
+        time.sleep(0.05)
     for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node}.node"):
         with contextlib.suppress(FileNotFoundError):  # the engine is just removing the last of it
             remove_cgroup(cgroup)

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.." || exit 1
 # An engine with CDI, beside the host's own.
 tools/newer_docker.sh >/dev/null || say "The tests that need a Docker with CDI will be skipped."
 
-packages="docker-registry podman catatonit postgresql openssl gcc libc6-dev"
+packages="docker-registry podman catatonit postgresql openssl gcc libc6-dev e2fsprogs faketime"
 
 if [ ! -r /etc/debian_version ]; then
 	for tool in docker-registry podman openssl gcc; do

@@ -12,6 +12,7 @@ _COLORS = {
     "FAILED": "red",
     "REJECTED": "red",
     "CANCELLED": "yellow",
+    "LOST": "yellow",
     "RUNNING": "cyan",
     "ACTIVE": "green",
     "INACTIVE": "red",

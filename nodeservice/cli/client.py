@@ -90,6 +90,13 @@ def submit(
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     task_id: Annotated[str, typer.Option(help="Id. Default: the master makes one up.")] = "",
     attempt: Annotated[int | None, typer.Option(min=1, help="A retry of an ended task is a higher attempt.")] = None,
+    max_retries: Annotated[
+        int | None,
+        typer.Option(min=0, max=1000, help="New attempts after failures that are neither its own nor its node's."),
+    ] = None,
+    retry_own_failures: Annotated[
+        bool, typer.Option("--retry-own-failures", help="They are for its own failures too.")
+    ] = False,
     pull: Annotated[str, typer.Option(help="always, if-not-present or never.")] = "",
     target: Annotated[str, typer.Option(help="Only on the node with this worker id.")] = "",
     user: Annotated[str, typer.Option(help="On whose behalf.")] = "",
@@ -114,7 +121,7 @@ def submit(
                 uuids=gpu_uuid, memory=gpu_memory, sms=gpu_sms,
             ),
             timeout=timeout, grace=grace, pids=pids, env=tuple(env or ()), name=name, task_id=task_id, attempt=attempt,
-            pull=pull, target=target, user=user,
+            max_retries=max_retries, retry_own_failures=retry_own_failures, pull=pull, target=target, user=user,
             limits=limits_given(
                 wait_timeout=wait_timeout, pull_timeout=pull_timeout, total_timeout=total_timeout,
                 stop_signal=stop_signal, exclusive_cpus=exclusive_cpus, open_files=open_files, read_rate=read_rate,

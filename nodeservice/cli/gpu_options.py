@@ -12,7 +12,7 @@ import typer
 from nodeservice.cli.units import parse_bytes
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.gpus import GpuRequest, GpuShare
-from nodeservice.errors import RequestError, invalid_request
+from nodeservice.errors import RequestError
 
 Gpus = Annotated[
     str | None,
@@ -69,10 +69,10 @@ def gpus_asked(
     count, milli = (None, 0) if gpus is None else _count(gpus)
     share = GpuShare(milli=milli) if milli else None
     if sms is not None and memory is None:
-        raise invalid_request("--gpu-sms", "is given without --gpu-memory", "say how much memory too")
+        raise _refused("--gpu-sms", "is given without --gpu-memory", "say how much memory too")
     if memory is not None:
         if milli:
-            raise invalid_request("--gpu-memory", f"is given beside --gpus {gpus}", "give one of the two")
+            raise _refused("--gpu-memory", f"is given beside --gpus {gpus}", "give one of the two")
         share = GpuShare(memory_bytes=parse_bytes(memory, option="--gpu-memory"), sm_percent=_percent(sms))
     request = GpuRequest(
         model=model or "",
@@ -91,7 +91,7 @@ def gpus_asked(
         if option == "--gpu-memory" and memory is None:
             option = "--gpus"  # the part was asked for as a fraction
         what = error.message.removeprefix(error.field or "").strip()
-        raise invalid_request(option, what, error.hint or "") from error
+        raise _refused(option, what, error.hint or "") from error
     return GpuAsk(count=count, request=request)
 
 
@@ -103,7 +103,7 @@ def _count(text: str) -> tuple[int, int]:
         return int(number), 0
     if number is not None and number < 1 and number * 1000 == int(number * 1000):
         return 0, int(number * 1000)
-    raise invalid_request(
+    raise _refused(
         "--gpus", f"is {text[:40]!a}", "give a whole number, or a part of one GPU with at most three decimals"
     )
 
@@ -111,11 +111,15 @@ def _count(text: str) -> tuple[int, int]:
 def _capability(text: str) -> tuple[int, int]:
     found = _CAPABILITY.fullmatch(text.strip())
     if found is None:
-        raise invalid_request("--gpu-capability", f"is {text[:40]!a}", "give it as NVIDIA does, such as 9.0")
+        raise _refused("--gpu-capability", f"is {text[:40]!a}", "give it as NVIDIA does, such as 9.0")
     return int(found[1]), int(found[2])
 
 
 def _percent(sms: int | None) -> int:
     if sms is not None and not 1 <= sms <= 100:
-        raise invalid_request("--gpu-sms", f"is {sms}", "use 1 to 100, or leave it out")
+        raise _refused("--gpu-sms", f"is {sms}", "use 1 to 100, or leave it out")
     return sms or 0
+
+
+def _refused(option: str, what: str, remedy: str) -> RequestError:
+    return RequestError(f"{option} {what}", reason="INVALID_REQUEST", field=option.lstrip("-"), hint=remedy)

@@ -26,7 +26,7 @@ def inspect(
 
     from nodeservice.cli.inspect_view import render_seen, seen_as_dict
     from nodeservice.config import load_config
-    from nodeservice.daemon import look
+    from nodeservice.daemon.look import look
     from nodeservice.telemetry.logs import configure_logging
 
     configure_logging("error", "console")  # what there is to warn of stands in the answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nodeservice.cli.gpu_json import gpus_document
-from nodeservice.daemon import Seen
+from nodeservice.daemon.look import Seen
 from nodeservice.gpu.health import GpuState
 from nodeservice.limits.asked import ids_text
 from nodeservice.ports import Gpu

@@ -12,7 +12,7 @@ from rich.text import Text
 from nodeservice.cli.gpu_tables import driver_words, gpu_tables
 from nodeservice.cli.inspect_gpus import gpu_dicts
 from nodeservice.core.model import Resources
-from nodeservice.daemon import Seen
+from nodeservice.daemon.look import Seen
 from nodeservice.ports import DiskFacts, EngineFacts, HostFacts, NodeCapacity
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")

@@ -91,8 +91,20 @@ def master(
         str, typer.Option(envvar="NODESERVICE_HEARTBEAT_TIMEOUT", help="A node silent for so long is inactive.")
     ] = "30s",
     gone_after: Annotated[
-        str, typer.Option(envvar="NODESERVICE_GONE_AFTER", help="A node silent for so long is given up.")
+        str,
+        typer.Option(
+            envvar="NODESERVICE_GONE_AFTER", help="A node silent for so long is given up, its tasks elsewhere."
+        ),
     ] = "10m",
+    node_loss_retries: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=100,
+            envvar="NODESERVICE_NODE_LOSS_RETRIES",
+            help="How often a task is tried again after a fault of its node.",
+        ),
+    ] = 3,
     tls_cert: Annotated[
         Path | None, typer.Option(envvar="NODESERVICE_TLS_CERT", help="PEM certificate of this master.")
     ] = None,
@@ -129,6 +141,7 @@ def master(
         http_limit_bytes=parse_bytes(http_limit, option="--http-limit"),
         heartbeat_timeout_seconds=parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
         gone_after_seconds=parse_seconds(gone_after, option="--gone-after"),
+        node_loss_retries=node_loss_retries,
         nodes=tuple(node or ()),
         advertise=advertise,
         http_tls=_http_tls(tls_cert, tls_key) if http_listen and not insecure else None,

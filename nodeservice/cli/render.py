@@ -126,6 +126,7 @@ def show_task(task: Mapping[str, Any]) -> None:
     for remark in task["remarks"]:
         facts.add_row("remark", text(remark))
     console.print(facts)
+    _show_attempts(task["attempts"], console)
     if task["usage"]["gpus"]:
         console.print(bill_table(task["usage"]["gpus"]))
     _show_receipt(task["limits"], console)
@@ -134,6 +135,26 @@ def show_task(task: Mapping[str, Any]) -> None:
         for phase in task["phases"]:
             phases.add_row(text(phase["name"]), text(phase["start"]), f"{phase['duration']:.3f}")
         console.print(phases)
+
+
+def _show_attempts(attempts: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Where there was more than one, or a lost one that told its end after all."""
+    if len(attempts) < 2 and not any(one["late_outcome"] for one in attempts):
+        return
+    made = table("TRY", "STATE", "NODE", "QUEUED", "ENDED", "REASON", "MESSAGE", "TOLD LATE")
+    for one in attempts:
+        late = f"{one['late_outcome']} {one['late_reason']}" if one["late_outcome"] else ""
+        made.add_row(
+            str(one["attempt"]),
+            state(one["state"]),
+            text(one["worker_id"]),
+            text(_second(one["queued_at"])),
+            text(_second(one["finished_at"])),
+            text(one["reason"]),
+            text(_beginning(one["message"] or "")),
+            text(late),
+        )
+    console.print(made)
 
 
 def _show_receipt(limits: object, console: Console) -> None:

@@ -47,6 +47,6 @@ def serve(
     settings = load_config(config, flags, os.environ)
     configure_logging(settings.log_level, settings.log_format)
 
-    from nodeservice import daemon
+    from nodeservice.daemon.serving import serve as serve_node
 
-    asyncio.run(daemon.serve(settings))
+    asyncio.run(serve_node(settings))

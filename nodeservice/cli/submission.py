@@ -38,6 +38,8 @@ class Submission:
     name: str = ""
     task_id: str = ""
     attempt: int | None = None
+    max_retries: int | None = None
+    retry_own_failures: bool = False
     pull: str = ""
     target: str = ""
     user: str = ""
@@ -84,6 +86,10 @@ class Submission:
             task.pull_policy = self.pull
         if self.attempt is not None:
             task.attempt = self.attempt
+        if self.max_retries is not None:
+            task.max_retries = self.max_retries
+        if self.retry_own_failures:
+            task.retry_own_failures = True
         return task
 
 

@@ -98,6 +98,25 @@ def task_document(view: pb.TaskView) -> Document:
         "manifest": {"sha256": result.manifest_sha256} if result.manifest_sha256 else None,
         "remarks": list(result.remarks),
         "retryable": result.retryable if result.HasField("retryable") else None,
+        "attempts": [_attempt_document(attempt) for attempt in view.attempts],
+    }
+
+
+def _attempt_document(view: pb.AttemptView) -> Document:
+    """One try. `late_outcome`: what its node told after the attempt had been given up."""
+    return {
+        "attempt": view.attempt,
+        "state": view.state,
+        "worker_id": view.worker_id or None,
+        "reason": view.reason or None,
+        "message": view.message or None,
+        "queued_at": _instant_ms(view.queued_at_unix_ms),
+        "assigned_at": _instant_ms(view.assigned_at_unix_ms),
+        "finished_at": _instant_ms(view.finished_at_unix_ms),
+        "exit_code": view.exit_code if view.HasField("exit_code") else None,
+        "result_location": view.result_location or None,
+        "late_outcome": view.late_outcome or None,
+        "late_reason": view.late_reason or None,
     }
 
 

@@ -153,6 +153,24 @@ class NodeConfig(BaseSettings):
         512 * _MIB, ge=0, description="bytes; with less free disk no task is taken, with half of it one is ended"
     )
 
+    # what is left on this host, and for how long
+    image_high_percent: float = Field(
+        85.0,
+        gt=0,
+        le=100,
+        description="percent of the engine's disk, above 0; above it images that were pulled are removed",
+    )
+    image_low_percent: float = Field(80.0, gt=0, le=100, description="percent, not more than image_high_percent")
+    sweep_seconds: Seconds = Field(600.0, description="seconds between looks for what is left over, more than 0")
+    orphan_grace_seconds: float = Field(600.0, ge=0, description="seconds for which it has to be seen before it goes")
+    results_retention_seconds: Seconds | None = Field(
+        None, description="seconds to keep results in results_dir, more than 0; unset for ever"
+    )
+    salvage_retention_seconds: Seconds | None = Field(
+        None, description="seconds to keep what could not be collected, more than 0; unset for ever"
+    )
+    janitor_dry_run: bool = Field(False, description="true to log what would be removed, and remove none of it")
+
     # times and bounds
     heartbeat_seconds: Seconds = Field(5.0, description="seconds, more than 0; masters give a node up after 30")
     call_deadline_seconds: Seconds = Field(35.0, description="seconds for a call to the master; it may hold one for 30")
@@ -205,6 +223,13 @@ class NodeConfig(BaseSettings):
                     field=f"{name}_backoff_max_seconds",
                     hint="give a maximum that is not less than the minimum",
                 )
+        if self.image_low_percent > self.image_high_percent:
+            raise ConfigError(
+                f"image_low_percent = {self.image_low_percent:g} is more than image_high_percent = "
+                f"{self.image_high_percent:g}",
+                field="image_low_percent",
+                hint="give a low mark that is not above the high one",
+            )
         if self.result_store == "http" and self.http_upload_url is None:
             raise _needed("http_upload_url", "result_store is http", "give the URL that takes the results")
         if self.result_store == "s3":

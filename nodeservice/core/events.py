@@ -68,6 +68,8 @@ class ContainerExited(Event):
     """What could only be seen while it ran."""
     gpu_fault: str = ""
     """A fault of one of its GPUs that was seen before it ended, in words."""
+    by_engine: bool = False
+    """The engine ended it by going away or by coming back, whatever its exit code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,6 +193,7 @@ def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
         finished_at=event.finished_at,
         stop=record.stop,
         gpu_fault=event.gpu_fault,
+        by_engine=event.by_engine,
     )
     remarks = (*record.remarks, *verdicts.exit_remarks(facts))
     ended = replace(record, verdict=verdicts.of_exit(facts), remarks=remarks, usage=event.observed, stuck=False)

@@ -71,6 +71,7 @@ class ExitFacts:
     stop: StopRequest | None = None
     gpu_fault: str = ""
     """The fault of one of its GPUs that was seen before it ended, in words."""
+    by_engine: bool = False
 
 
 def is_retryable(reason: Reason) -> bool:
@@ -89,6 +90,9 @@ def of_exit(facts: ExitFacts) -> Verdict:
     stop, exit_code = facts.stop, facts.exit_code
     if stop is not None and not _ended_before(facts, stop):
         return of_stop(stop, exit_code=exit_code)
+    if facts.by_engine:
+        message = f"The container engine was stopped or started anew and ended the task, which left code {exit_code}."
+        return Verdict(outcome=Outcome.FAILED, reason=Reason.ENGINE_FAULT, message=message, exit_code=exit_code)
     if exit_code == 0:
         return Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="Exited with code 0.", exit_code=0)
     reason, message = _cause(facts)
@@ -126,7 +130,7 @@ def _cause(facts: ExitFacts) -> tuple[Reason, str]:
 
 def exit_remarks(facts: ExitFacts) -> tuple[str, ...]:
     """What a reader of the verdict must still be told."""
-    if facts.exit_code != 0:
+    if facts.exit_code != 0 or facts.by_engine:
         return ()
     anyway = "although the task exited with code 0"
     remarks: list[str] = []

@@ -1,8 +1,4 @@
-"""The composition root: the only place that names concrete adapters."""
+"""The composition root: the only place that names concrete adapters.
 
-from nodeservice.daemon.look import Seen, look
-from nodeservice.daemon.node import Node, build, working
-from nodeservice.daemon.serving import serve
-from nodeservice.daemon.settings import open_store
-
-__all__ = ["Node", "Seen", "build", "look", "open_store", "serve", "working"]
+Nothing is imported here: `inspect` is a look at the host, and does not wait for all that a node is made of.
+"""

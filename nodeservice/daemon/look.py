@@ -10,12 +10,11 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import Lease, Resources
-from nodeservice.daemon.node import JOURNAL_NAME
-from nodeservice.daemon.settings import reserve, sharing_policy
+from nodeservice.daemon.host_policy import reserve, sharing_policy
 from nodeservice.gpu.health import GpuState, HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.gpu.units import units_of
-from nodeservice.journal.sqlite import SqliteJournal
+from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import GpuInventory, NodeCapacity
 from nodeservice.runtime.docker import DockerRuntime

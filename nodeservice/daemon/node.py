@@ -15,16 +15,17 @@ from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
 from nodeservice.daemon.fault_points import armed
-from nodeservice.daemon.settings import reserve, sharing_policy
+from nodeservice.daemon.host_policy import reserve, sharing_policy
 from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.lock import StateDirLock
-from nodeservice.journal.sqlite import SqliteJournal
+from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
+from nodeservice.lifecycle.image_keeper import ImageKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.node_mode import ModeKeeper
 from nodeservice.lifecycle.work import at_work
@@ -38,11 +39,10 @@ from nodeservice.limits.process import ProcReader
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import EngineFacts, PullProgress, ResultStore, TraceSink, Uplink
 from nodeservice.results.choose import open_result_store
+from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import open_trace_sink
-
-JOURNAL_NAME = "journal.sqlite"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,6 +162,7 @@ async def working(
         free_space=free_space,
         store=armed(store, "store"),
         fallback=None if config.result_store == "file" else armed(fallback, "fallback"),
+        folder=ResultsFolder(config.results_dir),
         uplink=armed(uplink, "uplink"),
         clock=node.clock,
         logs=node.logs,
@@ -175,6 +176,11 @@ async def working(
             retries_kept_results=retries_kept_results,
             keep_free_disk_bytes=config.keep_free_disk_bytes,
             gpu_mps_pipe_dir=config.gpu_mps_pipe_dir,
+            sweep_seconds=config.sweep_seconds,
+            orphan_grace_seconds=config.orphan_grace_seconds,
+            results_retention_seconds=config.results_retention_seconds,
+            salvage_retention_seconds=config.salvage_retention_seconds,
+            janitor_dry_run=config.janitor_dry_run,
             report_backoff=Backoff(
                 first_seconds=config.report_backoff_min_seconds, max_seconds=config.report_backoff_max_seconds
             ),
@@ -183,6 +189,16 @@ async def working(
         receipt=receipt,
         processes=ProcReader(),
         gpus=node.keeper,
+        images=ImageKeeper(
+            runtime=node.runtime,
+            journal=node.journal,
+            clock=node.clock,
+            free_space=free_space,
+            engine_root=facts.root_dir,
+            high_percent=config.image_high_percent,
+            low_percent=config.image_low_percent,
+            dry_run=config.janitor_dry_run,
+        ),
         on_pull_progress=on_pull_progress,
         on_capacity_change=on_capacity_change,
         gpu_nodes=lambda: gpu_nodes_of(node.keeper.inventory),

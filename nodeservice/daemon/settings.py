@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from nodeservice.capacity.source import Reserve
 from nodeservice.config import NodeConfig
 from nodeservice.core.model import Resources
 from nodeservice.errors import InvariantError
-from nodeservice.gpu.units import SharingPolicy
-from nodeservice.limits.hierarchy import host_cgroup_version
 from nodeservice.ports import ResultStore
 from nodeservice.results.access import S3Access
 from nodeservice.results.choose import open_result_store
@@ -51,21 +48,4 @@ def task_defaults(config: NodeConfig) -> TaskDefaults:
         pids_limit=config.default_pids_limit,
         timeout_seconds=config.default_timeout_seconds,
         grace_seconds=config.default_grace_seconds,
-    )
-
-
-def sharing_policy(config: NodeConfig) -> SharingPolicy:
-    return SharingPolicy(
-        allowed=config.gpu_sharing == "watched",
-        mig_counts=config.gpu_mig_counts,
-        mps=config.gpu_mps_pipe_dir is not None,
-        driver_limits=host_cgroup_version() == 2,
-    )
-
-
-def reserve(config: NodeConfig) -> Reserve:
-    return Reserve(
-        cpu_milli=config.reserve_cpu_milli,
-        memory_bytes=config.reserve_memory_bytes,
-        disk_bytes=config.reserve_disk_bytes,
     )

@@ -10,9 +10,10 @@ from datetime import datetime
 
 import structlog
 
-from nodeservice import daemon
 from nodeservice.config import NodeConfig
 from nodeservice.core.model import AttemptId, Phase, Resources, TaskRecord, TaskSpec
+from nodeservice.daemon.node import Node, build, working
+from nodeservice.daemon.settings import open_store
 from nodeservice.doctor.host import Share, processes_of, read_share
 from nodeservice.doctor.image import LentImage
 from nodeservice.doctor.probe import Probe, Seen
@@ -55,9 +56,9 @@ async def run_probes(
 ) -> Bench:
     """`config` is that of a node made for this: its id and state directory are nobody else's.
 
-    Raises what `daemon.build` raises. Whatever happens, containers, cgroups and the state directory are removed.
+    Raises what `build` raises. Whatever happens, containers, cgroups and the state directory are removed.
     """
-    node = await daemon.build(config)
+    node = await build(config)
     specs = {
         probe.name: probe.spec(task_id=f"{config.worker_id}-{probe.name}", image=image.name, pull=image.pull)
         for probe in probes
@@ -73,9 +74,7 @@ async def run_probes(
 
     node.driver.on_change(note)
     try:
-        async with daemon.working(
-            node, uplink=_NoMaster(), store=daemon.open_store(config), facts=facts, retries_kept_results=False
-        ):
+        async with working(node, uplink=_NoMaster(), store=open_store(config), facts=facts, retries_kept_results=False):
             refused: dict[AttemptId, str] = {}
             with suppress(TimeoutError):
                 async with asyncio.timeout(all_seconds):
@@ -92,9 +91,7 @@ async def run_probes(
         await asyncio.shield(_clear(node, config, facts, [spec.id for spec in specs.values()]))
 
 
-async def _run_all(
-    node: daemon.Node, waiting: list[TaskSpec], ended: asyncio.Event, refused: dict[AttemptId, str]
-) -> None:
+async def _run_all(node: Node, waiting: list[TaskSpec], ended: asyncio.Event, refused: dict[AttemptId, str]) -> None:
     """As many at once as the host has room for. `refused` gets those that never fit, and why."""
     while waiting or node.driver.live():
         ended.clear()
@@ -114,7 +111,7 @@ async def _run_all(
             await ended.wait()
 
 
-def _seen(node: daemon.Node, id_: AttemptId, refused: Mapping[AttemptId, str]) -> Seen:
+def _seen(node: Node, id_: AttemptId, refused: Mapping[AttemptId, str]) -> Seen:
     if id_ in refused:
         return Seen(record=None, refused=refused[id_])
     return Seen(record=node.driver.get(id_), processes_left=tuple(processes_of(id_.task_id)))
@@ -128,7 +125,7 @@ def _share_above(record: TaskRecord) -> list[Share]:
     return [read_share(str(cgroup["path"]), version=int(cgroup["version"]))]
 
 
-async def _clear(node: daemon.Node, config: NodeConfig, facts: EngineFacts, ids: Sequence[AttemptId]) -> None:
+async def _clear(node: Node, config: NodeConfig, facts: EngineFacts, ids: Sequence[AttemptId]) -> None:
     """Remove what an examination that was cut short has left; after a whole one there is nothing."""
     try:
         with suppress(TimeoutError, NodeServiceError):

@@ -23,6 +23,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """,
         "CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     ),
+    (
+        # A checksum of the row, since SQLite has none for what it holds; NULL for what was written before.
+        "ALTER TABLE attempts ADD COLUMN checksum INTEGER",
+        "ALTER TABLE notes ADD COLUMN checksum INTEGER",
+    ),
 )
 """Entry n leads from schema version n to n+1. Entries are appended, never changed."""
 

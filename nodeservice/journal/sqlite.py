@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,18 +24,30 @@ from nodeservice.journal.schema import migrate
 
 log = structlog.get_logger(__name__)
 
+JOURNAL_NAME = "journal.sqlite"
+"""In a node's state directory."""
+
 T = TypeVar("T")
 Row = tuple[str | int, ...]
 
 _SAVE = """
-INSERT INTO attempts (task_id, attempt, phase, updated_at, record) VALUES (?, ?, ?, ?, ?)
+INSERT INTO attempts (task_id, attempt, phase, updated_at, record, checksum) VALUES (?, ?, ?, ?, ?, ?)
 ON CONFLICT (task_id, attempt) DO UPDATE SET phase = excluded.phase, updated_at = excluded.updated_at,
-    record = excluded.record
+    record = excluded.record, checksum = excluded.checksum
 """
 _FORGET = "DELETE FROM attempts WHERE task_id = ? AND attempt = ?"
-_SET_NOTE = "INSERT INTO notes (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+_SET_NOTE = """
+INSERT INTO notes (key, value, checksum) VALUES (?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET value = excluded.value, checksum = excluded.checksum
+"""
+# As bytes, since damaged text need not be text any more.
+_LOAD = """
+SELECT CAST(task_id AS BLOB), attempt, phase, CAST(record AS BLOB), checksum FROM attempts ORDER BY seq
+"""
+_GET_NOTE = "SELECT CAST(value AS BLOB), checksum FROM notes WHERE key = ?"
 
-_CORRUPT_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+_CORRUPT_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR}
+"""The last means that a statement does not fit the tables: ours are always the same, so the tables are damaged."""
 
 _WAL_LIMIT_BYTES = 16 * 1024**2
 """The write-ahead log is cut back to this after a checkpoint, so that a burst does not hold disk for ever."""
@@ -54,6 +67,7 @@ class SqliteJournal:
     taken up again without a restart. Writes that wait while the disk syncs share the next transaction, in order: a
     burst of assignments costs a few syncs, not one each. If a shared transaction fails, each of its callers is told so.
     A cancelled write may or may not have been made. The file holds the tasks' environment, so only its owner may read it.
+    What was written is read back as it was, or not at all: each row has a checksum, and all is checked when it is opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,16 +82,16 @@ class SqliteJournal:
 
     async def save(self, records: Sequence[TaskRecord]) -> None:
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        await self._write(_SAVE, [(r.id.task_id, r.id.attempt, r.phase.value, now, encode_record(r)) for r in records])
+        await self._write(_SAVE, [_row(record, now) for record in records])
 
     async def forget(self, ids: Sequence[AttemptId]) -> None:
         await self._write(_FORGET, [(id_.task_id, id_.attempt) for id_ in ids])
 
     async def get_note(self, key: str) -> str | None:
-        return await self._call(lambda connection: _note(connection, key))
+        return await self._call(lambda connection: self._note(connection, key))
 
     async def set_note(self, key: str, value: str) -> None:
-        await self._write(_SET_NOTE, [(key, value)])
+        await self._write(_SET_NOTE, [(key, value, _checksum(key, value.encode()))])
 
     async def close(self) -> None:
         """Finish what waits, then close. Closing twice is success; any other use after it raises RuntimeError."""
@@ -130,6 +144,9 @@ class SqliteJournal:
         except sqlite3.Error as error:
             self._disconnect()
             raise self._translated(error) from error
+        except UnicodeDecodeError as error:  # the name of a table, say, is no text any more
+            self._disconnect()
+            raise self._corrupt(str(error)) from error
         except OSError as error:
             self._disconnect()
             raise self._unwritable(error.strerror or str(error)) from error
@@ -146,7 +163,7 @@ class SqliteJournal:
                 log.warning("journal.without_wal", path=str(self._path), journal_mode=mode)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
-            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise self._corrupt(found)
             migrate(connection, self._path)
@@ -157,9 +174,12 @@ class SqliteJournal:
 
     def _load(self, connection: sqlite3.Connection) -> list[TaskRecord]:
         records = []
-        for task_id, attempt, text in connection.execute("SELECT task_id, attempt, record FROM attempts ORDER BY seq"):
+        for raw_id, attempt, phase, raw, checksum in connection.execute(_LOAD):
+            task_id = raw_id.decode(errors="replace")
+            if checksum is not None and checksum != _checksum(f"{task_id}.{attempt} {phase}", raw):
+                raise self._corrupt(f"the record of {task_id}.{attempt} is not what was written")
             try:
-                records.append(decode_record(text))
+                records.append(decode_record(raw.decode(errors="replace")))
             except NodeFaultError as error:
                 log.error("journal.record_corrupt", path=str(self._path), task_id=task_id, attempt=attempt)
                 raise NodeFaultError(
@@ -168,6 +188,14 @@ class SqliteJournal:
                     hint=error.hint,
                 ) from error
         return records
+
+    def _note(self, connection: sqlite3.Connection, key: str) -> str | None:
+        row: tuple[bytes, int | None] | None = connection.execute(_GET_NOTE, (key,)).fetchone()
+        if row is None:
+            return None
+        if row[1] is not None and row[1] != _checksum(key, row[0]):
+            raise self._corrupt(f"the note {key} is not what was written")
+        return row[0].decode(errors="replace")
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -188,8 +216,9 @@ class SqliteJournal:
 
     def _translated(self, error: sqlite3.Error) -> NodeServiceError:
         code = getattr(error, "sqlite_errorcode", None)
-        # The low byte is the primary code, the rest refines it (SQLite, "Result and Error Codes").
-        if code is not None and code & 0xFF in _CORRUPT_CODES:
+        # The low byte is the primary code, the rest refines it (SQLite, "Result and Error Codes"). Without one, what was
+        # read could not be decoded.
+        if code is None or code & 0xFF in _CORRUPT_CODES:
             return self._corrupt(str(error))
         return self._unwritable(str(error))
 
@@ -207,6 +236,10 @@ class SqliteJournal:
         )
 
 
-def _note(connection: sqlite3.Connection, key: str) -> str | None:
-    row: tuple[str] | None = connection.execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
-    return None if row is None else row[0]
+def _row(record: TaskRecord, now: str) -> Row:
+    text, phase = encode_record(record), record.phase.value
+    return record.id.task_id, record.id.attempt, phase, now, text, _checksum(f"{record.id} {phase}", text.encode())
+
+
+def _checksum(name: str, content: bytes) -> int:
+    return zlib.crc32(content, zlib.crc32(name.encode()))

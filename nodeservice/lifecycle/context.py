@@ -11,6 +11,7 @@ from typing import Protocol
 from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec
 from nodeservice.core.retry import Backoff
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
+from nodeservice.lifecycle.image_keeper import ImageKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.device_nodes import GpuNodes
@@ -24,6 +25,7 @@ from nodeservice.ports import (
     ProcessReader,
     PullProgress,
     Reading,
+    ResultsFolder,
     ResultStore,
     TaskCgroups,
     TaskDisk,
@@ -81,6 +83,16 @@ class Settings:
     """Between two looks at what a running container has used that goes when it ends."""
     gpu_mps_pipe_dir: Path | None = None
     """Where an MPS server listens, for tasks with a part of a GPU that is in exclusive process mode."""
+    image_look_seconds: float = 60.0
+    """Between two looks at the engine's disk, to make room there."""
+    sweep_seconds: float = 600.0
+    """Between two looks for what nobody claims and what is old."""
+    orphan_grace_seconds: float = 600.0
+    """For how long something has to be seen as nobody's before it is removed."""
+    results_retention_seconds: float | None = None
+    salvage_retention_seconds: float | None = None
+    janitor_dry_run: bool = False
+    """Removals of orphans, images and old results are logged, and not made."""
     path_list_max_bytes: int = 512 * 1024
     """Bound on the paths named in a report, since gRPC messages end at 4 MiB; the manifest names all."""
     step_backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=0.5, max_seconds=30.0))
@@ -97,6 +109,8 @@ class Context:
     store: ResultStore
     fallback: ResultStore | None
     """A directory on this host; None where the store is that directory itself."""
+    folder: ResultsFolder
+    """That directory, whatever the store is."""
     uplink: Uplink
     clock: Clock
     logs: LogBook
@@ -108,6 +122,7 @@ class Context:
     receipt: MakeReceipt
     processes: ProcessReader
     gpus: GpuKeeper
+    images: ImageKeeper
     on_pull_progress: Callable[[AttemptId], PullProgress | None]
     on_capacity_change: Callable[[], None] = lambda: None
     """Called when this node has more or less for tasks than it had."""

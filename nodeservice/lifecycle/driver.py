@@ -24,6 +24,7 @@ from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, Ta
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, InvariantError, NodeServiceError, TransientError
 from nodeservice.lifecycle.inbox import Assign, Batch, Occurred, Resume, Settled
+from nodeservice.lifecycle.patience import AgeClock
 from nodeservice.lifecycle.story import summary
 from nodeservice.ports import Clock, Journal, TraceSink
 
@@ -51,6 +52,7 @@ class Driver:
     ) -> None:
         self._journal = journal
         self._clock = clock
+        self._present = AgeClock(clock)
         self._traces = traces
         self._max_live_count = max_live_count
         self._finished_retention_count = finished_retention_count
@@ -102,6 +104,10 @@ class Driver:
     def live(self) -> list[TaskRecord]:
         """All unfinished attempts, oldest first."""
         return [record for id_, record in self._records.items() if id_ not in self._finished]
+
+    def finished(self) -> list[TaskRecord]:
+        """All attempts that are over and still remembered."""
+        return [self._records[id_] for id_ in self._finished]
 
     def all_conditions(self) -> dict[str, str]:
         """The node's conditions, and what its tasks and its journal make of it."""
@@ -336,7 +342,7 @@ class Driver:
     async def _forget_old(self) -> None:
         """Finished attempts are remembered, so that a repeated request gets the same answer, up to a number and an age."""
         excess = len(self._finished) - self._finished_retention_count
-        oldest_at = self._clock.now() - self._finished_retention
+        oldest_at = self._present.now() - self._finished_retention
         old: list[AttemptId] = []
         for id_ in self._finished:
             if len(old) >= excess and self._records[id_].timings[-1].started_at > oldest_at:

@@ -17,6 +17,7 @@ import structlog
 from nodeservice.core import events as ev
 from nodeservice.core.model import Phase, StopCause, StopRequest
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import Patience
 from nodeservice.ports import Clock, Journal
 
 log = structlog.get_logger(__name__)
@@ -46,6 +47,7 @@ class ModeKeeper:
         self._journal = journal
         self._clock = clock
         self._changed = asyncio.Event()
+        self._patience: Patience | None = None
         self.current = NodeMode()
 
     async def open(self) -> None:
@@ -100,8 +102,7 @@ class ModeKeeper:
                     await self._changed.wait()
 
     def _left_seconds(self) -> float | None:
-        ends_at = self.current.ends_at
-        return None if ends_at is None else (ends_at - self._clock.now()).total_seconds()
+        return None if self._patience is None else self._patience.left_seconds
 
     def _end_all(self) -> None:
         now = self._clock.now()
@@ -116,6 +117,10 @@ class ModeKeeper:
         self._changed.set()
 
     def _apply(self) -> None:
+        ends_at = self.current.ends_at
+        self._patience = None
+        if ends_at is not None:
+            self._patience = Patience(self._clock, (ends_at - self._clock.now()).total_seconds())
         self._driver.cordoned = self.current.mode is not Mode.ACTIVE
 
     async def _write(self, mode: NodeMode) -> None:

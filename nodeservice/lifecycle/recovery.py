@@ -38,12 +38,12 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
             await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
             failures += 1
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
-    await _sweep(context, driver, [name for name in leftover if _named(name) not in claimed])
+    await _sweep(context, driver, [name for name in leftover if named(name) not in claimed])
 
 
 async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> AttemptId | None:
     """Resume or adopt or remove it. The attempt whose directory is needed from now on; None where there is none."""
-    id_ = _identity(container)
+    id_ = identity(container)
     known = driver.get(id_) if id_ is not None else None
     if known is not None and known.phase is not Phase.FINISHED:
         return id_
@@ -64,7 +64,8 @@ async def _take_up(context: Context, driver: Driver, decode: Decode, container: 
     return None
 
 
-def _identity(container: ContainerState) -> AttemptId | None:
+def identity(container: ContainerState) -> AttemptId | None:
+    """Whose it is, by its labels."""
     task_id, attempt = container.labels.get(labels.TASK_ID), container.labels.get(labels.ATTEMPT, "")
     return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None
 
@@ -97,15 +98,20 @@ def _from_labels(container: ContainerState, decode: Decode) -> TaskRecord | None
 async def _sweep(context: Context, driver: Driver, leftover: list[str]) -> None:
     """Remove work directories that were there at the start and that no unfinished attempt owns."""
     for name in leftover:
-        id_ = _named(name)
+        id_ = named(name)
         if id_ is None:
             continue
         record = driver.get(id_)
         if record is None or record.phase is Phase.FINISHED:
-            log.warning("recovery.swept", directory=name)
-            await asyncio.to_thread(context.dirs.remove, id_)
+            try:
+                await asyncio.to_thread(context.dirs.remove, id_)
+            except OSError as error:
+                log.error("recovery.not_swept", directory=name, error=str(error))
+            else:
+                log.warning("recovery.swept", directory=name)
 
 
-def _named(directory: str) -> AttemptId | None:
+def named(directory: str) -> AttemptId | None:
+    """Whose a work directory is, by its name; None for one that is not ours."""
     task_id, _, attempt = directory.rpartition(".")
     return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None

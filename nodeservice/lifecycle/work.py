@@ -10,6 +10,7 @@ from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.disconnect_keeper import DisconnectKeeper
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.host_keeper import HostKeeper
+from nodeservice.lifecycle.janitor import Janitor
 from nodeservice.lifecycle.recovery import Decode, recover
 from nodeservice.lifecycle.runner import Runner
 from nodeservice.lifecycle.timekeeper import Timekeeper
@@ -29,11 +30,13 @@ async def at_work(
     timekeeper = Timekeeper(driver, context.clock)
     host_keeper = HostKeeper(context, driver)
     await host_keeper.apply_share()
+    await context.images.open()
     tasks = [
         asyncio.create_task(driver.run(), name="driver"),
         asyncio.create_task(recover(context, driver, decode), name="recovery"),
         asyncio.create_task(host_keeper.run(), name="host keeper"),
         asyncio.create_task(DisconnectKeeper(context, driver, journal).run(), name="disconnect keeper"),
+        asyncio.create_task(Janitor(context, driver).run(), name="janitor"),
         asyncio.create_task(context.gpus.run(driver, on_change=context.on_capacity_change), name="GPU keeper"),
     ]
     timekeeper.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
@@ -50,8 +51,24 @@ class WorkDirs:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             root.rename(target)
 
+    def salvaged_before(self, instant: datetime) -> list[Path]:
+        """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""
+        salvage = self.state_dir / "salvage"
+        if not salvage.is_dir() or salvage.is_symlink():
+            return []
+        found = sorted(entry for entry in salvage.iterdir() if entry.is_dir() and not entry.is_symlink())
+        return [entry for entry in found if datetime.fromtimestamp(entry.lstat().st_ctime, UTC) < instant]
+
+    def remove_salvaged(self, path: Path) -> None:
+        remove_tree(path)
+
     def remove_log(self, id_: AttemptId) -> None:
         self.log(id_).unlink(missing_ok=True)
+
+    def logs(self) -> list[str]:
+        """Whose logs there are, named as work directories are."""
+        logs = self.state_dir / "logs"
+        return sorted(entry.stem for entry in logs.glob("*.log")) if logs.is_dir() else []
 
     def all(self) -> list[str]:
         """The names (`<task_id>.<attempt>`) of all work directories there are."""

@@ -34,6 +34,12 @@ Raw sockets allow spoofing on the bridge that all tasks share; device nodes coul
 granted, wherever the device cgroup is lax; audit records could be forged. The rest of the default set stays, for images
 that install packages or drop privileges at start need it.
 """
+CORE_FILE_BYTES = 1
+"""No core files: none fits into one byte.
+
+With 0 a host that pipes them to a program would still start it, as root outside of all limits, and feed it the task's memory
+(measured). 1 is the one value with which the kernel does not (fs/coredump.c).
+"""
 SECCOMP_FILTER = 2
 """proc(5): 0 is no confinement, 1 strict, 2 a filter."""
 OOM_SCORE_ADJ = 0
@@ -86,7 +92,7 @@ def asked_limits(spec: TaskSpec, lease: Lease) -> dict[str, Value]:
             asked["gpu_sm_percent"] = lease.gpu_part.sm_percent
     asked["shm_bytes"] = shm_bytes(request.memory_bytes)
     asked["open_files_limit"] = spec.open_files_limit
-    asked["core_file_bytes"] = 0
+    asked["core_file_bytes"] = CORE_FILE_BYTES
     asked["capabilities"] = capabilities_text(allowed_capabilities())
     asked["no_new_privileges"] = 1
     asked["seccomp"] = SECCOMP_FILTER

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -186,6 +186,27 @@ class KernelTaskCgroups:
             hint="a process of the task has not ended; it is tried again",
         )
 
+    async def unclaimed(self, claimed: Collection[AttemptId]) -> Sequence[str]:
+        node = self._places.of_node()
+        names = {self._places.of_task(id_).rpartition("/")[2] for id_ in claimed}
+        try:
+            return sorted(await self._run(lambda: self._tree.children(node)) - names)
+        except OSError as error:
+            log.warning("cgroup.unreadable", path=node, error=str(error))
+            return ()
+
+    async def remove_unclaimed(self, name: str) -> bool:
+        place = f"{self._places.of_node()}/{name}"
+
+        def remove() -> bool:
+            return not self._tree.processes(place) and self._tree.remove(place)
+
+        try:
+            return await self._run(remove)
+        except OSError as error:
+            log.warning("cgroup.not_removed", path=place, error=str(error))
+            return False
+
     def describe(self) -> str | None:
         return self._fault
 
@@ -271,6 +292,12 @@ class NoTaskCgroups:
 
     async def remove(self, id_: AttemptId) -> None:
         """Nothing was made."""
+
+    async def unclaimed(self, claimed: Collection[AttemptId]) -> Sequence[str]:
+        return ()
+
+    async def remove_unclaimed(self, name: str) -> bool:
+        return True
 
     def describe(self) -> str | None:
         return self._why

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from nodeservice.ports import Room
+
 
 class DirectoriesFreeSpace:
     """FreeSpace of some directories. A directory that cannot be looked at does not count."""
@@ -19,15 +21,25 @@ class DirectoriesFreeSpace:
     async def least(self) -> tuple[int, Path] | None:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._least)
 
+    async def of(self, place: Path) -> Room | None:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _room, place)
+
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _least(self) -> tuple[int, Path] | None:
         found = []
         for directory in self._directories:
-            try:
-                status = os.statvfs(directory)
-            except OSError:
-                continue
-            found.append((status.f_bavail * status.f_frsize, directory))
+            room = _room(directory)
+            if room is not None:
+                found.append((room.free_bytes, directory))
         return min(found, default=None)
+
+
+def _room(place: Path) -> Room | None:
+    try:
+        status = os.statvfs(place)
+    except OSError:
+        return None
+    used_bytes = (status.f_blocks - status.f_bfree) * status.f_frsize
+    return Room(used_bytes=used_bytes, free_bytes=status.f_bavail * status.f_frsize)

@@ -20,6 +20,13 @@ and go beside the task, and the limit that the task meets must be the one that i
 HOST_PIDS_SHARE = 0.1
 """Of the processes that this host can have at all, what no task may take."""
 
+HOST_WORK_WEIGHT = 4
+"""How much more a CPU of the tasks weighs than one busy thread of the host.
+
+What the host needs is reserved by the quota on each node. Beyond that its work gives way to what was promised, also work
+that a task makes for it: one that floods its log keeps several threads of the engine busy.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupLimits:
@@ -63,8 +70,10 @@ def plan_share(allocatable: Resources, *, host_pids: int | None) -> CgroupLimits
 
 
 def plan_top(cpu_count: int) -> CgroupLimits:
-    """For the cgroup above all nodes of this host: no limit, but the weight of all its CPUs beside the host's own work."""
-    return CgroupLimits(memory_bytes=None, cpu_quota_us=None, pids_max=None, cpu_weight_milli=cpu_count * 1000)
+    """For the cgroup above all nodes of this host: no limit, but a weight beside the host's own work."""
+    return CgroupLimits(
+        memory_bytes=None, cpu_quota_us=None, pids_max=None, cpu_weight_milli=cpu_count * 1000 * HOST_WORK_WEIGHT
+    )
 
 
 def cpu_shares(cpu_milli: int) -> int:

@@ -41,6 +41,10 @@ class CgroupTree(Protocol):
 
     def exists(self, place: str) -> bool: ...
 
+    def children(self, place: str) -> set[str]:
+        """The names of the cgroups right below it."""
+        ...
+
     def was_used(self, place: str) -> bool:
         """Whether anything runs or ever ran in it."""
         ...

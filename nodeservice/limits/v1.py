@@ -93,6 +93,10 @@ class V1CgroupTree:
     def exists(self, place: str) -> bool:
         return self._memory(place).is_dir()
 
+    def children(self, place: str) -> set[str]:
+        """Of all hierarchies: one that was being removed may be left in some."""
+        return {child.name for top in self._tops for child in children_of(top / place)}
+
     def was_used(self, place: str) -> bool:
         task = self._memory(place)
         if not task.is_dir():

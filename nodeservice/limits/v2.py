@@ -163,6 +163,9 @@ class V2CgroupTree:
     def exists(self, place: str) -> bool:
         return (self._top / place).is_dir()
 
+    def children(self, place: str) -> set[str]:
+        return {child.name for child in children_of(self._top / place)}
+
     def was_used(self, place: str) -> bool:
         task = self._top / place
         return only_child(task) is not None or _ran(UnifiedCgroup(task))

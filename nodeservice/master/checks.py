@@ -21,6 +21,7 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 _PULL_POLICIES = ("always", "if-not-present", "never")
 _LARGEST = {"cpu_milli": 10**9, "memory_bytes": 2**60, "disk_bytes": 2**60}
 _LONGEST_SECONDS = 10 * 366 * 86400.0
+_MOST_RETRIES = 1000
 _LATEST_UNIX = 253402300799
 """The last second of the year 9999."""
 
@@ -121,6 +122,8 @@ def check_task(task: pb.Task) -> Request:
         raise invalid("pull_policy", f"{shown(task.pull_policy)} is none of {', '.join(_PULL_POLICIES)}")
     if task.HasField("pids_limit") and task.pids_limit < 1:
         raise invalid("pids_limit", f"{task.pids_limit} is less than 1")
+    if not 0 <= task.max_retries <= _MOST_RETRIES:
+        raise invalid("max_retries", f"{task.max_retries} is not between 0 and {_MOST_RETRIES}")
     if not math.isfinite(task.sla_multiplier) or task.sla_multiplier < 0:
         raise invalid("sla_multiplier", f"{task.sla_multiplier} is not a finite number from 0 up")
     if not 0 <= task.submitted_at <= _LATEST_UNIX:

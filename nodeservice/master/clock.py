@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 
@@ -12,3 +13,6 @@ class MasterClock:
     def monotonic(self) -> float:
         """Seconds that never jump; for silences, patience and repeats."""
         return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

@@ -17,6 +17,7 @@ from nodeservice.master.announce import announce
 from nodeservice.master.checks import check_address
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer
+from nodeservice.master.fault_points import armed
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.service import MasterServicer
@@ -47,9 +48,9 @@ class Master:
         state_dir = settings.state_dir.absolute()
         self._state_dir = state_dir
         self._results_dir = (settings.results_dir or state_dir / "results").absolute()
-        self._store = MasterStore(settings.database_url or sqlite_url(state_dir))
+        self._store = armed(MasterStore(settings.database_url or sqlite_url(state_dir)), "store")
         self._dialer = NodeDialer(settings.dial_credentials)
-        self._book = TaskBook(self._store, clock)
+        self._book = TaskBook(self._store, clock, node_retries=settings.node_loss_retries)
         self._nodes = NodeRegistry(
             self._store,
             self._dialer,
@@ -73,6 +74,7 @@ class Master:
             opened.push_async_callback(self._dialer.close)
             await self._listen(opened)
             await self._listen_http(opened)
+            self._spawn(opened, self._nodes.run(), "nodes")
             self._spawn(opened, self._scheduler.run(), "scheduler")
             if self.settings.nodes:
                 self._announce(opened)

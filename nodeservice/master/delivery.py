@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,6 +26,10 @@ FINAL_REASONS = frozenset({"INVALID_REQUEST", "TASK_CONFLICT"})
 """A node's refusals that no other node and no later time would change."""
 
 _CONCURRENT_CALLS = 32
+_CANCELS_APART = 6
+"""A cancellation that was answered is repeated after so many pauses, should the attempt still be there."""
+_Name = tuple[Key, str, str]
+"""Of a call: attempt, node, kind."""
 
 
 @dataclass(slots=True)
@@ -53,8 +58,8 @@ class Delivery:
         self._retry_seconds = retry_seconds
         self._on_room = on_room
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
-        self._calls: dict[tuple[Key, str], asyncio.Task[None]] = {}
-        self._next_try: dict[tuple[Key, str], float] = {}
+        self._calls: dict[_Name, asyncio.Task[None]] = {}
+        self._next_try: dict[_Name, float] = {}
         self._refusals: dict[Key, dict[str, Refusal]] = {}
         self._cancelled: set[Key] = set()
         self._closed = False
@@ -72,19 +77,23 @@ class Delivery:
             if not row.worker_id:
                 continue
             if not row.accepted:
-                self._start(row, "assign")
+                self._start(row.key, row.worker_id, "assign")
             elif row.cancel_requested:
-                self._start(row, "cancel")
+                self._start(row.key, row.worker_id, "cancel")
 
     async def pass_on_cancel(self, row: TaskRow, *, wait_seconds: float) -> bool:
         """Pass a cancellation on now; False when the node has not answered in time (it is repeated by then)."""
         if not row.accepted:
             return False
-        self._start(row, "cancel")
-        call = self._calls.get((row.key, "cancel"))
+        self._start(row.key, row.worker_id, "cancel")
+        call = self._calls.get((row.key, row.worker_id, "cancel"))
         if call is not None:
             await asyncio.wait({call}, timeout=wait_seconds)
         return row.key in self._cancelled or self._book.get_open(row.key) is None
+
+    def recall(self, key: Key, worker_id: str) -> None:
+        """Have a node end an attempt that is not its any more. Not kept: a node that goes on lists it again."""
+        self._start(key, worker_id, "cancel")
 
     async def close(self) -> None:
         self._closed = True
@@ -95,33 +104,39 @@ class Delivery:
 
     # ---- one call -----------------------------------------------------------------------------------------------------
 
-    def _start(self, row: TaskRow, kind: str) -> None:
-        name = (row.key, kind)
+    def _start(self, key: Key, worker_id: str, kind: str) -> None:
+        name = (key, worker_id, kind)
         if self._closed or name in self._calls or self._next_try.get(name, 0.0) > self._clock.monotonic():
             return
         self._next_try[name] = self._clock.monotonic() + self._retry_seconds
-        call = asyncio.create_task(self._call(row, kind), name=f"{kind} {row.task_id}.{row.attempt}")
+        call = asyncio.create_task(self._call(name), name=f"{kind} {key[0]}.{key[1]}")
         self._calls[name] = call
         call.add_done_callback(lambda _: self._calls.pop(name, None))
 
-    async def _call(self, row: TaskRow, kind: str) -> None:
+    async def _call(self, name: _Name) -> None:
+        key, worker_id, kind = name
         try:
             async with self._slots:
-                if kind == "assign":
-                    await self._assign(row)
-                else:
-                    await self._cancel(row)
+                stub = self._nodes.stub(worker_id)
+                if stub is None:
+                    return
+                if kind == "cancel":
+                    await self._cancel(stub, key, worker_id)
+                elif (row := self._book.get_open(key)) is not None and (row.worker_id, row.accepted) == (
+                    worker_id,
+                    False,
+                ):
+                    await self._assign(stub, row)
         except grpc.aio.AioRpcError as error:
-            why = f"node {row.worker_id} does not answer: {error.code().name} {error.details() or ''}".rstrip()
-            log.warning(f"{kind}.unanswered", task_id=row.task_id, attempt=row.attempt, error=why)
-            self._book.explain({row.key: ("NODE_UNREACHABLE", why)})
+            why = f"node {worker_id} does not answer: {error.code().name} {error.details() or ''}".rstrip()
+            log.warning(f"{kind}.unanswered", task_id=key[0], attempt=key[1], error=why)
+            held = self._book.get_open(key)
+            if held is not None and held.worker_id == worker_id:
+                self._book.explain({key: ("NODE_UNREACHABLE", why)})
         except TransientError as error:
-            log.error("store.unavailable", task_id=row.task_id, error=str(error))
+            log.error("store.unavailable", task_id=key[0], error=str(error))
 
-    async def _assign(self, row: TaskRow) -> None:
-        stub = self._nodes.stub(row.worker_id)
-        if stub is None:
-            return
+    async def _assign(self, stub: Any, row: TaskRow) -> None:
         task = pb.Task()
         task.CopyFrom(row.task)
         task.attempt = row.attempt
@@ -144,32 +159,33 @@ class Delivery:
         )
         self._on_room()
 
-    async def _cancel(self, row: TaskRow) -> None:
-        stub = self._nodes.stub(row.worker_id)
-        if stub is None:
-            return
-        request = pb.TaskID(task_id=row.task_id, attempt=row.attempt)
+    async def _cancel(self, stub: Any, key: Key, worker_id: str) -> None:
+        task_id, attempt = key
+        request = pb.TaskID(task_id=task_id, attempt=attempt)
         ack: pb.TaskAck = await stub.CancelTask(request, timeout=CANCEL_DEADLINE_SECONDS)
         log.info(
             "task.cancel_passed_on",
-            task_id=row.task_id,
-            worker_id=row.worker_id,
+            task_id=task_id,
+            attempt=attempt,
+            worker_id=worker_id,
             success=ack.success,
             message=ack.message,
         )
         # Either the report of the end is under way, or the node has lost the task; a heartbeat without it tells.
-        self._cancelled.add(row.key)
-        self._next_try[(row.key, "cancel")] = self._clock.monotonic() + 6 * self._retry_seconds
+        self._cancelled.add(key)
+        name = (key, worker_id, "cancel")
+        self._next_try[name] = self._clock.monotonic() + _CANCELS_APART * self._retry_seconds
 
     def _note_refusal(self, row: TaskRow) -> None:
         refusals = self._refusals.setdefault(row.key, {})
         before = refusals.get(row.worker_id)
         pause = min(self._retry_seconds, before.pause_seconds * 2) if before else min(0.25, self._retry_seconds)
         refusals[row.worker_id] = Refusal(until=self._clock.monotonic() + pause, pause_seconds=pause)
-        self._next_try.pop((row.key, "assign"), None)
+        self._next_try.pop((row.key, row.worker_id, "assign"), None)
 
     def _forget(self, open_keys: set[Key]) -> None:
         """Drop what is remembered of attempts that have ended."""
-        self._next_try = {name: at for name, at in self._next_try.items() if name[0] in open_keys}
+        now = self._clock.monotonic()
+        self._next_try = {name: at for name, at in self._next_try.items() if name[0] in open_keys or at > now}
         self._refusals = {key: refusals for key, refusals in self._refusals.items() if key in open_keys}
         self._cancelled &= open_keys

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from nodeservice.master.checks import check_address
+from nodeservice.master.fault_points import armed
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
@@ -38,7 +39,7 @@ class NodeDialer:
             else:
                 channel = grpc.aio.secure_channel(address, self._credentials, options=_OPTIONS)
             self._channels[address] = channel
-        return pb_grpc.MasterWorkerStub(channel)
+        return armed(pb_grpc.MasterWorkerStub(channel), "node")
 
     async def drop(self, address: str) -> None:
         channel = self._channels.pop(address, None)

@@ -23,6 +23,7 @@ from nodeservice.wire import master_worker_pb2 as pb
 log = structlog.get_logger(__name__)
 
 _LARGEST = 2**60
+_ABSENT_SECONDS = 5.0
 _GPU_DRIVER = "GPU_DRIVER"
 """The warning of a node whose GPU driver does not work, which may then not know what GPUs it has."""
 
@@ -54,6 +55,8 @@ class Node:
     """Attempts that it reported since its last heartbeat, which may still list them."""
     has_news: bool = True
     """Whether its last heartbeat told anything that may let a task move. Most do not."""
+    unsettled: bool = False
+    """It was given up, or is known from an earlier run of the master: it gets nothing until it has told what it holds."""
 
     @property
     def draining(self) -> bool:
@@ -95,6 +98,7 @@ class NodeRegistry:
         self._timeout_seconds = timeout_seconds
         self._gone_after_seconds = gone_after_seconds
         self._nodes: dict[str, Node] = {}
+        self._ran_at = clock.monotonic()
 
     async def load(self) -> None:
         for row in await self._store.load_nodes():
@@ -108,6 +112,7 @@ class NodeRegistry:
                 registered_at_ms=row.registered_at_ms,
                 heard_at_ms=row.heard_at_ms,
                 known_since=self._clock.monotonic(),
+                unsettled=True,
             )
             node.tell_gpus(row.info.gpus, row.info.warnings)
 
@@ -142,7 +147,7 @@ class NodeRegistry:
             was_active=True,
         )
         if before is not None:
-            node.heartbeat, node.ended = before.heartbeat, before.ended
+            node.heartbeat, node.ended, node.unsettled = before.heartbeat, before.ended, before.unsettled
         node.tell_gpus(info.gpus, info.warnings)
         self._nodes[info.worker_id] = node
         if before is None or before.address != address:
@@ -164,8 +169,12 @@ class NodeRegistry:
         if beat.HasField("allocatable"):
             node.allocatable = from_message(beat.allocatable)
             node.tell_gpus(beat.gpus, beat.warnings)
-        node.has_news = had_ends or _for_placement(node) != before
+        node.has_news = had_ends or node.unsettled or _for_placement(node) != before
         return node
+
+    def settled(self, worker_id: str) -> None:
+        """What the node holds has been compared with what it was given."""
+        self._nodes[worker_id].unsettled = False
 
     def note_end(self, worker_id: str, key: Key) -> None:
         """The node reported the attempt: what it held is free, though the last heartbeat still lists it."""
@@ -212,7 +221,9 @@ class NodeRegistry:
 
     def notice_silence(self) -> None:
         """Say once in the log of each node that it fell silent."""
+        self._allow_for_absence()
         for node in self._nodes.values():
+            node.unsettled |= self.is_gone(node.worker_id)
             if node.was_active and not self._active(node):
                 node.was_active = False
                 log.warning("node.inactive", worker_id=node.worker_id, timeout_seconds=self._timeout_seconds)
@@ -222,6 +233,24 @@ class NodeRegistry:
         nodes = sorted(self._nodes.values(), key=lambda node: node.worker_id)
         return [(node, self._active(node), _sum(assigned, node)) for node in nodes]
 
+    async def run(self) -> None:
+        """Keep watch over our own time until cancelled."""
+        while True:
+            self._allow_for_absence()
+            await self._clock.sleep(1.0)
+
+    def _allow_for_absence(self) -> None:
+        """Time in which this process did not run (frozen, starved) is no silence of the nodes: nobody could hear them."""
+        now = self._clock.monotonic()
+        absent_seconds, self._ran_at = now - self._ran_at, now
+        if absent_seconds <= _ABSENT_SECONDS:
+            return
+        log.warning("master.was_away", seconds=round(absent_seconds, 1))
+        for node in self._nodes.values():
+            node.known_since = min(now, node.known_since + absent_seconds)
+            if node.heard_at is not None:
+                node.heard_at = min(now, node.heard_at + absent_seconds)
+
     def _active(self, node: Node) -> bool:
         return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds
 
@@ -230,6 +259,8 @@ class NodeRegistry:
             return "has not spoken since the master started"
         if not self._active(node):
             return f"has been silent for more than {self._timeout_seconds:g} s"
+        if node.unsettled:
+            return "has come back and has not told yet what it holds"
         if node.heartbeat.conditions:
             return f"is not well: {'; '.join(node.heartbeat.conditions)}"
         return "is draining" if node.draining else ""

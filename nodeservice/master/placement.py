@@ -94,11 +94,13 @@ def place(
     target: str = "",
     excluded: Iterable[str] = (),
     reserved: Iterable[str] = (),
+    avoid: Iterable[str] = (),
 ) -> Placement:
     """The node on which the least stays unused, or why there is none.
 
     `target` restricts to one node. `excluded` are nodes that refused this very task a moment ago; `reserved` are nodes
-    kept for a task that has waited longer. Neither makes a request impossible, only late.
+    kept for a task that has waited longer. Neither makes a request impossible, only late. `avoid` are nodes on which it
+    failed before: the others come first.
     """
     if not offers:
         return Waiting("NO_NODE", "no node has registered yet")
@@ -121,7 +123,8 @@ def place(
     willing = [offer for offer in fitting if offer.worker_id not in barred]
     if not willing:
         return Waiting("NODE_REFUSED", f"node {fitting[0].worker_id} refused it a moment ago; it is asked again")
-    return Choice(min(willing, key=lambda offer: _waste(request, offer)).worker_id)
+    failed_on = frozenset(avoid)
+    return Choice(min(willing, key=lambda offer: (offer.worker_id in failed_on, _waste(request, offer))).worker_id)
 
 
 def _lacking(have: Amounts, request: Request, has_gpus: bool) -> tuple[str, ...]:

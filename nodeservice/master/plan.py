@@ -26,6 +26,7 @@ class Candidate:
     target: str = ""
     waited_seconds: float = 0.0
     excluded: frozenset[str] = frozenset()
+    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def make_plan(queue: Sequence[Candidate], offers: Sequence[Offer], *, patience_s
     known: dict[object, Placement] = {}
     for candidate in queue:
         # Room only shrinks during a pass, so an equal request that did not fit before does not fit now.
-        alike = (candidate.request, candidate.target, candidate.excluded, reserved)
+        alike = (candidate.request, candidate.target, candidate.excluded, candidate.avoid, reserved)
         answer = known.get(alike)
         if answer is None:
             answer = place(
@@ -53,6 +54,7 @@ def make_plan(queue: Sequence[Candidate], offers: Sequence[Offer], *, patience_s
                 target=candidate.target,
                 excluded=candidate.excluded,
                 reserved=reserved,
+                avoid=candidate.avoid,
             )
         match answer:
             case Choice(worker_id=worker_id):

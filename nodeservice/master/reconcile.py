@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -21,9 +21,16 @@ too; only one that has lost it starts it.
 """
 
 
+_ENDED = frozenset({"CLEANING", "RETAINING"})
+"""Phases after the report was acknowledged."""
+
+
 class Reconciler:
-    def __init__(self, book: TaskBook) -> None:
+    """`recall` is told of attempts that a node shall end, since the master gave them up or never knew that it has them."""
+
+    def __init__(self, book: TaskBook, recall: Callable[[Key, str], None]) -> None:
         self._book = book
+        self._recall = recall
         self._misses: dict[str, dict[Key, int]] = {}
 
     async def compare(self, worker_id: str, running: Iterable[pb.RunningTask]) -> None:
@@ -31,12 +38,22 @@ class Reconciler:
         held = {row.key: row for row in self._book.open_rows() if row.worker_id == worker_id}
         newest = dict(sorted(held))
         phases: dict[Key, str] = {}
+        strays: list[tuple[str, int | None, str]] = []
         for task in running:
             if not is_id(task.task_id):
                 continue
-            attempt = task.attempt if task.HasField("attempt") else newest.get(task.task_id, 1)
-            phases[(task.task_id, attempt)] = (task.phase or task.status or "RUNNING").upper()[:32]
+            # A peer of the old protocol tells no attempt: it is what the peer was given last.
+            attempt = task.attempt if task.HasField("attempt") else newest.get(task.task_id)
+            phase = (task.phase or task.status or "RUNNING").upper()[:32]
+            if attempt is not None and (task.task_id, attempt) in held:
+                phases[(task.task_id, attempt)] = phase
+            elif phase not in _ENDED:
+                strays.append((task.task_id, attempt, phase))
         await self._book.note_phases(worker_id, phases)
+        for task_id, attempt, phase in strays:
+            unwanted = await self._book.listed(worker_id, task_id, attempt, phase)
+            if unwanted is not None:
+                self._recall(unwanted.key, worker_id)
         missing = [key for key, row in held.items() if row.accepted and key not in phases]
         misses = self._misses.get(worker_id, {})
         counted = {key: misses.get(key, 0) + 1 for key in missing}

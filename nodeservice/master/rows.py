@@ -12,7 +12,7 @@ Key = tuple[str, int]
 
 
 class State(StrEnum):
-    """RUNNING means that a node has reported a phase."""
+    """Of one attempt. RUNNING means that a node has reported a phase."""
 
     QUEUED = "QUEUED"
     ASSIGNED = "ASSIGNED"
@@ -21,6 +21,10 @@ class State(StrEnum):
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     REJECTED = "REJECTED"
+    LOST = "LOST"
+    """Given up with its node; another was queued in its place."""
+    DROPPED = "DROPPED"
+    """Was queued in the place of one that came back; no node ever had it."""
 
     @property
     def is_final(self) -> bool:
@@ -34,7 +38,7 @@ class TaskRow:
     task_id: str
     attempt: int
     sequence: int
-    """Order of the queue; rises with every attempt that was ever queued."""
+    """Order of the queue; rises with every attempt that was ever queued. The highest of a task is its current attempt."""
     task: pb.Task
     traceparent: str = ""
     state: State = State.QUEUED
@@ -42,11 +46,20 @@ class TaskRow:
     accepted: bool = False
     """The node has answered AssignTask with success: it has the task durably."""
     cancel_requested: bool = False
+    """By a client; of a LOST one by us, when its node came back too late."""
     phase: str = ""
     reason: str = ""
     message: str = ""
     result: pb.TaskResult | None = None
+    late_result: pb.TaskResult | None = None
+    """Reported after it had been given up; decides nothing."""
+    node_retries: int = 0
+    """Attempts before this one that ended by a fault of their node; likewise `user_retries`, of what the user asked for."""
+    user_retries: int = 0
+    avoid: tuple[str, ...] = ()
+    """Nodes on which attempts before this one ended so; they are taken where no other is to be had."""
     submitted_at_ms: int
+    queued_at_ms: int
     assigned_at_ms: int = 0
     finished_at_ms: int = 0
 

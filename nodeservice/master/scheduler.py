@@ -97,7 +97,7 @@ class Scheduler:
         refusals: dict[Key, tuple[str, str]] = {}
         for row in self._book.open_rows():
             limit = row.task.wait_timeout_seconds
-            if row.state is State.QUEUED and limit > 0 and now_ms - row.submitted_at_ms >= limit * 1000:
+            if row.state is State.QUEUED and limit > 0 and now_ms - row.queued_at_ms >= limit * 1000:
                 why = f"waited {limit:g} s for a node, its wait_timeout_seconds; the last obstacle: {row.message or 'none'}"
                 refusals[row.key] = (_WAITED, why)
         if refusals:
@@ -113,6 +113,7 @@ class Scheduler:
                 target=row.task.target_worker_id,
                 waited_seconds=now - self._queued_at[row.key],
                 excluded=self.delivery.excluded(row.key),
+                avoid=frozenset(row.avoid),
             )
             for row in rows
         ]
@@ -126,7 +127,7 @@ class Scheduler:
             if not self._nodes.is_active(row.worker_id):
                 notes[row.key] = (
                     _SILENT,
-                    f"node {row.worker_id} is silent; the task stays there until it speaks again",
+                    f"node {row.worker_id} is silent; the task stays there until it speaks again or is given up",
                 )
             elif row.reason == _SILENT:
                 notes[row.key] = ("", "")
@@ -134,6 +135,7 @@ class Scheduler:
 
     async def _give_up_gone_nodes(self) -> None:
         for row in self._book.open_rows():
-            if row.worker_id and self._nodes.is_gone(row.worker_id) and (row.cancel_requested or not row.accepted):
-                message = f"node {row.worker_id} is gone; whether the container ran there is not known"
-                await self._book.abandon(row.key, row.worker_id, message)
+            if row.worker_id and self._nodes.is_gone(row.worker_id):
+                unknown = "what became of it there" if row.accepted else "whether it ran there"
+                message = f"node {row.worker_id} was silent for too long and is given up; {unknown} is not known"
+                await self._book.lose(row.key, row.worker_id, message)

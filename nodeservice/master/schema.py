@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, MetaData, RowMapping, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    RowMapping,
+    Table,
+    Text,
+    inspect,
+)
+from sqlalchemy import (
+    text as sql,
+)
+from sqlalchemy.schema import CreateColumn
 
 from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow
 from nodeservice.wire import master_worker_pb2 as pb
 
-VERSION = 1
+VERSION = 2
 """Rises with every change of a table; a database with a higher one is refused."""
 
 metadata = MetaData()
@@ -33,7 +50,12 @@ tasks = Table(
     Column("reason", Text, nullable=False),
     Column("message", Text, nullable=False),
     Column("result", LargeBinary, nullable=True),
+    Column("late_result", LargeBinary, nullable=True),
+    Column("node_retries", Integer, nullable=False, server_default="0"),
+    Column("user_retries", Integer, nullable=False, server_default="0"),
+    Column("avoid", Text, nullable=False, server_default=""),
     Column("submitted_at_ms", BigInteger, nullable=False),
+    Column("queued_at_ms", BigInteger, nullable=False, server_default="0"),
     Column("assigned_at_ms", BigInteger, nullable=False),
     Column("finished_at_ms", BigInteger, nullable=False),
 )
@@ -60,6 +82,16 @@ orphans = Table(
 )
 
 
+def bring_up(connection: Connection) -> None:
+    """Add what a database of an older program lacks; safe to repeat after a crash in the middle."""
+    present = {column["name"] for column in inspect(connection).get_columns(tasks.name)}
+    for column in tasks.columns:
+        if column.name not in present:
+            described = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.execute(sql(f"ALTER TABLE {tasks.name} ADD COLUMN {described}"))
+    connection.execute(tasks.update().where(tasks.c.queued_at_ms == 0).values(queued_at_ms=tasks.c.submitted_at_ms))
+
+
 def text(value: str) -> str:
     """PostgreSQL has no NUL in text; messages from nodes may."""
     return value.replace("\0", "�")
@@ -80,7 +112,12 @@ def task_values(row: TaskRow) -> Mapping[str, Any]:
         "reason": text(row.reason),
         "message": text(row.message),
         "result": None if row.result is None else row.result.SerializeToString(),
+        "late_result": None if row.late_result is None else row.late_result.SerializeToString(),
+        "node_retries": row.node_retries,
+        "user_retries": row.user_retries,
+        "avoid": " ".join(row.avoid),
         "submitted_at_ms": row.submitted_at_ms,
+        "queued_at_ms": row.queued_at_ms,
         "assigned_at_ms": row.assigned_at_ms,
         "finished_at_ms": row.finished_at_ms,
     }
@@ -90,7 +127,9 @@ def task_row(found: RowMapping) -> TaskRow:
     values = dict(found)
     values["task"] = pb.Task.FromString(values["task"])
     values["state"] = State(values["state"])
-    values["result"] = None if values["result"] is None else pb.TaskResult.FromString(values["result"])
+    for name in ("result", "late_result"):
+        values[name] = None if values[name] is None else pb.TaskResult.FromString(values[name])
+    values["avoid"] = tuple(values["avoid"].split())
     return TaskRow(**values)
 
 

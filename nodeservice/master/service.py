@@ -21,7 +21,7 @@ from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.tasks import TaskBook
 from nodeservice.master.upload_grpc import receive_chunks
 from nodeservice.master.uploads import ResultUploads
-from nodeservice.master.views import node_view, task_view
+from nodeservice.master.views import attempt_view, node_view, task_view
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
@@ -47,7 +47,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         self._scheduler = scheduler
         self._uploads = uploads
         self._logs = LogProxy(book, nodes)
-        self._reconciler = Reconciler(book)
+        self._reconciler = Reconciler(book, scheduler.delivery.recall)
 
     # ---- nodes --------------------------------------------------------------------------------------------------------
 
@@ -66,6 +66,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             return pb.HeartbeatAck(success=False)
         try:
             await self._reconciler.compare(node.worker_id, request.running_tasks)
+            self._nodes.settled(node.worker_id)
         except TransientError as error:
             # The node is well, it is our database that isn't: making the node register again would not help.
             log.error("heartbeat.not_stored", error=str(error))
@@ -84,7 +85,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             return pb.Ack(success=False, message=str(error))
         self._nodes.note_end(request.worker_id, (request.task_id, request.attempt or 1))
         self._scheduler.wake()
-        return pb.Ack(success=True, message="stored" if taken else "known before, or of no open attempt")
+        return pb.Ack(success=True, message=taken.value)
 
     async def UploadTaskFiles(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.FileChunk], context: Context
@@ -126,7 +127,13 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         return pb.TaskList(tasks=[self._view(row, brief=True) for row in rows])
 
     async def GetTask(self, request: pb.TaskID, context: Context) -> pb.TaskView:  # noqa: N802
-        return self._view(await self._find(request.task_id, request.attempt, context))
+        row = await self._find(request.task_id, request.attempt, context)
+        view = self._view(row)
+        try:
+            view.attempts.extend(attempt_view(one) for one in await self._book.attempts(row.task_id))
+        except NodeServiceError as error:
+            await _abort(context, error)
+        return view
 
     def _view(self, row: TaskRow, *, brief: bool = False) -> pb.TaskView:
         running = None if row.state.is_final else self._nodes.running(row.worker_id, row.key)

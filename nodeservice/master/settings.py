@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from nodeservice.master.scheduler import SchedulerSettings
+from nodeservice.master.tasks import NODE_RETRIES
 
 UPLOAD_LIMIT_BYTES = 50 * 1000 * 1000
 
@@ -28,7 +29,9 @@ class MasterSettings:
     http_limit_bytes: int = UPLOAD_LIMIT_BYTES
     heartbeat_timeout_seconds: float = 30.0
     gone_after_seconds: float = 600.0
-    """A node that was silent for so long is gone: what it never answered for is assigned anew, as a new attempt."""
+    """A node that was silent for so long is given up: what it held is lost, and follows as a new attempt."""
+    node_loss_retries: int = NODE_RETRIES
+    """How often that happens to a task, and how often it is tried again after another fault of a node."""
     server_credentials: grpc.ServerCredentials | None = field(default=None, repr=False)
     dial_credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     http_tls: ssl.SSLContext | None = field(default=None, repr=False)

@@ -62,16 +62,24 @@ class MasterStore:
         return [schema.task_row(found) for found in await self._rows(query)]
 
     async def newest_tasks(self, limit: int) -> list[TaskRow]:
-        query = sa.select(schema.tasks).order_by(schema.tasks.c.sequence.desc()).limit(limit)
+        """The current attempt of each task, the newest first."""
+        tasks, newer = schema.tasks, schema.tasks.alias()
+        is_newer = sa.and_(newer.c.task_id == tasks.c.task_id, newer.c.sequence > tasks.c.sequence)
+        query = sa.select(tasks).where(~sa.exists().where(is_newer)).order_by(tasks.c.sequence.desc()).limit(limit)
         return [schema.task_row(found) for found in await self._rows(query)]
 
     async def find_task(self, task_id: str, attempt: int | None = None) -> TaskRow | None:
-        """The given attempt, or the newest."""
+        """The given attempt, or the current one."""
         query = sa.select(schema.tasks).where(schema.tasks.c.task_id == task_id)
         if attempt is not None:
             query = query.where(schema.tasks.c.attempt == attempt)
-        found = await self._rows(query.order_by(schema.tasks.c.attempt.desc()).limit(1))
+        found = await self._rows(query.order_by(schema.tasks.c.sequence.desc()).limit(1))
         return schema.task_row(found[0]) if found else None
+
+    async def attempts(self, task_id: str) -> list[TaskRow]:
+        """All attempts of a task, the oldest first."""
+        query = sa.select(schema.tasks).where(schema.tasks.c.task_id == task_id).order_by(schema.tasks.c.attempt)
+        return [schema.task_row(found) for found in await self._rows(query)]
 
     async def last_sequence(self) -> int:
         found = await self._rows(sa.select(sa.func.max(schema.tasks.c.sequence).label("last")))
@@ -136,6 +144,9 @@ class MasterStore:
                         field="database_url",
                         hint="start the newer program that wrote it, or another database",
                     )
+                elif version < schema.VERSION:
+                    schema.bring_up(connection)
+                    connection.execute(schema.schema_version.update().values(version=schema.VERSION))
         except BaseException:
             engine.dispose()
             raise

@@ -7,29 +7,40 @@ orders the changes, so that a check and the write that follows it see the same r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
 
 from nodeservice.errors import RequestError
+from nodeservice.master import attempts as course
+from nodeservice.master.attempts import Claim, Moment, Taken
 from nodeservice.master.checks import check_task, request_of
 from nodeservice.master.clock import MasterClock
-from nodeservice.master.reports import outcome_of
 from nodeservice.master.request import Request
 from nodeservice.master.rows import Key, OrphanRow, State, TaskRow
 from nodeservice.master.store import MasterStore
+from nodeservice.master.submissions import conflict, submitted_before
 from nodeservice.wire import master_worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
 
+NODE_RETRIES = 3
+
+
 class TaskBook:
-    def __init__(self, store: MasterStore, clock: MasterClock) -> None:
+    """`node_retries`: how often a task is tried again after faults of nodes, apart from what its user allows."""
+
+    def __init__(self, store: MasterStore, clock: MasterClock, *, node_retries: int = NODE_RETRIES) -> None:
         self._store = store
         self._clock = clock
+        self._node_retries = node_retries
         self._lock = asyncio.Lock()
+        self._in_doubt: set[str] = set()
+        """Tasks of which a write failed. A database may have taken it, and only its answer was lost."""
         self._open: dict[Key, TaskRow] = {}
         self._requests: dict[Key, Request] = {}
         self._last_sequence = 0
@@ -38,9 +49,7 @@ class TaskBook:
     async def load(self) -> None:
         """Take up what the store holds; called once, before anything else."""
         self._last_sequence = await self._store.last_sequence()
-        for row in await self._store.open_tasks():
-            self._open[row.key] = row
-            self._requests[row.key] = request_of(row.task)
+        self._remember(await self._store.open_tasks())
         if self._open:
             log.info("master.resumed", open_count=len(self._open))
 
@@ -66,11 +75,16 @@ class TaskBook:
         return found
 
     async def find(self, task_id: str, attempt: int | None = None) -> TaskRow | None:
-        """An attempt in whatever state; without `attempt` the newest."""
+        """An attempt in whatever state; without `attempt` the current one."""
         found = await self._store.find_task(task_id, attempt)
         return None if found is None else self._open.get(found.key, found)
 
+    async def attempts(self, task_id: str) -> list[TaskRow]:
+        """All of a task, the oldest first."""
+        return [self._open.get(row.key, row) for row in await self._store.attempts(task_id)]
+
     async def newest(self, limit: int) -> list[TaskRow]:
+        """The current attempt of each task, the newest first."""
         return [self._open.get(row.key, row) for row in await self._store.newest_tasks(limit)]
 
     def changed(self) -> asyncio.Event:
@@ -94,12 +108,12 @@ class TaskBook:
         named.submitted_at = named.submitted_at or now_ms // 1000
         request = check_task(named)
         attempt = named.attempt if named.HasField("attempt") else 1
-        async with self._lock:
-            known = await self._store.find_task(named.task_id)
-            if known is not None and attempt <= known.attempt:
-                return await self._submitted_before(named, attempt)
-            if known is not None and not known.state.is_final:
-                raise _conflict(named, f"attempt {known.attempt} has not ended; it is {known.state}")
+        async with self._changing():
+            known = await self.attempts(named.task_id)
+            if known and attempt <= known[-1].attempt:
+                return submitted_before(named, attempt, known)
+            if known and not course.current(known).state.is_final:
+                raise conflict(named, f"attempt {known[-1].attempt} has not ended; it is {known[-1].state}")
             refusal = refuse(request)
             if refusal is not None:
                 raise refusal
@@ -110,22 +124,15 @@ class TaskBook:
                 task=named,
                 traceparent=traceparent,
                 submitted_at_ms=now_ms,
+                queued_at_ms=now_ms,
             )
-            await self._save([row], {row.key: request})
+            await self._save([row])
         log.info("task.queued", task_id=row.task_id, attempt=row.attempt, image=named.docker_image)
         return row
 
-    async def _submitted_before(self, task: pb.Task, attempt: int) -> TaskRow:
-        known = await self._store.find_task(task.task_id, attempt)
-        if known is None:
-            raise _conflict(task, f"a newer attempt than {attempt} exists")
-        if _fingerprint(known.task) != _fingerprint(task):
-            raise _conflict(task, "it was submitted before and asks for something else")
-        return self._open.get(known.key, known)
-
     async def request_cancel(self, row: TaskRow) -> TaskRow:
         """A queued attempt ends at once; an assigned one is marked, to be passed on. Returns what it is now."""
-        async with self._lock:
+        async with self._changing():
             current = self._open.get(row.key)
             if current is None:
                 return await self._store.find_task(*row.key) or row
@@ -141,7 +148,7 @@ class TaskBook:
     async def assign(self, choices: Sequence[tuple[Key, str]]) -> list[TaskRow]:
         """Write "ASSIGNED to W" before anything is sent. Attempts that are no longer queued are left out."""
         now_ms = self._clock.unix_ms()
-        async with self._lock:
+        async with self._changing():
             rows = [
                 replace(
                     row,
@@ -160,27 +167,27 @@ class TaskBook:
 
     async def accepted(self, key: Key, worker_id: str) -> None:
         """The node has it durably."""
-        async with self._lock:
+        async with self._changing():
             row = self._held(key, worker_id)
             if row is not None and not row.accepted:
                 await self._save([replace(row, accepted=True, reason="", message="")])
 
     async def unaccepted(self, keys: Iterable[Key]) -> None:
         """The node no longer lists them: they are to be offered to it again."""
-        async with self._lock:
+        async with self._changing():
             rows = [row for key in keys if (row := self._open.get(key)) is not None and row.accepted]
             await self._save([replace(row, accepted=False) for row in rows])
 
     async def refused(self, key: Key, worker_id: str, *, reason: str, message: str, final: bool) -> None:
         """The node does not take it: back to the queue, or REJECTED when `final`; CANCELLED where that was asked."""
-        async with self._lock:
+        async with self._changing():
             row = self._held(key, worker_id)
             if row is None:
                 return
             if row.cancel_requested:
                 changed = self._ended(row, State.CANCELLED, "CANCELLED", "cancelled; the node had not taken it")
             elif final:
-                changed = self._ended(row, State.REJECTED, reason, message)
+                changed = course.rejected(row, reason, message, now_ms=self._clock.unix_ms())
             else:
                 changed = replace(
                     row, state=State.QUEUED, worker_id="", assigned_at_ms=0, phase="", reason=reason, message=message
@@ -189,37 +196,38 @@ class TaskBook:
 
     async def reject(self, refusals: Mapping[Key, tuple[str, str]]) -> None:
         """Queued attempts that no node can ever hold: reason and message of each."""
-        async with self._lock:
+        now_ms = self._clock.unix_ms()
+        async with self._changing():
             await self._save(
                 [
-                    self._ended(row, State.REJECTED, reason, message)
+                    course.rejected(row, reason, message, now_ms=now_ms)
                     for key, (reason, message) in refusals.items()
                     if (row := self._open.get(key)) is not None and row.state is State.QUEUED
                 ]
             )
 
-    async def abandon(self, key: Key, worker_id: str, message: str) -> None:
-        """The node is gone. One asked to be cancelled is CANCELLED; one that it never answered for becomes a new attempt."""
-        async with self._lock:
+    async def lose(self, key: Key, worker_id: str, message: str) -> None:
+        """The node is given up: another attempt follows, unless a cancellation was asked for or all retries are used."""
+        async with self._changing():
             row = self._held(key, worker_id)
             if row is None:
                 return
-            if row.cancel_requested:
-                await self._save([self._ended(row, State.CANCELLED, "NODE_GONE", message)])
-            elif not row.accepted:
-                task = pb.Task()
-                task.CopyFrom(row.task)
-                task.attempt = row.attempt + 1
-                following = TaskRow(
-                    task_id=row.task_id,
-                    attempt=row.attempt + 1,
-                    sequence=self._last_sequence + 1,
-                    task=task,
-                    traceparent=row.traceparent,
-                    submitted_at_ms=row.submitted_at_ms,
-                )
-                ended = self._ended(row, State.FAILED, "NODE_GONE", message)
-                await self._save([ended, following], {following.key: self._requests[key]})
+            changed = course.lose(
+                await self.attempts(row.task_id),
+                row,
+                message,
+                node_retries=self._node_retries,
+                moment=self._moment(),
+            )
+            await self._save(changed)
+        log.warning(
+            "task.lost",
+            task_id=row.task_id,
+            attempt=row.attempt,
+            worker_id=worker_id,
+            state=changed[0].state.value,
+            next_attempt=changed[1].attempt if changed[1:] else None,
+        )
 
     def explain(self, notes: Mapping[Key, tuple[str, str]]) -> None:
         """Why attempts still wait: shown, and not worth a write."""
@@ -232,7 +240,7 @@ class TaskBook:
 
     async def note_phases(self, worker_id: str, phases: Mapping[Key, str]) -> None:
         """What a heartbeat says of the node's attempts; written only where something changed."""
-        async with self._lock:
+        async with self._changing():
             rows = [
                 replace(row, state=State.RUNNING, accepted=True, phase=phase, reason="", message="")
                 for key, phase in phases.items()
@@ -240,40 +248,64 @@ class TaskBook:
             ]
             await self._save(rows)
 
-    async def complete(self, result: pb.TaskResult) -> bool:
-        """Take a report; durable when this returns. False: it belonged to no open attempt, or was known already.
+    async def complete(self, result: pb.TaskResult) -> Taken:
+        """Take a report; durable when this returns.
 
         The resources of the attempt are free from here on, once, however often the report comes.
         """
-        attempt = result.attempt if result.HasField("attempt") else self._attempt_held(result)
-        async with self._lock:
-            row = self._held((result.task_id, attempt), result.worker_id)
+        async with self._changing():
+            attempts = await self.attempts(result.task_id)
+            own = [row for row in attempts if row.worker_id == result.worker_id]
+            attempt = result.attempt if result.HasField("attempt") else own[-1].attempt if own else 1
+            row = next((row for row in own if row.attempt == attempt), None)
             if row is None:
                 await self._keep_orphan(result, attempt)
-                return False
-            state, reason, message = outcome_of(result)
-            changed = replace(self._ended(row, state, reason, message), result=result, accepted=True)
-            await self._save([changed])
-        log.info(
-            "task.ended",
-            task_id=row.task_id,
-            attempt=attempt,
-            worker_id=row.worker_id,
-            state=state.value,
-            reason=reason,
-        )
-        return True
+                return Taken.ASIDE
+            taken, changed = course.report(
+                attempts, row, result, node_retries=self._node_retries, moment=self._moment()
+            )
+            await self._save(changed)
+        if changed:
+            log.info(
+                "task.ended" if taken is not Taken.LATE else "report.late",
+                task_id=row.task_id,
+                attempt=attempt,
+                worker_id=row.worker_id,
+                state=changed[0].state.value,
+                reason=result.reason or changed[0].reason,
+                next_attempt=changed[1].attempt if taken is Taken.FOLLOWED else None,
+            )
+        return taken
 
-    def _attempt_held(self, result: pb.TaskResult) -> int:
-        held = [
-            r.attempt for r in self._open.values() if (r.task_id, r.worker_id) == (result.task_id, result.worker_id)
-        ]
-        return max(held, default=1)
+    async def listed(self, worker_id: str, task_id: str, attempt: int | None, phase: str) -> TaskRow | None:
+        """A node lists an attempt that it does not hold; a lost one that may go on is taken back.
+
+        `attempt` None is the last that it held. Returns the attempt if the node shall end it; what is not known here is left
+        alone.
+        """
+        async with self._changing():
+            attempts = await self.attempts(task_id)
+            of_node = [row.attempt for row in attempts if row.worker_id == worker_id]
+            wanted = of_node[-1] if attempt is None and of_node else attempt
+            row = next((row for row in attempts if row.attempt == wanted), None)
+            if row is None:
+                return None
+            claim = course.claim(attempts, row, worker_id)
+            if claim is Claim.TAKE_BACK:
+                changed = course.take_back(attempts, row, phase, moment=self._moment())
+                await self._save(changed)
+                log.info(
+                    "task.taken_back",
+                    task_id=row.task_id,
+                    attempt=row.attempt,
+                    worker_id=worker_id,
+                    dropped_attempt=changed[1].attempt,
+                )
+            elif claim is Claim.RECALL and row.state is State.LOST and not row.cancel_requested:
+                await self._save([course.recalled(row)])
+            return row if claim is Claim.RECALL else None
 
     async def _keep_orphan(self, result: pb.TaskResult, attempt: int) -> None:
-        known = await self._store.find_task(result.task_id, attempt)
-        if known is not None and known.worker_id == result.worker_id and known.result is not None:
-            return
         log.warning("report.orphan", task_id=result.task_id, attempt=attempt, worker_id=result.worker_id)
         await self._store.save_orphan(
             OrphanRow(
@@ -287,19 +319,53 @@ class TaskBook:
 
     # ---- inside the lock ------------------------------------------------------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def _changing(self) -> AsyncIterator[None]:
+        """One change at a time, and none before memory and store agree."""
+        async with self._lock:
+            for task_id in tuple(self._in_doubt):
+                stored = await self._store.attempts(task_id)
+                for key in [key for key in self._open if key[0] == task_id]:
+                    del self._open[key], self._requests[key]
+                self._remember(stored)
+                self._in_doubt.discard(task_id)
+            yield
+
     def _held(self, key: Key, worker_id: str) -> TaskRow | None:
         row = self._open.get(key)
         return row if row is not None and row.worker_id == worker_id and worker_id else None
 
     def _ended(self, row: TaskRow, state: State, reason: str, message: str) -> TaskRow:
-        return replace(row, state=state, reason=reason, message=message, phase="", finished_at_ms=self._clock.unix_ms())
+        return course.ended(row, state, reason, message, now_ms=self._clock.unix_ms())
 
-    async def _save(self, rows: Sequence[TaskRow], requests: Mapping[Key, Request] | None = None) -> None:
-        """Store first, then memory, then wake whoever waits."""
+    def _moment(self) -> Moment:
+        return Moment(now_ms=self._clock.unix_ms(), next_sequence=self._last_sequence + 1)
+
+    async def _save(self, rows: Sequence[TaskRow]) -> None:
+        """Store first, then memory, then wake whoever waits.
+
+        A caller that is cancelled meanwhile (its client hung up) leaves both or none: the write goes on in its thread.
+        """
         if not rows:
             return
-        await self._store.save_tasks(rows)
-        self._requests.update(requests or {})
+        saving = asyncio.ensure_future(self._store.save_tasks(rows))
+        cancelled: asyncio.CancelledError | None = None
+        while not saving.done():
+            try:
+                await asyncio.wait({saving})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        failure = saving.exception()
+        if failure is not None:
+            self._in_doubt.update(row.task_id for row in rows)
+            raise cancelled or failure
+        self._remember(rows)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if cancelled is not None:
+            raise cancelled
+
+    def _remember(self, rows: Iterable[TaskRow]) -> None:
         for row in rows:
             self._last_sequence = max(self._last_sequence, row.sequence)
             if row.state.is_final:
@@ -307,23 +373,5 @@ class TaskBook:
                 self._requests.pop(row.key, None)
             else:
                 self._open[row.key] = row
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-
-def _fingerprint(task: pb.Task) -> bytes:
-    """What is asked, without when: a client may leave that to the master."""
-    asked = pb.Task()
-    asked.CopyFrom(task)
-    asked.ClearField("submitted_at")
-    asked.attempt = task.attempt if task.HasField("attempt") else 1
-    return asked.SerializeToString(deterministic=True)
-
-
-def _conflict(task: pb.Task, detail: str) -> RequestError:
-    return RequestError(
-        f"task_id {task.task_id}: {detail}",
-        reason="TASK_CONFLICT",
-        field="task_id",
-        hint="choose another id or attempt",
-    )
+                if row.key not in self._requests:
+                    self._requests[row.key] = request_of(row.task)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from nodeservice.errors import RequestError
 from nodeservice.master.checks import check_attempt, check_id, shown
+from nodeservice.master.fault_points import armed
 from nodeservice.master.incoming import Incoming, sweep
 from nodeservice.master.rows import State
 from nodeservice.master.tasks import TaskBook
@@ -46,7 +47,7 @@ class ResultUploads:
                     field="worker_id",
                 )
         number = attempt if attempt is not None else row.attempt if row is not None else 1
-        return await self.run(lambda: Incoming(self._results_dir, task_id, number))
+        return await self.run(lambda: armed(Incoming(self._results_dir, task_id, number), "results"))
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run blocking work of an upload. When the waiter is cancelled, the work itself still ends first."""

@@ -6,6 +6,7 @@ import math
 
 from nodeservice.master.amounts import Amounts, to_message
 from nodeservice.master.nodes import Node
+from nodeservice.master.reports import outcome_of
 from nodeservice.master.rows import TaskRow
 from nodeservice.wire import master_worker_pb2 as pb
 
@@ -43,6 +44,29 @@ def task_view(row: TaskRow, *, running: pb.RunningTask | None = None, brief: boo
             view.ClearField("result")
         for field in ("env", "argv", "command"):
             view.task.ClearField(field)
+    return view
+
+
+def attempt_view(row: TaskRow) -> pb.AttemptView:
+    """One line of a task's story."""
+    view = pb.AttemptView(
+        attempt=row.attempt,
+        state=row.state.value,
+        worker_id=row.worker_id,
+        reason=row.reason,
+        message=row.message,
+        queued_at_unix_ms=row.queued_at_ms,
+        assigned_at_unix_ms=row.assigned_at_ms,
+        finished_at_unix_ms=row.finished_at_ms,
+    )
+    told = row.result if row.result is not None else row.late_result
+    if told is not None:
+        view.result_location = told.result_location
+        if told.HasField("exit_code"):
+            view.exit_code = told.exit_code
+    if row.late_result is not None:
+        state, reason, _ = outcome_of(row.late_result)
+        view.late_outcome, view.late_reason = state.value, reason
     return view
 
 

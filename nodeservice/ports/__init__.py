@@ -15,6 +15,7 @@ from nodeservice.ports.containers import (
     ContainerSpec,
     ContainerState,
     EngineFacts,
+    LocalImage,
     Mount,
     PulledImage,
     PullProgress,
@@ -24,6 +25,7 @@ from nodeservice.ports.disk import (
     DiskUse,
     Enforcement,
     FreeSpace,
+    Room,
     TaskDisk,
 )
 from nodeservice.ports.gpus import (
@@ -54,6 +56,7 @@ from nodeservice.ports.results import (
     Bundles,
     ResultBundle,
     ResultFile,
+    ResultsFolder,
     ResultStore,
 )
 
@@ -79,6 +82,7 @@ __all__ = [
     "GpuXid",
     "HostFacts",
     "Journal",
+    "LocalImage",
     "MigInstance",
     "Mount",
     "NodeCapacity",
@@ -91,6 +95,8 @@ __all__ = [
     "ResultBundle",
     "ResultFile",
     "ResultStore",
+    "ResultsFolder",
+    "Room",
     "TaskCgroups",
     "TaskDisk",
     "TraceSink",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -94,6 +94,14 @@ class TaskCgroups(Protocol):
 
     async def remove(self, id_: AttemptId) -> None:
         """Remove. One already gone is success."""
+        ...
+
+    async def unclaimed(self, claimed: Collection[AttemptId]) -> Sequence[str]:
+        """Names of cgroups below this node's that belong to none of these attempts."""
+        ...
+
+    async def remove_unclaimed(self, name: str) -> bool:
+        """Remove one of these. False, and it is left alone, where a process lives in it. One already gone is success."""
         ...
 
     def describe(self) -> str | None:

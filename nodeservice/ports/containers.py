@@ -37,6 +37,25 @@ class PulledImage:
     digest: str
     image_id: str
     size_bytes: int
+    name: str
+    """The name asked for, as `LocalImage` writes it."""
+    is_new: bool = False
+    """This pull brought it: under no name was it on this host before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalImage:
+    """An image on this host. Names are written out, registry included: `docker.io/library/busybox:1`.
+
+    `digests` are names of the form `repository@sha256:…`. `is_used`: some container, of whomever, was made from it.
+    `size_bytes` counts layers that it shares with others too.
+    """
+
+    image_id: str
+    tags: tuple[str, ...]
+    digests: tuple[str, ...]
+    size_bytes: int
+    is_used: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +116,8 @@ class ContainerState:
     labels: Mapping[str, str]
     limits: Mapping[str, object] = field(default_factory=dict)
     """The limits as the engine holds them: cpu_milli, memory_bytes, memory_swap_bytes, pids_limit."""
+    ended_by_engine: bool = False
+    """The engine's own going or coming ended it; known from `wait_exited` alone."""
     layer: tuple[Path, ...] = ()
     """Where its writable layer lies on this host, with the file system's own work directory; empty where not known."""
     beside: tuple[Path, ...] = ()
@@ -129,6 +150,17 @@ class ContainerRuntime(Protocol):
 
         Raises RequestError (IMAGE_NOT_FOUND, IMAGE_ACCESS_DENIED), TransientError (IMAGE_PULL_FAILED: retried by the
         caller; IMAGE_PULL_TIMEOUT: the inactivity or total limit passed).
+        """
+        ...
+
+    async def list_images(self) -> Sequence[LocalImage]:
+        """All images with a name or none, whoever made them; without layers that only other images are made of."""
+        ...
+
+    async def remove_image(self, name: str) -> bool:
+        """Take away this name (or id); with its last name an image goes. One already gone is success.
+
+        False where the engine refuses: a container or another image needs it. It is never forced.
         """
         ...
 

@@ -84,8 +84,25 @@ class TaskDisk(Protocol):
     async def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Of one file system, in bytes; `free_bytes` is what unprivileged users can have."""
+
+    used_bytes: int
+    free_bytes: int
+
+    @property
+    def used_percent(self) -> float:
+        """As df(1) counts: of used and free together."""
+        return 100 * self.used_bytes / max(1, self.used_bytes + self.free_bytes)
+
+
 class FreeSpace(Protocol):
     """Room on the file systems that tasks write to."""
+
+    async def of(self, place: Path) -> Room | None:
+        """Of the file system that holds this place; None where it cannot be seen."""
+        ...
 
     async def least(self) -> tuple[int, Path] | None:
         """The bytes free to unprivileged users where there are fewest, and where that is; None if nothing can be seen."""

@@ -20,7 +20,13 @@ class Clock(Protocol):
         """The present instant, aware UTC."""
         ...
 
-    async def sleep(self, seconds: float) -> None: ...
+    def elapsed(self) -> float:
+        """Seconds since some moment before this process began, on a clock that nobody sets: for how long things last."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Counts on that clock too."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from nodeservice.core.model import Manifest, ManifestEntry, TaskSpec
+from nodeservice.core.model import AttemptId, Manifest, ManifestEntry, TaskSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,35 @@ class ResultStore(Protocol):
         """
         ...
 
+    async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
+        """Drop what broken-off puts of an attempt left, which nobody goes on with; how many there were.
+
+        `paths` are those of its files, as far as they are known. Not while a put is under way. Raises as `put` does.
+        """
+        ...
+
     async def close(self) -> None: ...
+
+
+class ResultsFolder(Protocol):
+    """The results directory of this host, as it grows old. All methods block, and raise OSError.
+
+    Only what the layout of this service shows to be an attempt's is ever touched, and no symbolic link is followed.
+    """
+
+    def stored_before(self, instant: datetime, *, only_moved: bool = False) -> Sequence[AttemptId]:
+        """Attempts whose results were complete here before that instant, or (only) whose pointer elsewhere was left."""
+        ...
+
+    def remove(self, id_: AttemptId) -> None:
+        """Take all of it away at once, to whoever reads. Repeating is harmless."""
+        ...
+
+    def leftovers(self) -> Sequence[tuple[AttemptId, Path]]:
+        """Half-made directories, of puts and removals that were cut off or are under way."""
+        ...
+
+    def remove_leftover(self, path: Path) -> None: ...
 
 
 class Bundles(Protocol):

@@ -13,12 +13,13 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
 
+from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
@@ -50,6 +51,10 @@ class FileResultStore:
             return await asyncio.get_running_loop().run_in_executor(self._pool, self._put, bundle, stop)
         finally:
             stop.set()
+
+    async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
+        """What a broken-off put left lies in the directory itself, where `results.folder` finds it."""
+        return 0
 
     async def close(self) -> None:
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)

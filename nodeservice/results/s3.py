@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
+from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results.access import BucketMissing, S3Access
@@ -46,7 +47,7 @@ class S3ResultStore:
         self._client_lock = threading.Lock()
 
     async def put(self, bundle: ResultBundle) -> str:
-        base = "/".join(part for part in (self._access.prefix.strip("/"), bundle.prefix) if part)
+        base = self._base(bundle.prefix)
         for _ in range(2):
             try:
                 await self._put(bundle, base)
@@ -56,10 +57,25 @@ class S3ResultStore:
                 return f"s3://{self._access.bucket}/{base}"
         raise TransientError(f"bucket {self._access.bucket} was created and is gone again", reason="STORE_UNREACHABLE")
 
+    async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
+        """Parts of interrupted uploads. MinIO lists them for a whole key only, hence one call for each path."""
+        base = self._base(f"{id_.task_id}/{id_.attempt}")
+
+        def drop(client: BucketClient) -> int:
+            return sum(client.abort_leftovers(f"{base}/{path}") for path in paths)
+
+        try:
+            return await self._run(drop)
+        except BucketMissing:
+            return 0
+
     async def close(self) -> None:
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
         if self._client is not None:
             self._client.close()
+
+    def _base(self, prefix: str) -> str:
+        return "/".join(part for part in (self._access.prefix.strip("/"), prefix) if part)
 
     async def _put(self, bundle: ResultBundle, base: str) -> None:
         marker = f"{base}/{MANIFEST_NAME}"

@@ -128,7 +128,7 @@ class BucketClient:
         size_bytes = file.entry.size_bytes
         part_bytes = max(self._access.part_bytes, -(-size_bytes // _MAX_PART_COUNT))
         if size_bytes > part_bytes:
-            self._abort_leftovers(key)
+            self.abort_leftovers(key)
         with VerifiedReader(file, stop=stop) as reader:
             etag = self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
         return StoredObject(size_bytes, etag)
@@ -144,6 +144,22 @@ class BucketClient:
         return TransientError(
             f"s3://{self._bucket}/{key} was sent but is not there as it was sent", reason="STORE_UNREACHABLE"
         )
+
+    def abort_leftovers(self, key: str) -> int:
+        """Drop what interrupted uploads of this key left: it costs space and no listing shows it. How many there were.
+
+        The client has no public method for it. MinIO lists uploads for a prefix that is a whole key only.
+        """
+        with self._translated(f"list interrupted uploads of {key}"):
+            listing = self._minio._list_multipart_uploads(self._bucket, prefix=key)  # noqa: SLF001
+            count = 0
+            for upload in listing.uploads:
+                if upload.object_name == key and upload.upload_id:
+                    log.info("results.interrupted_upload_dropped", bucket=self._bucket, key=key)
+                    with contextlib.suppress(S3Error):
+                        self._minio._abort_multipart_upload(self._bucket, key, upload.upload_id)  # noqa: SLF001
+                        count += 1
+            return count
 
     def _send(
         self,
@@ -167,19 +183,6 @@ class BucketClient:
                 return str(self._minio._put_object(self._bucket, key, body, dict(headers)).etag)  # noqa: SLF001
         finally:
             _stop.reset(token)
-
-    def _abort_leftovers(self, key: str) -> None:
-        """Drop parts that an interrupted upload of this key left behind: they cost space and no listing shows them.
-
-        The client has no public method for it. MinIO lists uploads for a prefix that is a whole key only.
-        """
-        with self._translated(f"list interrupted uploads of {key}"):
-            listing = self._minio._list_multipart_uploads(self._bucket, prefix=key)  # noqa: SLF001
-            for upload in listing.uploads:
-                if upload.object_name == key and upload.upload_id:
-                    log.info("results.interrupted_upload_dropped", bucket=self._bucket, key=key)
-                    with contextlib.suppress(S3Error):
-                        self._minio._abort_multipart_upload(self._bucket, key, upload.upload_id)  # noqa: SLF001
 
     @contextlib.contextmanager
     def _translated(self, action: str) -> Iterator[None]:

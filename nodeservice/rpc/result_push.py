@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
 
-from nodeservice.core.model import TaskSpec
+from nodeservice.core.model import AttemptId, TaskSpec
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.layout import MANIFEST_NAME
@@ -76,6 +76,10 @@ class MasterPushResultStore:
                 reason="STORE_UNREACHABLE",
             )
         return f"master://{bundle.prefix}"
+
+    async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
+        """A stream that broke off is the master's to forget."""
+        return 0
 
     async def close(self) -> None:
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)

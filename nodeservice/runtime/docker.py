@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -14,17 +14,27 @@ import structlog
 
 from nodeservice.core.model import PullPolicy
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress, labels
+from nodeservice.ports import (
+    ContainerSpec,
+    ContainerState,
+    EngineFacts,
+    LocalImage,
+    PulledImage,
+    PullProgress,
+    labels,
+)
 from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_spec import check_mount_sources, create_body
 from nodeservice.runtime.docker_state import init_failure
 from nodeservice.runtime.endpoint import resolve_endpoint
+from nodeservice.runtime.engine_life import EngineLife
 from nodeservice.runtime.errors import InitMissingError, command_error
 from nodeservice.runtime.exits import ExitWatcher
 from nodeservice.runtime.gpu_access import GpuAccess, choose_gpu_access
 from nodeservice.runtime.inside import run_inside
 from nodeservice.runtime.libpod import libpod_body
+from nodeservice.runtime.local_images import list_images, remove_image
 from nodeservice.runtime.log_file import read_log_file
 from nodeservice.runtime.logs import read_log
 from nodeservice.runtime.profile import EngineProfile
@@ -74,6 +84,8 @@ class DockerRuntime:
         self._exits = ExitWatcher(
             self._connection, node_id=node_id, relist_seconds=relist_seconds, on_connected=self._engine_connected
         )
+        self._life = EngineLife(self._connection.endpoint)
+        self._looking: asyncio.Task[None] | None = None
         self._known_profile: EngineProfile | None = None
         self._profile_is_stale = True
         self._lacks_init = False
@@ -98,6 +110,12 @@ class DockerRuntime:
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None = None) -> PulledImage:
         return await self._pulls.pull(image, policy=policy, on_progress=on_progress)
+
+    async def list_images(self) -> Sequence[LocalImage]:
+        return await self._connection.call(list_images, doing="list images")
+
+    async def remove_image(self, name: str) -> bool:
+        return await self._connection.call(lambda client: remove_image(client, name), doing=f"remove image {name!r}")
 
     async def create(self, spec: ContainerSpec) -> str:
         """As the port says; a cancelled caller waits for the engine's answer, so no container appears behind its back."""
@@ -155,6 +173,8 @@ class DockerRuntime:
             while True:
                 changed.clear()
                 try:
+                    if not self._life.is_known:
+                        await self._life.look()
                     state = await self.find(container_id)
                     if state is None or not state.is_running:
                         return await self._settled(state)
@@ -212,6 +232,9 @@ class DockerRuntime:
     async def close(self) -> None:
         await self._pulls.close()
         await self._exits.close()
+        if self._looking is not None:
+            self._looking.cancel()
+        self._life.close()
         await self._connection.close()
 
     # ---- inside ----
@@ -255,6 +278,9 @@ class DockerRuntime:
             doing="describe itself",
         )
         self._known_profile, self._profile_is_stale = profile, False
+        self._life.live_restore = profile.live_restore
+        if not self._life.is_known:
+            await self._look()
         for sentence in set(profile.degraded) - set(before):
             log.warning("engine.degraded", what=sentence)
         return profile
@@ -262,6 +288,12 @@ class DockerRuntime:
     def _engine_connected(self) -> None:
         """The engine may have been restarted with another configuration: ask it again before the next container."""
         self._profile_is_stale = True
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look(), name="engine-look")
+
+    async def _look(self) -> None:
+        with suppress(TransientError):
+            await self._life.look()
 
     async def _must_find(self, container_id: str) -> ContainerState:
         state = await self.find(container_id)
@@ -296,6 +328,9 @@ class DockerRuntime:
                 if again is None:
                     break
                 state = again
+        await self._life.look()  # one that is being shut down still tells of ends, and takes no questions
+        if not (await self._profile()).is_podman and self._life.took(state):
+            return replace(state, ended_by_engine=True)
         if (said := await self._command_failure(state)) is not None:
             exit_code = _NOT_FOUND_EXIT_CODE if state.exit_code == _CATATONIT_FAILURE_EXIT_CODE else state.exit_code
             return replace(state, error=said, exit_code=exit_code)

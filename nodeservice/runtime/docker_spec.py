@@ -8,7 +8,7 @@ from typing import Any
 
 from nodeservice.core.model import MIB
 from nodeservice.errors import NodeFaultError, RequestError
-from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
+from nodeservice.limits.asked import CORE_FILE_BYTES, DROPPED_CAPABILITIES, ids_text, shm_bytes
 from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
 from nodeservice.runtime.profile import EngineProfile
@@ -176,7 +176,7 @@ def ulimits(spec: ContainerSpec, profile: EngineProfile) -> list[dict[str, Any]]
     """As many open files as were asked, or as the engine may give: with more, no container would start."""
     most = profile.facts.open_files_max
     files = spec.open_files_limit if most is None else min(spec.open_files_limit, most)
-    wanted = {"nofile": files, "core": 0}
+    wanted = {"nofile": files, "core": CORE_FILE_BYTES}
     if profile.processes_ulimit is not None:
         wanted["nproc"] = profile.processes_ulimit
     return [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in wanted.items()]

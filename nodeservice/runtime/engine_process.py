@@ -6,6 +6,7 @@ CAP_SYS_RESOURCE), capabilities(7), systemd.exec(5) (the PATH of a service).
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -23,6 +24,7 @@ _CONNECT_SECONDS = 5.0
 _GPU_DRIVER = "proc/driver/nvidia/version"
 _SYSTEMD = 1
 """It listens in the place of an engine that it starts when asked, which then has this PATH and the host's root."""
+_DOCKER_PIDFILE = "run/docker.pid"
 _SYSTEMD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -42,27 +44,59 @@ class EngineProcess:
 
 
 def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> EngineProcess:
-    """Blocks shortly. All of the process unknown where the engine listens on TCP, or it can't be seen."""
+    """Blocks shortly. All of the process unknown where the engine listens on TCP, or it can't be seen.
+
+    Raises OSError where this process is out of descriptors: what is not known for now must not be taken for unknown.
+    """
     unknown = EngineProcess(root=root, has_gpu_driver=(root / _GPU_DRIVER).exists())
     try:
         connection = endpoint.connect(timeout_seconds=_CONNECT_SECONDS)
-    except OSError:
+    except OSError as error:
+        _raise_if_out_of_descriptors(error)
         return unknown
     with connection:
         if endpoint.socket_path is None:
             return unknown
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, _, _ = _CREDENTIALS.unpack(credentials)
+        pid = _listener(connection)
     place = root / "proc" / str(pid)
     try:
         process = _of(place, root, unknown)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        _raise_if_out_of_descriptors(error)
         return unknown
     try:
         own_root, path = (root, _SYSTEMD_PATH) if pid == _SYSTEMD else (place / "root", _path(place))
         return replace(process, root=own_root, has_gpu_hook=has_program(GPU_HOOK, path, own_root))
-    except OSError:
+    except OSError as error:
+        _raise_if_out_of_descriptors(error)
         return process
+
+
+def _raise_if_out_of_descriptors(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+
+
+def peer_pid(connection: socket.socket, *, root: Path = Path("/")) -> int | None:
+    """The engine's process at the other end of a Unix socket; None where that cannot be told.
+
+    Where systemd listens in its place, Docker's own pid file names it (dockerd(8), --pidfile).
+    """
+    pid = _listener(connection)
+    if pid != _SYSTEMD:
+        return pid or None  # 0: it lives outside of our pid namespace
+    try:
+        named = int((root / _DOCKER_PIDFILE).read_text(encoding="ascii"))
+        is_docker = (root / "proc" / str(named) / "comm").read_text(encoding="ascii").strip() == "dockerd"
+    except (OSError, ValueError):
+        return None
+    return named if is_docker else None
+
+
+def _listener(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(credentials)[0]
+    return pid
 
 
 def has_program(name: str, path: str, root: Path) -> bool:

@@ -37,6 +37,8 @@ _NOT_EXECUTABLE = re.compile(
     r"executable file not found|no such file or directory|permission denied|exec format error|is a directory"
     r"|not a directory",
 )
+_HALF_STARTED = re.compile(r"id already in use|with given id already exists|task .*already exists")
+"""What containerd and the runtime say of a container that a killed dockerd had handed to them, and has forgotten."""
 # runc, crun and Docker put the word exec before the command; a mount that fails with the same words has no such word.
 _ABOUT_THE_COMMAND = re.compile(r"\bexec[:` ]|exec user process|executable file|cannot find.*in \$path|open executable")
 
@@ -144,6 +146,12 @@ def start_error(container: str, error: APIError, *, init_binary: str) -> NodeSer
         return NodeFaultError(f"the engine could not start {container}: {said}", reason="NODE_FAULT", hint=hint)
     if error.status_code in {502, 503, 504}:
         return translate(error, doing="start a container")
+    if _HALF_STARTED.search(text):
+        return NodeFaultError(
+            f"the engine was ended while it started {container}: {said}",
+            reason="ENGINE_FAULT",
+            hint="whether the task has run at all is not known",
+        )
     return RequestError(f"the engine could not start {container}: {said}", reason="START_FAILED")
 
 

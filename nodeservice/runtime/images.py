@@ -37,6 +37,13 @@ class ImageName:
         return self.digest or self.tag or "latest"
 
     @property
+    def full_name(self) -> str:
+        """What it is known by after a pull: registry and library filled in, the digest instead of a tag beside it."""
+        if self.is_id:
+            return self.repository
+        return f"{self.canonical}@{self.digest}" if self.digest else f"{self.canonical}:{self.tag or 'latest'}"
+
+    @property
     def key(self) -> str:
         """The same for all spellings of one image."""
         return f"{self.canonical}|{self.pull_tag}"

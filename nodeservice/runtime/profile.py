@@ -23,6 +23,9 @@ class EngineProfile:
     has_init: bool
     init_binary: str
     gpus: GpuFacts
+    is_podman: bool = False
+    live_restore: bool = False
+    """Whether containers live on while the engine itself is away."""
     makes_mount_sources: bool
     """Whether a mount's source that is missing is made, as an empty directory of root's, instead of refused."""
     processes_ulimit: int | None = None
@@ -89,6 +92,8 @@ def read_profile(
         has_init=has_init,
         init_binary=init_binary,
         gpus=gpus,
+        is_podman=is_podman,
+        live_restore=bool(info.get("LiveRestoreEnabled")),
         makes_mount_sources=is_podman,
         # As soon as one ulimit is given, Podman adds its default of 1,048,576 processes, which not every host allows it.
         processes_ulimit=process.processes_max if is_podman else None,

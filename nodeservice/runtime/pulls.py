@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.credentials import registry_auth_header
 from nodeservice.runtime.errors import engine_unavailable, is_status, pull_error, translate
 from nodeservice.runtime.images import ImageName, choose_digest, parse_image
+from nodeservice.runtime.local_images import list_images
 from nodeservice.runtime.streams import StreamRefusedError
 
 log = structlog.get_logger(__name__)
@@ -88,15 +90,20 @@ class ImagePulls:
             transfer = _Transfer(self._connection, image, name, shared)
             log.info("image.pull_started", image=image)
             begun = time.monotonic()
+            before = await self._ids()
             await self._watch(transfer, image)
             pulled = await self._present(image, name, announced=transfer.announced_digest)
             if pulled is None:
                 raise TransientError(f"image {image!r} vanished after its pull", reason="IMAGE_PULL_FAILED")
             seconds = round(time.monotonic() - begun, 3)
             log.info("image.pulled", image=image, digest=pulled.digest, duration_seconds=seconds)
-            return pulled
+            return replace(pulled, is_new=pulled.image_id not in before)
         finally:
             self._forget(shared)
+
+    async def _ids(self) -> frozenset[str]:
+        listed = await self._connection.call(list_images, doing="list images")
+        return frozenset(image.image_id for image in listed)
 
     async def _watch(self, transfer: _Transfer, image: str) -> None:
         """Run the transfer in its thread, and cut it when it is silent for too long, lasts too long, or is not wanted."""
@@ -137,7 +144,8 @@ class ImagePulls:
         digest = choose_digest(
             name, image_id=image_id, repo_digests=found.get("RepoDigests") or (), announced=announced
         )
-        return PulledImage(digest=digest, image_id=image_id, size_bytes=int(found.get("Size") or 0))
+        size_bytes = int(found.get("Size") or 0)
+        return PulledImage(digest=digest, image_id=image_id, size_bytes=size_bytes, name=name.full_name)
 
     def _forget(self, shared: _SharedPull) -> None:
         for key in [key for key, value in self._shared.items() if value is shared]:

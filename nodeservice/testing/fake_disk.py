@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
-from nodeservice.ports import DiskBound, DiskUse, Enforcement
+from nodeservice.ports import DiskBound, DiskUse, Enforcement, Room
 
 
 class FakeTaskDisk:
@@ -76,9 +76,14 @@ class FakeFreeSpace:
 
     def __init__(self, free_bytes: int | None = None) -> None:
         self.free_bytes = free_bytes
+        self.rooms: dict[Path, Callable[[], Room]] = {}
+        """What `of` answers, asked at each call."""
 
     async def least(self) -> tuple[int, Path] | None:
         return None if self.free_bytes is None else (self.free_bytes, Path("/fake"))
+
+    async def of(self, place: Path) -> Room | None:
+        return self.rooms[place]() if place in self.rooms else None
 
     async def close(self) -> None:
         """Nothing is held."""

@@ -12,28 +12,18 @@ from pathlib import Path
 
 from nodeservice.core.model import GIB, PullPolicy
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, ContainerState, EngineFacts, PulledImage, PullProgress, labels
+from nodeservice.ports import (
+    ContainerSpec,
+    ContainerState,
+    EngineFacts,
+    LocalImage,
+    PulledImage,
+    PullProgress,
+    labels,
+)
+from nodeservice.testing.fake_images import FakeImage, FakeImageShelf
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeImage:
-    """What an image does when it runs: writes `output`, then ends with `exit_code`, or waits for `finish` if it `holds`.
-
-    `is_local` false means that it must be pulled first; `pull_holds` makes the pull wait for `release_pulls`.
-    `ignores_term` runs on after SIGTERM. `has_command` false makes the start fail as for a command that is not there.
-    """
-
-    exit_code: int = 0
-    output: bytes = b""
-    holds: bool = False
-    oom_killed: bool = False
-    ignores_term: bool = False
-    has_command: bool = True
-    inside: Mapping[tuple[str, ...], str] = field(default_factory=dict)
-    """What a program that is run inside writes; those that are not named are not there."""
-    is_local: bool = True
-    pull_holds: bool = False
-    size_bytes: int = 2_000_000
+__all__ = ["FakeImage", "FakeRuntime"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,14 +48,11 @@ class FakeRuntime:
         self.calls: list[tuple[str, str]] = []
         self.specs: list[ContainerSpec] = []
         """The specs of all containers that were created."""
-        self.pull_counts: dict[str, int] = defaultdict(int)
         self._node_id = node_id
         self._cpu_count = cpu_count
-        self._present = {name for name, image in self.images.items() if image.is_local}
+        self._shelf = FakeImageShelf(self.images)
         self._containers: dict[str, _Container] = {}
         self._failures: dict[str, deque[NodeServiceError]] = defaultdict(deque)
-        self._pulls: dict[str, tuple[asyncio.Task[PulledImage], list[PullProgress | None]]] = {}
-        self._pull_gate = asyncio.Event()
         self._available = asyncio.Event()
         self._available.set()
         self._serial = 0
@@ -95,8 +82,23 @@ class FakeRuntime:
         container.image = replace(container.image, output=container.image.output + output)
         _tell(container)
 
+    def drop_image(self, name: str) -> None:
+        """Let an image vanish, as after someone else's `image rm`."""
+        self._shelf.present.discard(name)
+
+    def has_image(self, name: str) -> bool:
+        return name in self._shelf.present
+
+    def refuse_removal_of(self, full_name: str) -> None:
+        """As an engine does for an image that another is built on."""
+        self._shelf.needed.add(full_name)
+
     def release_pulls(self) -> None:
-        self._pull_gate.set()
+        self._shelf.gate.set()
+
+    @property
+    def pull_counts(self) -> Mapping[str, int]:
+        return self._shelf.pull_counts
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -132,23 +134,15 @@ class FakeRuntime:
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None = None) -> PulledImage:
         self._called("pull", image)
-        name = self._image_name(image)
-        if policy is not PullPolicy.ALWAYS and name in self._present:
-            return self._pulled(name)
-        if policy is PullPolicy.NEVER or name is None:
-            raise RequestError(f"image {image[:80]!r} was not found", reason="IMAGE_NOT_FOUND", field="image")
-        if name not in self._pulls:
-            listeners: list[PullProgress | None] = []
-            self._pulls[name] = (asyncio.create_task(self._pull(name, listeners)), listeners)
-        task, listeners = self._pulls[name]
-        listeners.append(on_progress)
-        try:
-            return await asyncio.shield(task)
-        finally:
-            listeners.remove(on_progress)
-            if not listeners and not task.done():
-                self._pulls.pop(name, None)
-                task.cancel()
+        return await self._shelf.pull(image, policy, on_progress)
+
+    async def list_images(self) -> Sequence[LocalImage]:
+        self._called("list_images", "")
+        return self._shelf.listed({container.spec.image for container in self._containers.values()})
+
+    async def remove_image(self, name: str) -> bool:
+        self._called("remove_image", name)
+        return self._shelf.remove(name, {container.spec.image for container in self._containers.values()})
 
     async def create(self, spec: ContainerSpec) -> str:
         self._called("create", spec.name)
@@ -159,8 +153,8 @@ class FakeRuntime:
                         f"another container is named {spec.name!r}", reason="CREATE_FAILED", field="name"
                     )
                 return container.state.id
-        name = self._image_name(spec.image)
-        if name is None or name not in self._present:
+        name = self._shelf.name_of(spec.image)
+        if name is None or name not in self._shelf.present:
             raise RequestError(f"image {spec.image!r} is not here", reason="IMAGE_NOT_FOUND", field="image")
         self._serial += 1
         id_ = hashlib.sha256(f"{self._node_id} {self._serial}".encode()).hexdigest()
@@ -289,9 +283,7 @@ class FakeRuntime:
 
     async def close(self) -> None:
         self.calls.append(("close", ""))
-        for task, _ in list(self._pulls.values()):
-            task.cancel()
-            await asyncio.wait({task})
+        await self._shelf.close()
 
     # ---- inside ----
 
@@ -301,33 +293,6 @@ class FakeRuntime:
             raise self._failures[method].popleft()
         if self.unavailable and not even_unavailable:
             raise TransientError("the engine is not available", reason="ENGINE_UNAVAILABLE")
-
-    def _image_name(self, text: str) -> str | None:
-        for name in self.images:
-            if text in {name, _digest(name), _image_id(name)}:
-                return name
-        return None
-
-    def _pulled(self, name: str) -> PulledImage:
-        return PulledImage(digest=_digest(name), image_id=_image_id(name), size_bytes=self.images[name].size_bytes)
-
-    async def _pull(self, name: str, listeners: list[PullProgress | None]) -> PulledImage:
-        try:
-            size = self.images[name].size_bytes
-            self.pull_counts[name] += 1
-            for listener in filter(None, listeners):
-                listener(0, size)
-            if self.images[name].pull_holds:
-                await self._pull_gate.wait()
-            else:
-                await asyncio.sleep(0)
-            for listener in filter(None, listeners):
-                listener(size, size)
-            self._present.add(name)
-            return self._pulled(name)
-        finally:
-            if name in self._pulls and self._pulls[name][1] is listeners:
-                del self._pulls[name]
 
     def _look(self, name_or_id: str) -> ContainerState | None:
         for container in self._containers.values():
@@ -351,14 +316,6 @@ def _tell(container: _Container) -> None:
     """Wake all who wait for this container. Each change has an event of its own, so that no waiter takes another's."""
     changed, container.changed = container.changed, asyncio.Event()
     changed.set()
-
-
-def _digest(name: str) -> str:
-    return f"{name}@{_image_id(name)}"
-
-
-def _image_id(name: str) -> str:
-    return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def _fingerprint(spec: ContainerSpec) -> object:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, NodeServiceError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
@@ -21,6 +23,8 @@ class MemoryResultStore:
     def __init__(self) -> None:
         self.stored: dict[str, dict[str, bytes]] = {}
         self.put_count = 0
+        self.dropped: list[AttemptId] = []
+        """The attempts whose leftovers were to be dropped."""
         self.is_closed = False
         self._failures: list[NodeServiceError] = []
         self._open = asyncio.Event()
@@ -52,6 +56,10 @@ class MemoryResultStore:
         files[MANIFEST_NAME] = bundle.manifest_bytes
         self.stored[bundle.prefix] = files
         return f"memory://{bundle.prefix}"
+
+    async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
+        self.dropped.append(id_)
+        return 0
 
     async def close(self) -> None:
         self.is_closed = True

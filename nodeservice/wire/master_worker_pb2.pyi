@@ -293,7 +293,7 @@ class EnvVar(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second", "gpu", "disconnect_limit_seconds")
+    __slots__ = ("task_id", "docker_image", "command", "req_cpu", "req_memory", "req_storage", "req_gpu", "target_worker_id", "user_id", "sla_multiplier", "task_type", "task_name", "submitted_at", "attempt", "argv", "env", "timeout_seconds", "grace_seconds", "pull_policy", "cpu_milli", "memory_bytes", "disk_bytes", "pids_limit", "wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "stop_signal", "exclusive_cpus", "open_files_limit", "read_bytes_per_second", "write_bytes_per_second", "gpu", "disconnect_limit_seconds", "max_retries", "retry_own_failures")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     DOCKER_IMAGE_FIELD_NUMBER: _ClassVar[int]
     COMMAND_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +327,8 @@ class Task(_message.Message):
     WRITE_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
     DISCONNECT_LIMIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    RETRY_OWN_FAILURES_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     docker_image: str
     command: str
@@ -360,7 +362,9 @@ class Task(_message.Message):
     write_bytes_per_second: int
     gpu: GpuRequest
     disconnect_limit_seconds: float
-    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ..., gpu: _Optional[_Union[GpuRequest, _Mapping]] = ..., disconnect_limit_seconds: _Optional[float] = ...) -> None: ...
+    max_retries: int
+    retry_own_failures: bool
+    def __init__(self, task_id: _Optional[str] = ..., docker_image: _Optional[str] = ..., command: _Optional[str] = ..., req_cpu: _Optional[float] = ..., req_memory: _Optional[float] = ..., req_storage: _Optional[float] = ..., req_gpu: _Optional[float] = ..., target_worker_id: _Optional[str] = ..., user_id: _Optional[str] = ..., sla_multiplier: _Optional[float] = ..., task_type: _Optional[str] = ..., task_name: _Optional[str] = ..., submitted_at: _Optional[int] = ..., attempt: _Optional[int] = ..., argv: _Optional[_Iterable[str]] = ..., env: _Optional[_Iterable[_Union[EnvVar, _Mapping]]] = ..., timeout_seconds: _Optional[float] = ..., grace_seconds: _Optional[float] = ..., pull_policy: _Optional[str] = ..., cpu_milli: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pids_limit: _Optional[int] = ..., wait_timeout_seconds: _Optional[float] = ..., pull_timeout_seconds: _Optional[float] = ..., total_timeout_seconds: _Optional[float] = ..., stop_signal: _Optional[str] = ..., exclusive_cpus: _Optional[bool] = ..., open_files_limit: _Optional[int] = ..., read_bytes_per_second: _Optional[int] = ..., write_bytes_per_second: _Optional[int] = ..., gpu: _Optional[_Union[GpuRequest, _Mapping]] = ..., disconnect_limit_seconds: _Optional[float] = ..., max_retries: _Optional[int] = ..., retry_own_failures: _Optional[bool] = ...) -> None: ...
 
 class TaskResult(_message.Message):
     __slots__ = ("task_id", "worker_id", "status", "logs", "result_location", "output_files", "attempt", "outcome", "reason", "message", "exit_code", "image_digest", "trace_id", "phases", "limits_json", "usage", "manifest_sha256", "remarks", "gpu_uuids", "retryable", "gpu_part")
@@ -535,7 +539,7 @@ class ListTasksRequest(_message.Message):
     def __init__(self, limit: _Optional[int] = ...) -> None: ...
 
 class TaskView(_message.Message):
-    __slots__ = ("task", "state", "worker_id", "phase", "message", "result", "submitted_at_unix_ms", "assigned_at_unix_ms", "finished_at_unix_ms", "reason", "running")
+    __slots__ = ("task", "state", "worker_id", "phase", "message", "result", "submitted_at_unix_ms", "assigned_at_unix_ms", "finished_at_unix_ms", "reason", "running", "attempts")
     TASK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -547,6 +551,7 @@ class TaskView(_message.Message):
     FINISHED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     task: Task
     state: str
     worker_id: str
@@ -558,7 +563,36 @@ class TaskView(_message.Message):
     finished_at_unix_ms: int
     reason: str
     running: RunningTask
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., state: _Optional[str] = ..., worker_id: _Optional[str] = ..., phase: _Optional[str] = ..., message: _Optional[str] = ..., result: _Optional[_Union[TaskResult, _Mapping]] = ..., submitted_at_unix_ms: _Optional[int] = ..., assigned_at_unix_ms: _Optional[int] = ..., finished_at_unix_ms: _Optional[int] = ..., reason: _Optional[str] = ..., running: _Optional[_Union[RunningTask, _Mapping]] = ...) -> None: ...
+    attempts: _containers.RepeatedCompositeFieldContainer[AttemptView]
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., state: _Optional[str] = ..., worker_id: _Optional[str] = ..., phase: _Optional[str] = ..., message: _Optional[str] = ..., result: _Optional[_Union[TaskResult, _Mapping]] = ..., submitted_at_unix_ms: _Optional[int] = ..., assigned_at_unix_ms: _Optional[int] = ..., finished_at_unix_ms: _Optional[int] = ..., reason: _Optional[str] = ..., running: _Optional[_Union[RunningTask, _Mapping]] = ..., attempts: _Optional[_Iterable[_Union[AttemptView, _Mapping]]] = ...) -> None: ...
+
+class AttemptView(_message.Message):
+    __slots__ = ("attempt", "state", "worker_id", "reason", "message", "queued_at_unix_ms", "assigned_at_unix_ms", "finished_at_unix_ms", "result_location", "exit_code", "late_outcome", "late_reason")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_LOCATION_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
+    LATE_OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    LATE_REASON_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    state: str
+    worker_id: str
+    reason: str
+    message: str
+    queued_at_unix_ms: int
+    assigned_at_unix_ms: int
+    finished_at_unix_ms: int
+    result_location: str
+    exit_code: int
+    late_outcome: str
+    late_reason: str
+    def __init__(self, attempt: _Optional[int] = ..., state: _Optional[str] = ..., worker_id: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., queued_at_unix_ms: _Optional[int] = ..., assigned_at_unix_ms: _Optional[int] = ..., finished_at_unix_ms: _Optional[int] = ..., result_location: _Optional[str] = ..., exit_code: _Optional[int] = ..., late_outcome: _Optional[str] = ..., late_reason: _Optional[str] = ...) -> None: ...
 
 class TaskList(_message.Message):
     __slots__ = ("tasks",)

@@ -334,6 +334,21 @@ async def test_an_image_that_is_here_is_not_pulled_and_can_be_created_from_by_it
     assert await bench.runtime.create(replace(spec, image=pulled.digest))
 
 
+async def test_an_image_is_listed_with_its_name_and_whether_a_container_was_made_from_it(bench: Bench) -> None:
+    spec = bench.spec("fails")
+    pulled = await bench.runtime.pull(spec.image, policy=PullPolicy.NEVER)
+    assert not pulled.is_new
+    await bench.runtime.create(spec)
+    listed = {image.image_id: image for image in await bench.runtime.list_images()}
+    image = listed[pulled.image_id]
+    assert pulled.name in image.tags
+    assert (image.is_used, image.size_bytes) == (True, pulled.size_bytes)
+
+
+async def test_removing_an_image_that_is_not_here_is_success(bench: Bench) -> None:
+    assert await bench.runtime.remove_image("docker.io/nodeservice/nowhere:1")
+
+
 async def test_an_image_that_is_not_here_and_must_not_be_pulled_is_not_found(bench: Bench) -> None:
     with pytest.raises(RequestError) as caught:
         await bench.runtime.pull("nodeservice/nowhere:1", policy=PullPolicy.NEVER)

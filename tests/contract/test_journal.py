@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import random
 import signal
 import sqlite3
 import stat
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +21,10 @@ import pytest
 
 from nodeservice.core.model import AttemptId, Lease, Phase, PhaseTiming, Resources, TaskRecord, TaskSpec, TraceIds
 from nodeservice.errors import ConfigError, InvariantError, NodeFaultError, TransientError
+from nodeservice.journal.codec import encode_record
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.journal.memory import MemoryJournal
+from nodeservice.journal.schema import MIGRATIONS
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.ports import Journal
 from nodeservice.testing.failing_journal import FailingJournal
@@ -331,10 +335,73 @@ async def test_a_damaged_file_is_a_node_fault_with_a_remedy(tmp_path: Path, dama
     await journal.close()
 
 
+async def test_whatever_bit_of_the_file_flips_nothing_wrong_is_read(tmp_path: Path) -> None:
+    path, damaged = tmp_path / "journal.db", tmp_path / "damaged.db"
+    journal = SqliteJournal(path)
+    records = [a_record(f"task-{number}", phase=Phase(1 + number % 5)) for number in range(60)]
+    await journal.save(records)
+    await journal.set_note("master_address", "127.0.0.1:50051")
+    await journal.close()
+    content, chance = path.read_bytes(), random.Random(7)
+    refusals = []
+    for _ in range(400):
+        flipped = bytearray(content)
+        flipped[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        damaged.write_bytes(flipped)
+        journal = SqliteJournal(damaged)
+        try:
+            assert list(await journal.load()) == records
+            assert await journal.get_note("master_address") == "127.0.0.1:50051"
+        except (NodeFaultError, ConfigError) as error:  # a schema version may flip into a newer one
+            refusals.append(error.reason)
+        finally:
+            await journal.close()
+            for side in tmp_path.glob("damaged.db-*"):
+                side.unlink()
+    assert len(refusals) > 100
+    assert set(refusals) <= {"JOURNAL_CORRUPT", "CONFIG"}
+
+
+async def test_a_write_that_a_power_cut_tore_is_as_if_it_had_not_been_made(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    journal = SqliteJournal(path)
+    await journal.save([a_record("first")])
+    size = path.with_name("journal.db-wal").stat().st_size
+    await journal.save([a_record("second")])
+    copy = tmp_path / "copy.db"
+    for name in ("", "-wal"):
+        (tmp_path / f"copy.db{name}").write_bytes((tmp_path / f"journal.db{name}").read_bytes())
+    await journal.close()
+    os.truncate(copy.with_name("copy.db-wal"), size + 1000)
+    torn = SqliteJournal(copy)
+    assert [record.id.task_id for record in await torn.load()] == ["first"]
+    await torn.save([a_record("third")])
+    assert [record.id.task_id for record in await torn.load()] == ["first", "third"]
+    await torn.close()
+
+
+async def test_a_journal_from_before_checksums_is_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE schema_version (version INTEGER NOT NULL)")
+        for statement in (*MIGRATIONS[0], "INSERT INTO schema_version VALUES (1)"):
+            connection.execute(statement)
+        connection.execute(
+            "INSERT INTO attempts VALUES (1, 'task-1', 1, ?, '', ?)", (Phase.PULLING.value, encode_record(a_record()))
+        )
+        connection.execute("INSERT INTO notes VALUES ('key', 'value')")
+    journal = SqliteJournal(path)
+    assert list(await journal.load()) == [a_record()]
+    assert await journal.get_note("key") == "value"
+    await journal.save([a_record(phase=Phase.RUNNING)])
+    assert list(await journal.load()) == [a_record(phase=Phase.RUNNING)]
+    await journal.close()
+
+
 async def test_a_record_that_cannot_be_read_is_named(sqlite: SqliteJournal) -> None:
     await sqlite.save([a_record("task-7", 3)])
     assert sqlite._connection is not None
-    sqlite._connection.execute("UPDATE attempts SET record = '{}'")
+    sqlite._connection.execute("UPDATE attempts SET record = '{}', checksum = NULL")
     with pytest.raises(NodeFaultError, match="task task-7, attempt 3") as caught:
         await sqlite.load()
     assert caught.value.reason == "JOURNAL_CORRUPT"

@@ -6,6 +6,7 @@ writing, not the kernel's behaviour. The kernel's own hierarchies take part wher
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import uuid
@@ -181,6 +182,38 @@ async def test_an_unknown_attempt_has_no_limits_and_no_usage_and_is_removed_alre
     assert in_force(cgroups, unknown) == {}
     assert await cgroups.usage(unknown) == Usage()
     await cgroups.remove(unknown)
+
+
+async def test_what_no_attempt_claims_is_named_and_can_be_removed(cgroups: KernelTaskCgroups) -> None:
+    claimed, lost = spec("claimed"), spec("lost")
+    for one in (claimed, lost):
+        assert await cgroups.prepare(one) is not None
+    [name] = await cgroups.unclaimed([claimed.id])
+    assert await cgroups.unclaimed([claimed.id, lost.id]) == []
+    assert await cgroups.remove_unclaimed(name)
+    assert await cgroups.remove_unclaimed(name)
+    assert await cgroups.unclaimed([]) == await cgroups.unclaimed([lost.id]) != []
+    await cgroups.remove(claimed.id)
+    assert await cgroups.unclaimed([]) == []
+
+
+async def test_a_cgroup_that_nobody_claims_is_left_alone_while_a_process_lives_in_it(tmp_path: Path) -> None:
+    tree = v1_tree(tmp_path)
+    node_id = f"test-{uuid.uuid4().hex[:12]}"
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(node_id), tree=tree)
+    process = await asyncio.create_subprocess_exec("sleep", "600")
+    try:
+        await cgroups.prepare(spec("lost"))
+        procs = Path(f"/sys/fs/cgroup/memory/nodeservice/{node_id}.node/lost.1/cgroup.procs")
+        procs.write_text(str(process.pid))
+        assert not await cgroups.remove_unclaimed("lost.1")
+        assert process.returncode is None
+        assert await cgroups.unclaimed([]) == ["lost.1"]
+    finally:
+        process.kill()
+        await process.wait()
+    assert await cgroups.remove_unclaimed("lost.1")
+    await cgroups.close()
 
 
 async def test_removing_takes_it_away_and_may_be_repeated(cgroups: KernelTaskCgroups) -> None:

@@ -28,11 +28,13 @@ CODES = (0, 1, 3, 125, 126, 127, 128, 137, 139, 143, 255)
 
 
 def expected(facts: ExitFacts) -> Reason:
-    """The table in words: our own signal, success, no such command, own limit, host, GPU, engine, the task itself."""
+    """The table in words: our signal, the engine's going, success, no command, own limit, host, GPU, engine, the task."""
     stop, finished = facts.stop, facts.finished_at
     too_late = stop is not None and finished is not None and finished < stop.requested_at
     if stop is not None and (stop.cause is StopCause.CANCELLED or not too_late):
         return REASON_OF[stop.cause]
+    if facts.by_engine:
+        return Reason.ENGINE_FAULT
     if facts.exit_code == 0:
         return Reason.COMPLETED
     if facts.error and facts.exit_code in (126, 127):
@@ -52,8 +54,8 @@ def test_the_whole_table_is_as_described() -> None:
     stops = [None, *(StopRequest(cause=cause, requested_at=T0) for cause in StopCause)]
     ends = (None, T0 - timedelta(seconds=1), T0, T0 + timedelta(seconds=1))
     count = 0
-    for code, own, host, error, gpu_fault, finished, stop in product(
-        CODES, (False, True), (False, True), ("", "boom"), ("", "XID 79"), ends, stops
+    for code, own, host, error, gpu_fault, by_engine, finished, stop in product(
+        CODES, (False, True), (False, True), ("", "boom"), ("", "XID 79"), (False, True), ends, stops
     ):
         facts = ExitFacts(
             exit_code=code,
@@ -61,6 +63,7 @@ def test_the_whole_table_is_as_described() -> None:
             host_oom_killed=host,
             error=error,
             gpu_fault=gpu_fault,
+            by_engine=by_engine,
             finished_at=finished,
             stop=stop,
         )
@@ -70,7 +73,7 @@ def test_the_whole_table_is_as_described() -> None:
         assert (verdict.outcome is Outcome.SUCCEEDED) == (verdict.reason is Reason.COMPLETED)
         assert (verdict.outcome is Outcome.CANCELLED) == (verdict.reason is Reason.CANCELLED)
         count += 1
-    assert count == len(CODES) * 2 * 2 * 2 * 2 * len(ends) * len(stops)
+    assert count == len(CODES) * 2 * 2 * 2 * 2 * 2 * len(ends) * len(stops)
 
 
 @pytest.mark.parametrize("code", CODES)

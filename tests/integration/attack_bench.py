@@ -57,6 +57,8 @@ class Bench:
         result = pb.TaskResult.FromString(report.SerializeToString())
         looking = self._looking.pop(task_id, None)
         seen = await looking if looking is not None else None
+        if result.reason == "COMMAND_NOT_FOUND":
+            return result  # it never was what was asked for, so there is no receipt
         if seen is not None:
             told = receipt(result)
             held = {name: value for name, value in told["effective"].items() if name in seen}
@@ -127,15 +129,16 @@ def look(pid: int) -> dict[str, object]:
     return facts | {"cpu_milli": round(quota * 1000 / period)}
 
 
+def escaped(node_id: str) -> str:
+    """What shows of it in a path, be it a directory of its name or a slice, which has no dash."""
+    return node_id.rpartition("-")[2]
+
+
 def left_behind(docker_client: docker.APIClient, node: NodeProcess) -> list[str]:
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
-    # Not by Path.glob: it fails when a directory goes while it walks.
-    cgroups = [
-        f"{parent}/{name}"
-        for parent, names, _ in os.walk("/sys/fs/cgroup")
-        for name in names
-        if node.worker_id in parent and "attack-" in name
-    ]
+    # os.walk, since others' cgroups vanish under it.
+    found = (directory for directory, _, _ in os.walk("/sys/fs/cgroup") if escaped(node.worker_id) in directory)
+    cgroups = [directory for directory in found if "attack" in Path(directory).name]
     work = [str(path) for path in (node.path / "state/tasks").glob("*")]
     return [entry["Id"] for entry in containers] + cgroups + work
 

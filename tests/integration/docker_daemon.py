@@ -72,7 +72,7 @@ def docker_daemon(
     daemon = DockerDaemon(url, home)
     try:
         _await_answer(process, daemon)
-        _load_images(daemon)
+        load_images(daemon)
         yield daemon
     finally:
         with contextlib.suppress(docker.errors.DockerException, OSError), daemon.client() as client:
@@ -120,7 +120,7 @@ def _await_answer(process: subprocess.Popen[bytes], daemon: DockerDaemon) -> Non
             time.sleep(0.05)
 
 
-def _load_images(daemon: DockerDaemon) -> None:
+def load_images(daemon: DockerDaemon) -> None:
     busybox = find_busybox()
     assert busybox is not None
     tar = layer_tar([*base_files(busybox)])

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 _EVENTS = re.compile(rb"GET /v[0-9.]+/events")
@@ -26,6 +27,8 @@ class EngineProxy:
         self._connections: set[asyncio.Task[None]] = set()
         self.hides_events = False
         self.loses_next_create = False
+        self.before_next_create: Callable[[], None] | None = None
+        """Called once, blocking, when the next create is asked for."""
         self.open_pulls_count = 0
         self.events_count = 0
         """How often events were asked for."""
@@ -109,6 +112,9 @@ class EngineProxy:
             self.events_count += 1
             if self.hides_events:
                 return False
+        if self.before_next_create is not None and _CREATE.match(block):
+            meddle, self.before_next_create = self.before_next_create, None
+            await asyncio.to_thread(meddle)
         loses = self.loses_next_create and _CREATE.match(block)
         if loses:
             self.loses_next_create = False

@@ -22,7 +22,7 @@ import docker
 import grpc
 import psutil
 
-from nodeservice.daemon.fault_points import VARIABLE
+from nodeservice.fault_points import VARIABLE
 from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldClient, OldMaster
 
@@ -108,15 +108,18 @@ async def go_through(path: Path, worker_id: str, point: str, action: str, docker
                 for task_id, (command, _) in ids.items():
                     await _insist(node, task_id, command=command)
                 cancelled = next(task_id for task_id in ids if task_id.startswith("is-cancelled"))
-                await asyncio.sleep(0.3)
+                # So that there is something to stop; however the node fares, it comes to that.
+                await master.until(lambda: _runs(master, cancelled) or master.count(cancelled) > 0, DONE_SECONDS)
                 await _insist(node, cancelled, command=None)
                 for task_id in ids:
                     await master.report_of(task_id, DONE_SECONDS)
                 upload.open = True
-                await _nothing_left(docker_client, node)
+                await _nothing_left(docker_client, node, kept=kept)
         except TimeoutError:
             missing = [task_id for task_id in ids if not master.count(task_id)]
-            ordeal.broken.append(f"not done in time; no report of {missing}, left {_left(docker_client, node)}")
+            ordeal.broken.append(
+                f"not done in time; no report of {missing}, left {_left(docker_client, node, kept=kept)}"
+            )
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
         if node.process is not None and node.process.returncode is None:
@@ -177,7 +180,16 @@ async def _insist(node: NodeProcess, task_id: str, *, command: str | None) -> No
         await asyncio.sleep(0.1)
 
 
-def _left(docker_client: docker.APIClient, node: NodeProcess) -> list[str]:
+def _runs(master: OldMaster, task_id: str) -> bool:
+    return any(
+        task.task_id == task_id and task.status == "running"
+        for beat in master.heartbeats[-1:]
+        for task in beat.running_tasks
+    )
+
+
+def _left(docker_client: docker.APIClient, node: NodeProcess, *, kept: bool) -> list[str]:
+    """`kept`: results that the store did not take at first are to be gone from here too."""
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
     tasks = node.path / "state" / "tasks"
     cgroups = [str(place) for place in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node.worker_id}.node/*.1")]
@@ -185,11 +197,12 @@ def _left(docker_client: docker.APIClient, node: NodeProcess) -> list[str]:
         *(entry["Names"][0] for entry in containers),
         *(str(entry) for entry in (tasks.iterdir() if tasks.is_dir() else ())),
         *cgroups,
+        *(str(path) for path in ((node.path / "results").glob("*/*/manifest.json") if kept else ())),
     ]
 
 
-async def _nothing_left(docker_client: docker.APIClient, node: NodeProcess) -> None:
-    while _left(docker_client, node):
+async def _nothing_left(docker_client: docker.APIClient, node: NodeProcess, *, kept: bool) -> None:
+    while _left(docker_client, node, kept=kept):
         await asyncio.sleep(0.1)
 
 

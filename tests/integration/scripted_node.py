@@ -42,6 +42,8 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
         self.hang = False
         self.lines: dict[str, list[str]] = {}
         self.log_ended: dict[str, str] = {}
+        self.logs_told = 0
+        """To their end."""
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -123,6 +125,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
                 sent += 1
                 yield pb.LogChunk(task_id=request.task_id, content=line)
             if status := self.log_ended.get(request.task_id):
+                self.logs_told += 1
                 yield pb.LogChunk(task_id=request.task_id, is_complete=True, status=status)
                 return
             if not request.follow:

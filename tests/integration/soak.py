@@ -39,6 +39,8 @@ from tests.integration.restartable import Restartable
 BUCKET = "soak"
 IMAGE = "nodeservice/soak:latest"
 LINES = 60
+QUIET_SECONDS = (2.0, 7.0)
+"""From one fault of a part to its next."""
 FINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED", "REJECTED"})
 QUICK = {
     "NODESERVICE_LOG_FORMAT": "json",
@@ -212,7 +214,7 @@ async def soak(
     with Cluster(node_count, minio) as cluster:
         kinds = _draw(random.Random(seed), task_count)
         over = asyncio.Event()
-        fire = asyncio.create_task(_fire(cluster, random.Random(seed + 1), story, over))
+        fire = asyncio.create_task(_fire(cluster, story, over))
         try:
             async with asyncio.timeout(patience_seconds):
                 await _submit_all(cluster, kinds)
@@ -233,7 +235,7 @@ async def soak(
             shutil.copytree(
                 cluster.home,
                 f"{cluster.home}-broken",
-                ignore=shutil.ignore_patterns("data", "exec", "objects", "*.sock"),
+                ignore=shutil.ignore_patterns("data", "exec", "objects", "*.sock*"),
             )
     story.seconds = round(time.monotonic() - began, 1)
     return story
@@ -248,22 +250,26 @@ def _draw(chance: random.Random, count: int) -> dict[str, str]:
 # ---- fire --------------------------------------------------------------------------------------------------------------
 
 
-async def _fire(cluster: Cluster, chance: random.Random, story: Story, over: asyncio.Event) -> None:
-    parts: list[tuple[str, Restartable]] = [
-        *((f"node {number}", node) for number, node in enumerate(cluster.nodes)),
-        *((f"node {number}", node) for number, node in enumerate(cluster.nodes)),
-        ("master", cluster.master),
-        ("store", cluster.store),
-        ("engine", cluster.engine),
-    ]
-    while not over.is_set():
-        await _pause(over, chance.uniform(0.3, 1.5))
+async def _fire(cluster: Cluster, story: Story, over: asyncio.Event) -> None:
+    """At each part by itself, so that several are hit at once."""
+    parts = {
+        **{f"node {number}": node for number, node in enumerate(cluster.nodes)},
+        "master": cluster.master,
+        "store": cluster.store,
+        "engine": cluster.engine,
+    }
+    async with asyncio.TaskGroup() as fires:
+        for name, part in parts.items():
+            fires.create_task(_fire_at(name, part, random.Random(f"{story.seed} {name}"), story, over))
+
+
+async def _fire_at(name: str, part: Restartable, chance: random.Random, story: Story, over: asyncio.Event) -> None:
+    while True:
+        await _pause(over, chance.uniform(*QUIET_SECONDS))
         if over.is_set():
             return
-        name, part = chance.choice(parts)
-        seconds = chance.uniform(0.1, 2.0)
-        how = chance.choice(("killed", "frozen"))
-        story.faults[f"{name.split()[0]} {how}"] += 1
+        how, seconds = chance.choice(("killed", "frozen")), chance.uniform(0.1, 2.0)
+        story.faults[f"{name.split(maxsplit=1)[0]} {how}"] += 1
         if how == "killed":
             part.kill()
             await _pause(over, seconds)

@@ -17,6 +17,7 @@ import pytest
 from nodeservice.core.model import MIB, AttemptId, Lease, Resources, TaskSpec
 from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.plan import HOST_WORK_WEIGHT
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import EngineFacts, TaskCgroups
 
@@ -190,7 +191,7 @@ async def test_cpu_is_shared_in_proportion_to_what_was_promised(cgroups: TaskCgr
     ((name, weight),) = weights_of(task).items()
     assert weight == core[name] // 2
     assert weights_of(task.parent) == {name: int(core[name] * 1.8)}
-    assert weights_of(task.parent.parent) == {name: core[name] * (os.cpu_count() or 1)}
+    assert weights_of(task.parent.parent) == {name: core[name] * (os.cpu_count() or 1) * HOST_WORK_WEIGHT}
 
 
 def weights_of(place: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -13,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import docker
 import psutil
 import pytest
 
@@ -111,13 +113,22 @@ def bench(tmp_path: Path, daemon: DockerDaemon, false_driver_cache: Path) -> Ben
             finally:
                 driver.unhang()
                 await node.stop()
-                with daemon.client() as client:
-                    for entry in client.containers(all=True, filters={"label": [f"nodeservice.node={name}"]}):
-                        client.remove_container(entry["Id"], force=True, v=True)
+                await _remove_containers(daemon, name)
                 for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{name}.node"):
                     remove_cgroup(cgroup)
 
     return made
+
+
+async def _remove_containers(daemon: DockerDaemon, node: str) -> None:
+    """All of the node's; the engine may be about to remove one itself, as the node asked."""
+    with daemon.client() as client:
+        async with asyncio.timeout(30):
+            while left := client.containers(all=True, filters={"label": [f"nodeservice.node={node}"]}):
+                for entry in left:
+                    with contextlib.suppress(docker.errors.APIError):
+                        client.remove_container(entry["Id"], force=True, v=True)
+                await asyncio.sleep(0.05)
 
 
 # ---- leases -----------------------------------------------------------------------------------------------------------

@@ -369,11 +369,149 @@ async def test_what_a_gone_node_never_answered_for_becomes_a_new_attempt_elsewhe
             assert (await client.get("t1", 1)).reason == "NODE_GONE"
             late = await node.report("t1", attempt=1)
             assert late.success, "the zombie may clean up"
-            assert (await client.get("t1", 1)).state == "FAILED"
+            assert (await client.get("t1", 1)).state == "LOST"
             assert (await client.get("t1")).state in ("ASSIGNED", "RUNNING")
     finally:
         await client.channel.close(None)
         await master.stop()
+
+
+@pytest.fixture
+async def hasty(settings: MasterSettings) -> AsyncIterator[Master]:
+    """Gives a node up in no time."""
+    running = Master(replace(settings, heartbeat_timeout_seconds=0.2, gone_after_seconds=0.4))
+    await running.start()
+    yield running
+    await running.stop()
+
+
+@pytest.fixture
+async def hurried(hasty: Master) -> AsyncIterator[Client]:
+    connected = Client(hasty.address)
+    yield connected
+    await connected.channel.close(None)
+
+
+async def _lost_with_its_node(client: Client, node: ScriptedNode, task_id: str = "t1") -> None:
+    """The node takes the task, and then says nothing until the master gives it up."""
+    await node.register()
+    await node.beat()
+    await client.submit(task_id)
+    await node.got(task_id)
+    await node.beat(pb.RunningTask(task_id=task_id, attempt=1, phase="RUNNING"))
+    await client.until(task_id, "QUEUED")
+    assert [(one.attempt, one.state, one.reason) for one in (await client.get(task_id)).attempts] == [
+        (1, "LOST", "NODE_GONE"), (2, "QUEUED", (await client.get(task_id)).reason),
+    ]  # fmt: skip
+
+
+async def _beat_until_given(node: ScriptedNode, *running: pb.RunningTask) -> None:
+    async def given() -> bool:
+        await node.beat(*running)
+        return bool(node.assigned)
+
+    await eventually(given)
+
+
+async def test_a_node_that_comes_back_after_its_task_went_elsewhere_is_told_to_end_it(
+    hasty: Master, hurried: Client
+) -> None:
+    running = pb.RunningTask(task_id="t1", attempt=1, phase="RUNNING")
+    async with ScriptedNode(hasty.address) as node, ScriptedNode(hasty.address, "w2") as second:
+        await _lost_with_its_node(hurried, node)
+        await second.register()
+        await _beat_until_given(second)
+        assert second.assigned[0].attempt == 2
+
+        async def recalled() -> bool:
+            await node.beat(running)
+            return bool(node.cancelled)
+
+        await eventually(recalled)
+        assert {(one.task_id, one.attempt) for one in node.cancelled} == {("t1", 1)}
+        late = await node.report("t1", status="success", outcome="SUCCEEDED", reason="COMPLETED")
+        assert (late.success, late.message.startswith("too late")) == (True, True)
+        assert (await hurried.get("t1")).state in ("ASSIGNED", "RUNNING")
+        await second.report("t1", attempt=2, outcome="SUCCEEDED", reason="COMPLETED")
+        view = await hurried.get("t1")
+        assert (view.state, view.worker_id, view.task.attempt) == ("SUCCEEDED", "w2", 2)
+        assert [(one.state, one.late_outcome) for one in view.attempts] == [("LOST", "SUCCEEDED"), ("SUCCEEDED", "")]
+        assert second.cancelled == []
+
+
+async def test_a_node_that_comes_back_before_its_task_went_elsewhere_goes_on_with_it(
+    hasty: Master, hurried: Client
+) -> None:
+    async with ScriptedNode(hasty.address) as node:
+        await _lost_with_its_node(hurried, node)
+        await node.register()
+        assert await node.beat(pb.RunningTask(task_id="t1", attempt=1, phase="RUNNING"))
+        view = await hurried.get("t1")
+        assert (view.state, view.task.attempt) == ("RUNNING", 1)
+        assert [one.state for one in view.attempts] == ["RUNNING", "DROPPED"]
+        await node.report("t1", outcome="SUCCEEDED", reason="COMPLETED")
+        assert (await hurried.get("t1")).state == "SUCCEEDED"
+        assert [task.attempt for task in node.assigned] == [1]
+        assert node.cancelled == []
+
+
+async def test_the_result_of_a_lost_attempt_is_taken_while_no_node_has_the_next(hasty: Master, hurried: Client) -> None:
+    async with ScriptedNode(hasty.address) as node:
+        await _lost_with_its_node(hurried, node)
+        for _ in range(2):
+            assert (await node.report("t1", outcome="SUCCEEDED", reason="COMPLETED")).success
+        view = await hurried.get("t1")
+        assert (view.state, view.task.attempt, len(view.attempts)) == ("SUCCEEDED", 1, 2)
+        listed = await hurried.stub.ListTasks(pb.ListTasksRequest(), timeout=10)
+        assert [(one.task.task_id, one.state) for one in listed.tasks] == [("t1", "SUCCEEDED")]
+
+
+async def test_a_fault_of_the_node_places_the_task_elsewhere_without_the_users_retries(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    async with ScriptedNode(master.address, "w2", cpu=16, memory=64) as second:
+        await second.register()
+        await client.submit("t1", max_retries=1)
+        await node.got("t1")
+        fault = {"status": "failed", "outcome": "FAILED", "reason": "NODE_DRAINED", "retryable": True}
+        assert "another attempt" in (await node.report("t1", **fault)).message
+        await second.got("t1")
+        for number in (2, 3, 4):
+            where = await _holder(client, "t1", number)
+            await (node if where == "w1" else second).report("t1", attempt=number, **fault)
+        view = await client.get("t1")
+        assert (view.state, view.reason, view.task.attempt) == ("FAILED", "NODE_DRAINED", 4)
+        assert [one.worker_id for one in view.attempts][:2] == ["w1", "w2"], "it is not placed again where it failed"
+
+
+async def _holder(client: Client, task_id: str, attempt: int) -> str:
+    await eventually(lambda: _is_given(client, task_id, attempt))
+    return (await client.get(task_id)).worker_id
+
+
+async def _is_given(client: Client, task_id: str, attempt: int) -> bool:
+    view = await client.get(task_id)
+    return view.task.attempt == attempt and bool(view.worker_id)
+
+
+async def test_a_follower_of_the_log_is_told_of_the_next_attempt_and_hears_it(
+    client: Client, node: ScriptedNode
+) -> None:
+    node.lines["t1"] = ["one"]
+    await client.submit("t1", max_retries=1, retry_own_failures=True)
+    await node.got("t1")
+    following = asyncio.create_task(client.log("t1", follow=True))
+    node.log_ended["t1"] = "failed"
+    await eventually(lambda: node.logs_told == 1)
+    del node.log_ended["t1"]
+    await node.report("t1", status="failed", outcome="FAILED", reason="EXIT_NONZERO")
+    await eventually(lambda: [task.attempt for task in node.assigned] == [1, 2])
+    node.log_ended["t1"] = "completed"
+    await node.report("t1", attempt=2, logs="one\n")
+    chunks = await asyncio.wait_for(following, 20)
+    assert chunks[-1].status == "completed"
+    words = "[attempt 1 is over: EXIT_NONZERO; attempt 2 follows]"
+    assert [one.content for one in chunks] == ["one", words, "one", ""]
 
 
 async def test_a_task_that_its_node_has_lost_is_offered_to_it_again(

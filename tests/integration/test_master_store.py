@@ -54,7 +54,9 @@ async def store(url: str) -> AsyncIterator[MasterStore]:
 
 def row(task_id: str = "t", attempt: int = 1, sequence: int = 1, **fields: object) -> TaskRow:
     task = pb.Task(task_id=task_id, docker_image="busybox", env=[pb.EnvVar(name="A", value="\u00e4\0")])
-    return TaskRow(task_id=task_id, attempt=attempt, sequence=sequence, task=task, submitted_at_ms=5, **fields)  # type: ignore[arg-type]
+    return TaskRow(
+        task_id=task_id, attempt=attempt, sequence=sequence, task=task, submitted_at_ms=5, queued_at_ms=6, **fields
+    )  # type: ignore[arg-type]
 
 
 async def test_a_task_comes_back_as_it_was_saved(store: MasterStore) -> None:
@@ -62,9 +64,42 @@ async def test_a_task_comes_back_as_it_was_saved(store: MasterStore) -> None:
         state=State.FAILED, worker_id="w", accepted=True, cancel_requested=True, phase="RUNNING", reason="DEADLINE",
         message="Zeit \u00fcber", traceparent="00-1", assigned_at_ms=2**40, finished_at_ms=2**41,
         result=pb.TaskResult(task_id="t", worker_id="w", logs="tail", attempt=1, exit_code=0),
+        late_result=pb.TaskResult(task_id="t"), node_retries=2, user_retries=1, avoid=("w", "v"),
     )  # fmt: skip
     await store.save_tasks([saved])
     assert await store.find_task("t") == saved
+
+
+async def test_a_database_of_the_first_version_is_brought_up_and_keeps_what_it_holds(url: str) -> None:
+    added = {"late_result", "node_retries", "user_retries", "avoid", "queued_at_ms"}
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        old = sa.MetaData()
+        columns = [column._copy() for column in schema.tasks.columns if column.name not in added]
+        sa.Table("tasks", old, *columns)
+        versions = sa.Table("schema_version", old, sa.Column("version", sa.Integer, nullable=False))
+        old.create_all(connection)
+        connection.execute(versions.insert().values(version=1))
+        values = {name: value for name, value in schema.task_values(row()).items() if name not in added}
+        connection.execute(old.tables["tasks"].insert().values(**values))
+    engine.dispose()
+    for _ in range(2):
+        opened = MasterStore(url)
+        await opened.open()
+        assert await opened.find_task("t") == replace(row(), queued_at_ms=5)
+        await opened.save_tasks([row(message="written")])
+        assert await opened.find_task("t") == row(message="written")
+        await opened.save_tasks([replace(row(), queued_at_ms=5)])
+        await opened.close()
+
+
+async def test_of_a_tasks_attempts_the_one_that_was_queued_last_is_found_and_listed(store: MasterStore) -> None:
+    await store.save_tasks([row("a", 1, 4), row("a", 2, 3, state=State.DROPPED), row("b", 1, 2)])
+    found = await store.find_task("a")
+    assert found is not None
+    assert found.attempt == 1
+    assert [(one.task_id, one.attempt) for one in await store.newest_tasks(5)] == [("a", 1), ("b", 1)]
+    assert [one.attempt for one in await store.attempts("a")] == [1, 2]
 
 
 async def test_saving_again_replaces_and_finding_gives_the_newest_attempt(store: MasterStore) -> None:
@@ -153,7 +188,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     with engine.begin() as connection:
         connection.execute(schema.schema_version.update().values(version=schema.VERSION + 1))
     second = MasterStore(url)
-    with pytest.raises(ConfigError, match="schema 2"):
+    with pytest.raises(ConfigError, match=f"schema {schema.VERSION + 1}"):
         await second.open()
     await second.close()
     with engine.begin() as connection:
@@ -193,7 +228,7 @@ async def test_sqlite_runs_with_a_write_ahead_log_and_full_sync(tmp_path: Path) 
     finally:
         await store.close()
     with sqlite3.connect(tmp_path / "master.sqlite") as connection:
-        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(1,)]
+        assert connection.execute("SELECT version FROM schema_version").fetchall() == [(schema.VERSION,)]
     connection.close()
 
 

@@ -123,6 +123,26 @@ async def test_a_command_that_is_not_there_and_an_image_that_is_not_there_have_t
     assert (code, said["reason"]) == (65, "IMAGE_NOT_FOUND")
 
 
+async def test_images_are_listed_and_removed_by_name_and_one_in_use_stays(podman: PodmanService) -> None:
+    runtime = DockerRuntime(node_id="images", base_url=podman.url)
+    client = docker.APIClient(podman.url, version="auto", timeout=60)
+    try:
+        made = client.create_container("nodeservice/demo", ["true"])
+        client.commit(made["Id"], "localhost/nodeservice/own", tag="1")
+        client.remove_container(made["Id"])
+        user = client.create_container("localhost/nodeservice/own:1", ["true"])
+        [image] = [image for image in await runtime.list_images() if "localhost/nodeservice/own:1" in image.tags]
+        assert (image.is_used, image.size_bytes > 0) == (True, True)
+        assert not await runtime.remove_image(image.tags[0])
+        client.remove_container(user["Id"])
+        assert await runtime.remove_image(image.tags[0])
+        assert image.image_id not in {left.image_id for left in await runtime.list_images()}
+        assert await runtime.remove_image(image.tags[0])
+    finally:
+        client.close()
+        await runtime.close()
+
+
 async def test_inspect_names_the_engine(podman: PodmanService, tmp_path: Path) -> None:
     process = await nodeservice(podman, tmp_path, "inspect", "--json", "--state-dir", str(tmp_path))
     out, err = await process.communicate()

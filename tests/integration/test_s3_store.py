@@ -177,6 +177,21 @@ async def test_parts_that_a_killed_process_left_behind_are_dropped(
     assert interrupted_uploads(client, bucket, "large") == 0
 
 
+async def test_parts_of_an_attempt_that_nobody_stores_any_more_can_be_dropped(
+    open_store: OpenStore, client: Minio, bucket: str
+) -> None:
+    store = open_store()
+    task_id, _, attempt = PREFIX.partition("/")
+    id_ = AttemptId(task_id, int(attempt))
+    assert await store.drop_leftovers(id_, ["large"]) == 0, "not even a bucket"
+    client.make_bucket(bucket)
+    for path in ("large", "another"):
+        upload_id = client._create_multipart_upload(bucket, f"{PREFIX}/{path}", {})
+        client._upload_part(bucket, f"{PREFIX}/{path}", b"x" * PART, None, upload_id, 1)
+    assert await store.drop_leftovers(id_, ["small", "large"]) == 1
+    assert [interrupted_uploads(client, bucket, path) for path in ("large", "another")] == [0, 1]
+
+
 async def test_a_bit_that_flips_on_the_way_is_never_stored(
     open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
 ) -> None:

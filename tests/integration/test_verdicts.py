@@ -1,6 +1,6 @@
 """Why it died, as a matrix on the real engine: each cause is brought about, and told as what it was.
 
-`TEST_VERDICT_REPEATS` repeats the whole; docs/evidence/verdicts.md has a run of a hundred.
+`TEST_VERDICT_REPEATS` repeats the whole.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.unseen, pytest.mark.timeout(3000)]
 REPEATS = int(os.environ.get("TEST_VERDICT_REPEATS", "1"))
 ENDS_TOGETHER = host_cgroup_version() == 2
 """There the kernel ends all of a task that runs out of memory."""
+_AT_ONCE = 2
+"""Repetitions of the whole; more would only wait for each other."""
 HOG = "dd if=/dev/zero of=/dev/null bs=300M count=1"
 
 
@@ -78,18 +80,18 @@ CASES = {
 
 async def test_each_cause_of_death_is_told_as_what_it_was(bench: Bench) -> None:
     agreed: Counter[str] = Counter()
-    for _ in range(REPEATS):
-        for name, told in zip(
-            CASES, await asyncio.gather(*(play(bench, case) for case in CASES.values())), strict=True
-        ):
-            assert told == "", f"{name}: {told}"
-            agreed[name] += 1
+    for begun in range(0, REPEATS, _AT_ONCE):
+        names = [*CASES] * min(_AT_ONCE, REPEATS - begun)
+        told = await asyncio.gather(*(play(bench, CASES[name]) for name in names))
+        differing = [f"{name}: {words}" for name, words in zip(names, told, strict=True) if words]
+        assert differing == []
+        agreed.update(names)
     print("\n".join(f"| {name} | {count} of {REPEATS} |" for name, count in agreed.items()))
 
 
 async def play(bench: Bench, case: Case) -> str:
     """What differs from the case, in words."""
-    task_id = await bench.assign(case.command, **({"cpu_milli": 60} | dict(case.fields)))
+    task_id = await bench.assign(case.command, **({"cpu_milli": 40} | dict(case.fields)))
     if case.act:
         await bench.running(task_id)
         await act(bench, case.act, task_id)

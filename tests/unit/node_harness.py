@@ -21,12 +21,14 @@ from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
+from nodeservice.lifecycle.image_keeper import ImageKeeper
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import Reading, TaskCgroups
+from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
 from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids
 from nodeservice.testing.fake_disk import FakeFreeSpace, FakeTaskDisk
@@ -35,6 +37,7 @@ from nodeservice.testing.fake_runtime import FakeRuntime
 from nodeservice.testing.memory_store import MemoryResultStore
 
 NODE = Resources(cpu_milli=4000, memory_bytes=2**32, disk_bytes=2**40)
+ENGINE_ROOT = Path("/engine")
 FAST = Backoff(first_seconds=0.001, max_seconds=0.01)
 
 
@@ -125,6 +128,13 @@ class World:
     gpu_policy: SharingPolicy = field(default_factory=SharingPolicy)
     gpu_ready_seconds: float = 0.2
     gpu_quarantine_seconds: float = 0.05
+    sweep_seconds: float = 600.0
+    orphan_grace_seconds: float = 0.0
+    results_retention_seconds: float | None = None
+    salvage_retention_seconds: float | None = None
+    dry_run: bool = False
+    keeps_in_the_store: bool = False
+    """The results directory of this host is the store."""
 
 
 class LiveNode:
@@ -148,7 +158,8 @@ class LiveNode:
             disk=world.disk,
             free_space=world.free_space,
             store=world.store,
-            fallback=world.kept,
+            fallback=None if world.keeps_in_the_store else world.kept,
+            folder=ResultsFolder(world.path / "results"),
             uplink=world.uplink,
             clock=self.clock,
             logs=self.logs,
@@ -166,6 +177,12 @@ class LiveNode:
                 keep_host_seconds=0.02,
                 settle_reports_seconds=world.settle_reports_seconds,
                 keep_free_disk_bytes=world.keep_free_disk_bytes,
+                image_look_seconds=world.sweep_seconds,
+                sweep_seconds=world.sweep_seconds,
+                orphan_grace_seconds=world.orphan_grace_seconds,
+                results_retention_seconds=world.results_retention_seconds,
+                salvage_retention_seconds=world.salvage_retention_seconds,
+                janitor_dry_run=world.dry_run,
             ),
             encode_record=encode_record,
             receipt=receipt,
@@ -179,6 +196,16 @@ class LiveNode:
                 board=HealthBoard(quarantine_seconds=world.gpu_quarantine_seconds),
                 look_seconds=0.01,
                 ready_seconds=world.gpu_ready_seconds,
+            ),
+            images=ImageKeeper(
+                runtime=world.runtime,
+                journal=world.journal,
+                clock=self.clock,
+                free_space=world.free_space,
+                engine_root=ENGINE_ROOT,
+                high_percent=85,
+                low_percent=80,
+                dry_run=world.dry_run,
             ),
             on_pull_progress=lambda _id: None,
         )

@@ -16,7 +16,7 @@ from nodeservice.capacity.source import HostCapacity
 from nodeservice.cli.inspect_view import human_bytes, human_cores, render_seen, seen_as_dict
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import GIB, MIB, Resources
-from nodeservice.daemon import Seen
+from nodeservice.daemon.look import Seen
 from nodeservice.errors import TransientError
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.ports import CapacitySource, EngineFacts, GpuInventory, GpuProvider, NodeCapacity

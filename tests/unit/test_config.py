@@ -124,6 +124,7 @@ def test_other_variables_and_the_path_of_the_file_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("command", [["serve"], ["inspect"], ["doctor"], ["master"]])
+@pytest.mark.slow
 def test_the_path_of_the_file_is_taken_from_the_environment_too(tmp_path: Path, command: list[str]) -> None:
     file = toml(tmp_path, "no_such_key = 1\n")
     ended = subprocess.run(

@@ -336,6 +336,7 @@ def test_a_failed_pull_tells_whose_move_is_next(
         (500, 'exec: "docker-init": executable file not found in $PATH', NodeFaultError, "NODE_FAULT"),
         (500, 'could not select device driver "nvidia" with capabilities: [[gpu]]', NodeFaultError, "NODE_FAULT"),
         (500, "error mounting /x to rootfs: no such file or directory", RequestError, "START_FAILED"),
+        (500, "id already in use", NodeFaultError, "ENGINE_FAULT"),
         (503, "shutting down", TransientError, "ENGINE_UNAVAILABLE"),
     ],
 )

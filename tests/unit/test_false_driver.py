@@ -19,6 +19,8 @@ from nodeservice.testing.false_driver.build import LIBRARY, compiled
 from nodeservice.testing.false_driver.facts import known_facts
 from tests.nvml_caller import Caller, NvmlCallError
 
+pytestmark = pytest.mark.slow
+
 MIB = 1024 * 1024
 Build = Callable[[str | Machine], FalseDriver]
 NATIVE = Path(build_module.__file__).parent / "native"

@@ -15,6 +15,8 @@ import pytest
 from nodeservice.testing.false_driver import FalseDriver, Machine
 from tests.nvml_caller import Caller
 
+pytestmark = pytest.mark.slow
+
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 Build = Callable[[str | Machine], FalseDriver]

@@ -20,6 +20,8 @@ import pytest
 from nodeservice.testing.false_driver import FalseDriver, Machine
 from nodeservice.testing.false_driver import build as build_module
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "test_gpu.py"
 Build = Callable[[str | Machine], FalseDriver]

@@ -170,6 +170,7 @@ async def test_a_new_layout_of_mig_is_seen_while_it_runs(machine: Build) -> None
         await until(is_whole)
 
 
+@pytest.mark.slow
 async def test_an_old_driver_tells_less_and_is_no_fault(machine: Build) -> None:
     driver = machine("old")
     driver.add_process(driver.gpus[0], 99, GIB)
@@ -407,6 +408,7 @@ async def test_nvml_is_begun_once_and_given_back_at_the_end(machine: Build) -> N
 # ---- limits -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_driver_that_can_limit_memory_does_and_the_limit_is_read_back(machine: Build, tmp_path: Path) -> None:
     driver = machine("r615")
     async with looking(driver) as provider:

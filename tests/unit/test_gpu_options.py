@@ -95,6 +95,7 @@ def test_an_error_names_the_option_and_the_remedy(options: dict[str, object], op
         gpus_asked(**options)  # type: ignore[arg-type]
     assert str(caught.value).startswith(f"{option} ")
     assert caught.value.hint
+    assert (caught.value.reason, caught.value.field) == ("INVALID_REQUEST", option.removeprefix("--"))
     assert "gpu." not in str(caught.value)
 
 

@@ -232,7 +232,7 @@ def test_a_process_may_take_less_than_it_was_given(name: str, held: Value) -> No
     [
         ("open_files_limit", 65_537, "asked 65536, in force 65537"),
         ("open_files_limit", None, "in force no limit"),
-        ("core_file_bytes", 1, "asked 0, in force 1"),
+        ("core_file_bytes", 4096, "asked 1, in force 4096"),
         ("no_new_privileges", 0, "asked 1, in force 0"),
         ("oom_score_adj", -1, "asked 0, in force -1"),
         ("seccomp", 0, "asked 2, in force 0"),

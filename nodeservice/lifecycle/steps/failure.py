@@ -11,6 +11,7 @@ import structlog
 from nodeservice.core.model import Reason
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.patience import Patience
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -27,12 +28,12 @@ def reason_of(error: NodeServiceError, otherwise: Reason) -> Reason:
 async def persist(context: Context, call: Callable[[], Awaitable[T]]) -> T:
     """Repeat a call while the engine is away. Raises NodeFaultError (NODE_FAULT) once the limit has passed."""
     failures = 0
-    give_up_at = context.clock.now().timestamp() + context.settings.engine_give_up_seconds
+    patience = Patience(context.clock, context.settings.engine_give_up_seconds)
     while True:
         try:
             return await call()
         except TransientError as error:
-            if context.clock.now().timestamp() >= give_up_at:
+            if patience.is_over:
                 raise NodeFaultError(
                     f"the container engine stayed away: {error}",
                     reason="NODE_FAULT",

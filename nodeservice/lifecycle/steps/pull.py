@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import random
-from datetime import timedelta
 
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import Reason, TaskRecord
+from nodeservice.core.model import PullPolicy, Reason, TaskRecord
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.patience import Patience
 from nodeservice.lifecycle.steps.failure import reason_of
+from nodeservice.ports import PulledImage
 
 log = structlog.get_logger(__name__)
 
 
 async def pull(context: Context, record: TaskRecord) -> ev.Event:
+    """Make present what the task asks for."""
+    clock, spec = context.clock, record.spec
+    try:
+        image = await fetch(context, record, spec.image, policy=spec.pull_policy)
+    except (RequestError, NodeFaultError, TransientError) as error:
+        return ev.StepFailed(at=clock.now(), reason=reason_of(error, Reason.IMAGE_PULL_FAILED), message=str(error))
+    log.info("image.pulled", task_id=spec.id.task_id, image=spec.image, digest=image.digest)
+    return ev.ImagePulled(at=clock.now(), digest=image.digest)
+
+
+async def fetch(context: Context, record: TaskRecord, name: str, *, policy: PullPolicy) -> PulledImage:
     """Pull, and try again when the registry or the engine is at fault: that is not the task's doing.
 
-    All tries together have `pull_timeout_seconds`, from the begin of the phase, also over a restart.
+    All tries together have `pull_timeout_seconds`, from the begin of the phase, also over a restart. Raises RequestError,
+    NodeFaultError, or the last TransientError.
     """
-    settings, clock, spec = context.settings, context.clock, record.spec
-    give_up_at = record.timings[-1].started_at + timedelta(seconds=settings.pull_timeout_seconds)
+    settings, clock = context.settings, context.clock
+    patience = Patience(clock, settings.pull_timeout_seconds, since=record.timings[-1].started_at)
     failures = 0
     while True:
         try:
-            image = await context.runtime.pull(
-                spec.image, policy=spec.pull_policy, on_progress=context.on_pull_progress(record.id)
-            )
-        except (RequestError, NodeFaultError) as error:
-            return ev.StepFailed(at=clock.now(), reason=reason_of(error, Reason.IMAGE_PULL_FAILED), message=str(error))
+            image = await context.runtime.pull(name, policy=policy, on_progress=context.on_pull_progress(record.id))
         except TransientError as error:
             failures += 1
-            log.warning(
-                "image.pull_failed", task_id=spec.id.task_id, image=spec.image, failures=failures, error=str(error)
-            )
-            if failures >= settings.pull_attempt_count or clock.now() >= give_up_at:
-                message = f"gave up after {failures} tries: {error}"
-                return ev.StepFailed(at=clock.now(), reason=reason_of(error, Reason.IMAGE_PULL_FAILED), message=message)
+            log.warning("image.pull_failed", task_id=record.id.task_id, image=name, failures=failures, error=str(error))
+            if failures >= settings.pull_attempt_count or patience.is_over:
+                message = f"gave up after {failures} tries: {error.message}"
+                raise TransientError(message, reason=error.reason, hint=error.hint) from error
             await clock.sleep(settings.step_backoff.delay(failures, random.random()))  # noqa: S311
         else:
-            log.info("image.pulled", task_id=spec.id.task_id, image=spec.image, digest=image.digest)
-            return ev.ImagePulled(at=clock.now(), digest=image.digest)
+            await context.images.used(record.id, image)
+            return image

@@ -9,18 +9,19 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import AttemptId, Reason, StopCause, StopRequest, TaskRecord, Usage
+from nodeservice.core.model import AttemptId, PullPolicy, Reason, StopCause, StopRequest, TaskRecord, Usage
 from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.steps import gpus
+from nodeservice.lifecycle.steps import gpus, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of
 from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
 
 log = structlog.get_logger(__name__)
 _STUCK_LOOK_SECONDS = 1.0
+_IMAGE_ATTEMPTS = 3
 _INSIDE_SECONDS = 10.0
 """For a program of the driver's: its first call on an idle GPU takes seconds."""
 
@@ -36,12 +37,33 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     await asyncio.to_thread(context.dirs.prepare, id_)
     await _bound_disk(context, record)
     try:
+        # What passes (TransientError) is no failure of the task: the whole step is tried again.
         cgroup_parent = await context.cgroups.prepare(spec, record.lease.cpu_ids)
-        wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
-        container_id = await persist(context, lambda: context.runtime.create(wanted))
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
+    try:
+        wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
+        container_id = await _create(context, record, wanted)
+    except (RequestError, NodeFaultError, TransientError) as error:
+        return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
     return ev.ContainerCreated(at=context.clock.now(), container_id=container_id)
+
+
+async def _create(context: Context, record: TaskRecord, wanted: ContainerSpec) -> str:
+    """The container's id. An image that somebody removed since its pull is fetched again, the very same content.
+
+    An image without a digest of a registry cannot be had again: what its name means now may be something else.
+    """
+    policy = record.spec.pull_policy
+    for _ in range(_IMAGE_ATTEMPTS - 1):
+        try:
+            return await persist(context, lambda: context.runtime.create(wanted))
+        except RequestError as error:
+            if error.reason != Reason.IMAGE_NOT_FOUND or policy is PullPolicy.NEVER or "@" not in wanted.image:
+                raise
+            log.warning("image.vanished", task_id=record.id.task_id, image=wanted.image)
+            await pull.fetch(context, record, wanted.image, policy=PullPolicy.IF_NOT_PRESENT)
+    return await persist(context, lambda: context.runtime.create(wanted))
 
 
 async def _bound_disk(context: Context, record: TaskRecord) -> None:
@@ -183,6 +205,7 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         finished_at=state.finished_at,
         observed=observed.usage,
         gpu_fault=context.gpus.fault(id_),
+        by_engine=state.ended_by_engine,
     )
 
 

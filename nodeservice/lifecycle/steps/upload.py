@@ -11,6 +11,7 @@ from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.patience import Patience
 from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
@@ -26,7 +27,7 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
     """
     settings = context.settings
     bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
-    began_at = record.timings[-1].started_at
+    patience = Patience(context.clock, settings.upload_give_up_seconds, since=record.timings[-1].started_at)
     failures = refusals = 0
     while True:
         try:
@@ -35,16 +36,15 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
             failures += 1
             refusals += isinstance(error, NodeFaultError)
             log.warning("results.not_stored", task_id=record.id.task_id, failures=failures, error=str(error))
-            waited = (context.clock.now() - began_at).total_seconds()
             hopeless = isinstance(error, RequestError)
-            over = waited >= settings.upload_give_up_seconds or refusals >= _REFUSALS_BEFORE_KEEPING
+            over = patience.is_over or refusals >= _REFUSALS_BEFORE_KEEPING
             if hopeless or over:
                 kept = await _keep_here(
                     context, bundle, error, will_retry=settings.retries_kept_results and not hopeless
                 )
                 if kept is not None:
                     return kept
-            pause, left = _pause(context, failures), settings.upload_give_up_seconds - waited
+            pause, left = _pause(context, failures), patience.left_seconds
             # The last try is at the limit, not one long pause after it.
             await context.clock.sleep(min(pause, left) if left > 0 else pause)
 

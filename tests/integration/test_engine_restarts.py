@@ -1,0 +1,212 @@
+"""An engine that is restarted, killed, frozen or cut off from power under a real node: what is told of the tasks is true."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import remove_cgroup
+from tests.integration.docker_daemon import IMAGE, require_docker_daemon
+from tests.integration.node_process import NodeProcess
+from tests.integration.old_peer import OldClient, OldMaster
+from tests.integration.own_engine import OwnEngine, own_engine
+
+pytestmark = [pytest.mark.engine, pytest.mark.crash, pytest.mark.timeout(120)]
+
+SLEEPS = "exec sleep 600"
+OBEYS = "trap 'exit 0' TERM; while :; do sleep 0.05; done"
+IS_DEAF = "trap '' TERM; while :; do sleep 0.05; done"
+COUNTS = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 3"
+QUICK = {
+    "NODESERVICE_RELIST_SECONDS": "1",
+    "NODESERVICE_DEFAULT_GRACE_SECONDS": "1",
+    "NODESERVICE_CONNECT_BACKOFF_MAX_SECONDS": "1",
+    "NODESERVICE_REPORT_BACKOFF_MAX_SECONDS": "1",
+}
+
+
+class Bench:
+    """A node on an engine of the test's own, and the master that it reports to."""
+
+    def __init__(self, engine: OwnEngine, node: NodeProcess, master: OldMaster) -> None:
+        self.engine = engine
+        self.node = node
+        self.master = master
+
+    async def begin(self, **commands: str) -> None:
+        """Assign tasks of these names, and wait until each container runs."""
+        async with OldClient(self.node.address) as client:
+            for name, command in commands.items():
+                assert (await client.assign(task_id=name, docker_image=IMAGE, command=command)).success
+        await self.until_running(*commands)
+
+    async def until_running(self, *names: str) -> None:
+        async with asyncio.timeout(30):
+            while not {f"/nodeservice.{name}.1" for name in names} <= await asyncio.to_thread(self._running):
+                await asyncio.sleep(0.05)
+
+    def _running(self) -> set[str]:
+        with self.engine.client() as client:
+            return {name for entry in client.containers() for name in entry["Names"]}
+
+    def state(self, name: str) -> Mapping[str, Any]:
+        with self.engine.client() as client:
+            found: Mapping[str, Any] = client.inspect_container(f"nodeservice.{name}.1")["State"]
+            return found
+
+    async def ended(self, *names: str) -> dict[str, tuple[str, str, int | None]]:
+        """Status reported, reason and exit code of each; each was reported once."""
+        found = {}
+        for name in names:
+            report = await self.master.report_of(name, 60)
+            async with asyncio.timeout(30):
+                while not (told := [event for event in self.finished() if event["task_id"] == name]):
+                    await asyncio.sleep(0.02)
+            found[name] = (report.status, str(told[0]["reason"]), told[0].get("exit_code"))
+            assert self.master.count(name) == 1
+        return found
+
+    def finished(self) -> list[dict[str, Any]]:
+        return [event for event in self.node.events() if event.get("event") == "task.finished"]
+
+
+@contextlib.asynccontextmanager
+async def bench(
+    path: Path, *, home: Path | None = None, env: Mapping[str, str] | None = None, **config: Any
+) -> AsyncIterator[Bench]:
+    """`home` is where the engine's folder is made; `config` goes to the engine."""
+    require_docker_daemon()
+    node_id = f"own-{uuid.uuid4().hex[:8]}"
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(_remove_cgroups, node_id)
+        engine = await stack.enter_async_context(own_engine(home, **config))
+        master = await OldMaster().start()
+        stack.push_async_callback(master.stop)
+        node = NodeProcess(path / "node", node_id, ("--master", f"127.0.0.1:{master.port}"))
+        node.env |= {"NODESERVICE_DOCKER_HOST": engine.url, **QUICK, **(env or {})}
+        await node.start()
+        stack.push_async_callback(node.stop)
+        yield Bench(engine, node, master)
+
+
+def _remove_cgroups(node_id: str) -> None:
+    for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node_id}.node"):
+        remove_cgroup(cgroup)
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["shut down", "killed"])
+async def test_with_live_restore_tasks_go_on_with_a_whole_log_and_their_own_exit(tmp_path: Path, crash: bool) -> None:
+    async with bench(tmp_path, live_restore=True) as on:
+        await on.begin(counts=COUNTS, short="sleep 0.7; exit 4", killed="sleep 1; kill -9 $$")
+        await asyncio.to_thread(on.engine.crash if crash else on.engine.stop)
+        await asyncio.sleep(1)
+        await asyncio.to_thread(on.engine.start)
+        ended = await on.ended("counts", "short", "killed")
+        log = (await on.master.report_of("counts")).logs
+    assert ended == {
+        "counts": ("failed", "EXIT_NONZERO", 3),
+        "short": ("failed", "EXIT_NONZERO", 4),
+        "killed": ("failed", "EXIT_NONZERO", 137),
+    }
+    assert log.split("\n")[:-1] == [f"line {number}" for number in range(1, 61)]
+
+
+async def test_tasks_that_a_shut_down_engine_ended_are_its_fault_whatever_their_exit_code(tmp_path: Path) -> None:
+    async with bench(tmp_path) as on:
+        await on.begin(sleeps=SLEEPS, obeys=OBEYS, deaf=IS_DEAF)
+        await on.begin(before="exit 137")
+        assert await on.ended("before") == {"before": ("failed", "EXIT_NONZERO", 137)}
+        await on.engine.restart()
+        ended = await on.ended("sleeps", "obeys", "deaf")
+        assert ended == {
+            "sleeps": ("failed", "ENGINE_FAULT", 143),
+            "obeys": ("failed", "ENGINE_FAULT", 0),
+            "deaf": ("failed", "ENGINE_FAULT", 137),
+        }
+        await on.begin(after="sleep 0.1; exit 143")
+        assert await on.ended("after") == {"after": ("failed", "EXIT_NONZERO", 143)}
+
+
+async def test_after_a_killed_engine_only_what_the_next_one_ended_is_its_fault(tmp_path: Path) -> None:
+    async with bench(tmp_path) as on:
+        await on.begin(
+            sleeps=SLEEPS, obeys=OBEYS, ends="sleep 0.7; exit 3", well="sleep 0.7", killed="sleep 0.7; kill -9 $$"
+        )
+        await asyncio.to_thread(on.engine.crash)
+        await asyncio.sleep(2.5)
+        await asyncio.to_thread(on.engine.start)
+        ended = await on.ended("sleeps", "obeys", "ends", "well", "killed")
+    assert ended == {
+        "sleeps": ("failed", "ENGINE_FAULT", 143),
+        "obeys": ("failed", "ENGINE_FAULT", 0),
+        "ends": ("failed", "EXIT_NONZERO", 3),
+        "well": ("success", "COMPLETED", 0),
+        "killed": ("failed", "EXIT_NONZERO", 137),
+    }
+
+
+@pytest.mark.parametrize("live_restore", [False, True], ids=["", "live restore"])
+async def test_what_a_power_cut_ended_is_not_the_tasks_own_exit(tmp_path: Path, live_restore: bool) -> None:
+    async with bench(tmp_path, live_restore=live_restore) as on:
+        await on.begin(sleeps=SLEEPS)
+        await asyncio.to_thread(on.engine.crash, everything=True)
+        await asyncio.to_thread(on.engine.start)
+        assert await on.ended("sleeps") == {"sleeps": ("failed", "ENGINE_FAULT", 255)}
+
+
+async def test_a_node_that_was_away_as_well_tells_the_same(tmp_path: Path) -> None:
+    async with bench(tmp_path) as on:
+        await on.begin(sleeps=SLEEPS, deaf=IS_DEAF, ends="sleep 2; exit 3", well="sleep 2")
+        await on.node.kill()
+        await asyncio.sleep(2)
+        await on.engine.restart()
+        await on.node.start()
+        ended = await on.ended("sleeps", "deaf", "ends", "well")
+    assert ended == {
+        "sleeps": ("failed", "ENGINE_FAULT", 143),
+        "deaf": ("failed", "ENGINE_FAULT", 137),
+        "ends": ("failed", "EXIT_NONZERO", 3),
+        "well": ("success", "COMPLETED", 0),
+    }
+
+
+async def test_while_the_engine_hangs_the_node_beats_takes_work_and_loses_nothing(tmp_path: Path) -> None:
+    async with bench(tmp_path, env={"NODESERVICE_DEFAULT_TIMEOUT_SECONDS": "60"}) as on:
+        await on.begin(counts=COUNTS, cancelled=SLEEPS)
+        on.engine.freeze()
+        beats = len(on.master.heartbeats)
+        async with OldClient(on.node.address) as client:
+            assert (await client.cancel("cancelled")).success
+            begun = time.monotonic()
+            assert (await client.assign(task_id="later", docker_image=IMAGE, command="echo later")).success
+            assert time.monotonic() - begun < 5
+        await on.master.until(lambda: len(on.master.heartbeats) >= beats + 10, 30)
+        await asyncio.sleep(4)  # the task that counts ends meanwhile
+        on.engine.thaw()
+        ended = await on.ended("counts", "cancelled", "later")
+        log = (await on.master.report_of("counts")).logs
+    assert ended["counts"] == ("failed", "EXIT_NONZERO", 3)
+    assert ended["cancelled"][:2] == ("cancelled", "CANCELLED")
+    assert ended["later"] == ("success", "COMPLETED", 0)
+    assert log.split("\n")[:-1] == [f"line {number}" for number in range(1, 61)]
+
+
+async def test_a_node_stops_in_time_while_the_engine_hangs_and_takes_the_task_up_again(tmp_path: Path) -> None:
+    async with bench(tmp_path) as on:
+        await on.begin(counts=COUNTS)
+        on.engine.freeze()
+        await asyncio.sleep(1.5)
+        begun = time.monotonic()
+        assert await on.node.stop() == 0
+        stopped_seconds = time.monotonic() - begun
+        on.engine.thaw()
+        await on.node.start()
+        assert await on.ended("counts") == {"counts": ("failed", "EXIT_NONZERO", 3)}
+    assert stopped_seconds < 20

@@ -1,0 +1,65 @@
+"""Silence of nodes, and of the master itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nodeservice.master.clock import MasterClock
+from nodeservice.master.nodes import NodeRegistry
+from nodeservice.wire import master_worker_pb2 as pb
+
+
+class Hours(MasterClock):
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class NoStore:
+    async def save_node(self, row: object) -> None:
+        return None
+
+
+async def registry(clock: Hours) -> NodeRegistry:
+    nothing: Any = NoStore()
+    nodes = NodeRegistry(nothing, nothing, clock, timeout_seconds=30, gone_after_seconds=600)
+    await nodes.register(pb.WorkerInfo(worker_id="w", total_cpu=1), "ipv4:127.0.0.1:1")
+    return nodes
+
+
+async def test_a_node_that_is_silent_for_long_is_given_up() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    for _ in range(605):
+        clock.now += 1
+        nodes.notice_silence()
+    assert nodes.is_gone("w")
+
+
+async def test_time_in_which_the_master_was_frozen_is_no_silence_of_its_nodes() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    clock.now += 7200
+    nodes.notice_silence()
+    assert not nodes.is_gone("w")
+    assert nodes.is_active("w")
+    for _ in range(31):
+        clock.now += 1
+        nodes.notice_silence()
+    assert not nodes.is_active("w"), "silence from then on is silence"
+
+
+async def test_a_node_that_was_given_up_gets_nothing_before_it_told_what_it_holds() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    for _ in range(605):
+        clock.now += 1
+        nodes.notice_silence()
+    await nodes.register(pb.WorkerInfo(worker_id="w", total_cpu=1), "ipv4:127.0.0.1:1")
+    assert "has not told yet" in nodes.offers({})[0].blocked
+    assert nodes.heartbeat(pb.Heartbeat(worker_id="w")) is not None
+    assert nodes.offers({})[0].blocked
+    nodes.settled("w")
+    assert not nodes.offers({})[0].blocked
