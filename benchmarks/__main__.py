@@ -40,7 +40,7 @@ def main() -> None:
     run.add_argument("--only", nargs="+", choices=ALL, default=list(ALL), metavar="NAME", help=", ".join(ALL))
     run.add_argument("--out", type=Path, default=Path("build/bench.json"), help="the JSON; the rest lies beside it")
     run.add_argument("--home", type=Path, help="a directory on the disk to be measured (default: the temporary one)")
-    run.add_argument("--large-file-mib", type=int, help="size of the one large file (default 4096, quick 256)")
+    run.add_argument("--large-file-mib", type=int, help="size of the one large file (default 4096, quick 128)")
     run.set_defaults(work=_run)
     report = commands.add_parser("report", help="Markdown and plots of a result file")
     report.add_argument("file", type=Path)
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _run(options: argparse.Namespace) -> int:
     configure_logging("error", "json")
-    large = options.large_file_mib or (256 if options.quick else 4096)
+    large = options.large_file_mib or (128 if options.quick else 4096)
     with tempfile.TemporaryDirectory(prefix="nodeservice-bench-", dir=options.home) as home:
         scale = Scale(quick=options.quick, home=Path(home), large_file_bytes=large * MIB)
         told = asyncio.run(_measure(scale, options.only))

@@ -63,7 +63,7 @@ async def measure(scale: Scale) -> Finding:
     found = Finding(about=ABOUT)
     utilisation: dict[str, list[float]] = {"packed": [], "in order": [], "whole": []}
     for seed in range(scale.pick(3, 15)):
-        tasks = _draw(random.Random(seed), scale.pick(2_000, 10_000))
+        tasks = _draw(random.Random(seed), scale.pick(1_200, 10_000))
         for arm, samples in utilisation.items():
             samples.append(_simulate(tasks, overtakes=arm != "in order", shares=arm != "whole"))
     for arm, samples in utilisation.items():

@@ -69,7 +69,7 @@ def _ratios(ratios: dict[str, float]) -> list[str]:
 def _measures(measures: list[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for what, group in groups(measures).items():
-        arms = [*dict.fromkeys(measure["arm"] for measure in group)]
+        arms = sorted(dict.fromkeys(measure["arm"] for measure in group), key=lambda arm: arm != "service")
         cases = [*dict.fromkeys(measure["case"] for measure in group)]
         cells = {(measure["case"], measure["arm"]): measure for measure in group}
         lines += [f"| {what}, {group[0]['unit']} | " + " | ".join(arms) + " |", "|---" * (len(arms) + 1) + "|"]

@@ -12,7 +12,7 @@ from benchmarks.output.markdown import groups, number
 
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 60
-_COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#5c5c5c")
+_COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#5c5c5c", "#b5838d", "#2a9d8f")
 
 
 def plots(told: dict[str, Any]) -> dict[str, str]:
@@ -28,7 +28,7 @@ def plots(told: dict[str, Any]) -> dict[str, str]:
 
 
 def _drawing(title: str, group: Sequence[dict[str, Any]]) -> str:
-    arms = [*dict.fromkeys(measure["arm"] for measure in group)]
+    arms = sorted(dict.fromkeys(measure["arm"] for measure in group), key=lambda arm: arm != "service")
     highest = max(measure["quartile_high"] for measure in group) or 1.0
     lowest = min(measure["quartile_low"] for measure in group)
     is_log = lowest > 0 and highest / lowest > 50

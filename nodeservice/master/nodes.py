@@ -53,6 +53,8 @@ class Node:
     """What tasks can have of `gpus`; None from a peer that does not tell that."""
     ended: set[Key] = field(default_factory=set)
     """Attempts that it reported since its last heartbeat, which may still list them."""
+    has_news: bool = True
+    """Whether its last heartbeat told anything that may let a task move. Most do not."""
     unsettled: bool = False
     """It was given up, or is known from an earlier run of the master: it gets nothing until it has told what it holds."""
 
@@ -159,6 +161,7 @@ class NodeRegistry:
         node = self._nodes.get(beat.worker_id)
         if node is None:
             return None
+        before, had_ends = _for_placement(node), bool(node.ended)
         if not node.was_active:
             log.info("node.active", worker_id=node.worker_id)
         node.heard_at, node.heard_at_ms, node.was_active = self._clock.monotonic(), self._clock.unix_ms(), True
@@ -166,6 +169,7 @@ class NodeRegistry:
         if beat.HasField("allocatable"):
             node.allocatable = from_message(beat.allocatable)
             node.tell_gpus(beat.gpus, beat.warnings)
+        node.has_news = had_ends or node.unsettled or _for_placement(node) != before
         return node
 
     def settled(self, worker_id: str) -> None:
@@ -263,6 +267,13 @@ class NodeRegistry:
 
     def _in_use(self, address: str) -> bool:
         return any(node.address == address for node in self._nodes.values())
+
+
+def _for_placement(node: Node) -> tuple[object, ...]:
+    """All of it that placement looks at: load and temperatures, which change with every beat, are not in it."""
+    held = [(task.task_id, task.attempt, task.phase) for task in node.heartbeat.running_tasks]
+    conditions = list(node.heartbeat.conditions)
+    return node.was_active, node.allocatable, node.units, node.warnings, node.draining, conditions, held
 
 
 def _sum(assigned: Assigned, node: Node) -> Amounts:

@@ -74,7 +74,8 @@ class Scheduler:
         self._nodes.notice_silence()
         await self._give_up_gone_nodes()
         queue = self._candidates(now)
-        offers = self._nodes.offers(self._book.assigned())
+        # What all nodes have to offer is asked only where somebody waits for it: it costs some time for each node.
+        offers = self._nodes.offers(self._book.assigned()) if queue else ()
         plan = make_plan(queue, offers, patience_seconds=self._settings.patience_seconds)
         self._book.explain(
             {key: (why.reason, why.message) for key, why in plan.waiting.items() if why.reason != "NODE_REFUSED"}

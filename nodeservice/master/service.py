@@ -70,7 +70,8 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         except TransientError as error:
             # The node is well, it is our database that isn't: making the node register again would not help.
             log.error("heartbeat.not_stored", error=str(error))
-        self._scheduler.wake()
+        if node.has_news:
+            self._scheduler.wake()
         return pb.HeartbeatAck(success=True)
 
     async def ReportTaskCompletion(self, request: pb.TaskResult, context: Context) -> pb.Ack:  # noqa: N802

@@ -19,11 +19,13 @@ from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
 
 if TYPE_CHECKING:
-    from nodeservice.results.s3_client import BucketClient
+    from nodeservice.results.s3_client import BucketClient, StoredObject
 
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
+_Sent = tuple[str, ResultFile, "StoredObject"]
+"""The key, the file, and what the store made of it."""
 
 
 class S3ResultStore:
@@ -34,7 +36,8 @@ class S3ResultStore:
     TransientError: STORE_UNREACHABLE, STORE_FULL. NodeFaultError: STORE_REFUSED, RESULT_CHANGED. RequestError:
     RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
 
-    One large file travels over one connection, part after part: its sha256 is proven while it is read.
+    A large file travels in parts, a few at a time; its sha256 is proven while it is read, and only then it is completed.
+    All that was sent is looked for in one listing, by size and ETag, before the manifest goes out.
     """
 
     def __init__(self, access: S3Access) -> None:
@@ -77,7 +80,7 @@ class S3ResultStore:
     async def _put(self, bundle: ResultBundle, base: str) -> None:
         marker = f"{base}/{MANIFEST_NAME}"
         marker_bytes = bundle.manifest_bytes
-        present = await self._run(lambda client: client.sizes_below(f"{base}/"))
+        present = await self._run(lambda client: client.objects_below(f"{base}/"))
         is_marked = marker in present
         if is_marked and not await self._run(
             lambda client: client.holds(marker, len(marker_bytes), sha256_of(marker_bytes))
@@ -89,35 +92,35 @@ class S3ResultStore:
             )
         # What lies below a marker was verified before the marker was written; sizes tell whether it still lies there.
         missing = [
-            file
-            for file in bundle.files
-            if not (is_marked and present.get(f"{base}/{file.entry.path}") == file.entry.size_bytes)
+            file for file in bundle.files if not (is_marked and _has_size(present, f"{base}/{file.entry.path}", file))
         ]
         stop = threading.Event()
         try:
-            sent_count = await self._upload_all(missing, base, present, stop)
+            sent = await self._upload_all(missing, base, present, stop)
+            if sent:
+                await self._run(lambda client: _look_for(client, f"{base}/", sent))
             if not is_marked:
                 await self._run(
                     lambda client: client.upload_bytes(marker, marker_bytes, content_type="application/json", stop=stop)
                 )
         finally:
             stop.set()
-        log.debug("results.stored", prefix=base, files=len(bundle.files), sent=sent_count)
+        log.debug("results.stored", prefix=base, files=len(bundle.files), sent=len(sent))
 
     async def _upload_all(
-        self, files: list[ResultFile], base: str, present: dict[str, int], stop: threading.Event
-    ) -> int:
-        """Send what is not there; a few at a time, since one task per file would be many. Returns how many were sent."""
+        self, files: list[ResultFile], base: str, present: dict[str, StoredObject], stop: threading.Event
+    ) -> list[_Sent]:
+        """Send what is not there; a few at a time, since one task per file would be many. Returns what was sent."""
         waiting = iter(files)
-        sent_count = 0
+        sent: list[_Sent] = []
 
         async def work() -> None:
-            nonlocal sent_count
             for file in waiting:
                 key = f"{base}/{file.entry.path}"
-                maybe_there = present.get(key) == file.entry.size_bytes
-                upload = partial(_upload_one, key=key, file=file, maybe_there=maybe_there, stop=stop)
-                sent_count += await self._run(upload)
+                maybe_there = _has_size(present, key, file)
+                stored = await self._run(partial(_upload_one, key=key, file=file, maybe_there=maybe_there, stop=stop))
+                if stored is not None:
+                    sent.append((key, file, stored))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -125,7 +128,7 @@ class S3ResultStore:
                     group.create_task(work())
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from failures
-        return sent_count
+        return sent
 
     async def _run(self, action: Callable[[BucketClient], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: action(self._connected()))
@@ -139,8 +142,22 @@ class S3ResultStore:
             return self._client
 
 
-def _upload_one(client: BucketClient, *, key: str, file: ResultFile, maybe_there: bool, stop: threading.Event) -> bool:
+def _has_size(present: dict[str, StoredObject], key: str, file: ResultFile) -> bool:
+    return key in present and present[key].size_bytes == file.entry.size_bytes
+
+
+def _upload_one(
+    client: BucketClient, *, key: str, file: ResultFile, maybe_there: bool, stop: threading.Event
+) -> StoredObject | None:
+    """None: it was there."""
     if maybe_there and client.holds(key, file.entry.size_bytes, file.entry.sha256):
-        return False
-    client.upload(key, file, stop)
-    return True
+        return None
+    return client.upload(key, file, stop)
+
+
+def _look_for(client: BucketClient, prefix: str, sent: list[_Sent]) -> None:
+    """One request for a thousand objects. A store whose listing tells another ETag is asked for the object itself."""
+    present = client.objects_below(prefix)
+    for key, file, stored in sent:
+        if present.get(key) != stored and not client.holds(key, file.entry.size_bytes, file.entry.sha256):
+            raise client.lost(key)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import structlog
@@ -21,6 +22,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results.access import BucketMissing, S3Access
+from nodeservice.results.s3_parts import PartSender
 from nodeservice.results.source import PutStopped, VerifiedReader
 
 log = structlog.get_logger(__name__)
@@ -53,6 +55,14 @@ _HINTS = {
 _stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("results_s3_stop", default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """As a listing tells it. The ETag names the contents: it is what the store answered to their upload."""
+
+    size_bytes: int
+    etag: str
+
+
 class BucketClient:
     """Blocking operations on one bucket, for any thread. None retries: the lifecycle does, with backoff.
 
@@ -65,7 +75,7 @@ class BucketClient:
         self._bucket = access.bucket
         self._http = _BlockwisePool(
             timeout=urllib3.Timeout(connect=min(5.0, access.timeout_seconds), read=access.timeout_seconds),
-            maxsize=access.parallel_count,
+            maxsize=2 * access.parallel_count,  # of objects and of parts
             retries=False,
             blocksize=_BLOCK_BYTES,
             cert_reqs="CERT_REQUIRED",
@@ -79,8 +89,10 @@ class BucketClient:
             region=access.region,
             http_client=self._http,
         )
+        self._parts = PartSender(self._minio, self._bucket, parallel_count=access.parallel_count)
 
     def close(self) -> None:
+        self._parts.close()
         self._http.clear()
 
     def make_bucket(self) -> None:
@@ -94,11 +106,11 @@ class BucketClient:
             else:
                 log.info("results.bucket_created", bucket=self._bucket)
 
-    def sizes_below(self, prefix: str) -> dict[str, int]:
-        """Size in bytes of each object whose key starts with `prefix`."""
+    def objects_below(self, prefix: str) -> dict[str, StoredObject]:
+        """All objects whose key starts with `prefix`, by key."""
         with self._translated("list"):
             found = self._minio.list_objects(self._bucket, prefix=prefix, recursive=True)
-            return {item.object_name: item.size for item in found}
+            return {item.object_name: StoredObject(item.size, item.etag or "") for item in found}
 
     def holds(self, key: str, size_bytes: int, sha256: str) -> bool:
         """True when an object of this key says that it has this size and sha256."""
@@ -111,18 +123,27 @@ class BucketClient:
                 raise
         return found.size == size_bytes and (found.metadata or {}).get(_SHA256_HEADER) == sha256
 
-    def upload(self, key: str, file: ResultFile, stop: threading.Event) -> None:
-        """Send one file, in parts if it is large, and look whether it arrived."""
+    def upload(self, key: str, file: ResultFile, stop: threading.Event) -> StoredObject:
+        """Send one file, in parts if it is large. Gives what a listing has to show of it from now on."""
         size_bytes = file.entry.size_bytes
         part_bytes = max(self._access.part_bytes, -(-size_bytes // _MAX_PART_COUNT))
         if size_bytes > part_bytes:
             self.abort_leftovers(key)
         with VerifiedReader(file, stop=stop) as reader:
-            self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
+            etag = self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
+        return StoredObject(size_bytes, etag)
 
     def upload_bytes(self, key: str, data: bytes, *, content_type: str, stop: threading.Event) -> None:
+        """Send it, and look whether it arrived."""
         sha256 = hashlib.sha256(data).hexdigest()
         self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
+        if not self.holds(key, len(data), sha256):
+            raise self.lost(key)
+
+    def lost(self, key: str) -> TransientError:
+        return TransientError(
+            f"s3://{self._bucket}/{key} was sent but is not there as it was sent", reason="STORE_UNREACHABLE"
+        )
 
     def abort_leftovers(self, key: str) -> int:
         """Drop what interrupted uploads of this key left: it costs space and no listing shows it. How many there were.
@@ -150,28 +171,18 @@ class BucketClient:
         stop: threading.Event,
         part_bytes: int | None = None,
         content_type: str = "application/octet-stream",
-    ) -> None:
-        """The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
+    ) -> str:
+        """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
         token = _stop.set(stop)
+        stream, headers = cast(BinaryIO, data), {"Content-Type": content_type, _SHA256_HEADER: sha256}
         try:
             with self._translated(f"upload {key}"):
-                self._minio.put_object(
-                    self._bucket,
-                    key,
-                    cast(BinaryIO, data),
-                    size_bytes,
-                    content_type=content_type,
-                    metadata={_SHA256_HEADER: sha256},
-                    part_size=part_bytes or self._access.part_bytes,
-                    # The client's own pool would leave its threads behind when reading fails.
-                    num_parallel_uploads=1,
-                )
+                if part_bytes is not None and size_bytes > part_bytes:
+                    return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes)
+                body = stream.read(size_bytes)
+                return str(self._minio._put_object(self._bucket, key, body, dict(headers)).etag)  # noqa: SLF001
         finally:
             _stop.reset(token)
-        if not self.holds(key, size_bytes, sha256):
-            raise TransientError(
-                f"s3://{self._bucket}/{key} was sent but is not there as it was sent", reason="STORE_UNREACHABLE"
-            )
 
     @contextlib.contextmanager
     def _translated(self, action: str) -> Iterator[None]:

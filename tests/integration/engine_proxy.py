@@ -1,16 +1,19 @@
-"""A proxy before the engine's socket that hides events, loses an answer, or is down."""
+"""A proxy before the engine's socket that counts requests, hides events, loses an answer, or is down."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 _EVENTS = re.compile(rb"GET /v[0-9.]+/events")
 _CREATE = re.compile(rb"POST /v[0-9.]+/containers/create")
 _PULL = re.compile(rb"POST /v[0-9.]+/images/create")
+_REQUEST = re.compile(rb"(GET|POST|DELETE) /v[0-9.]+(/[^ ?]+)")
+_ACTIONS = frozenset({"json", "create", "start", "stop", "kill", "logs", "wait", "prune", "exec"})
 _BLOCK = 65536
 
 
@@ -29,6 +32,8 @@ class EngineProxy:
         self.open_pulls_count = 0
         self.events_count = 0
         """How often events were asked for."""
+        self.requests: Counter[str] = Counter()
+        """By method and path without ids and names, such as `POST containers/start`."""
 
     @property
     def url(self) -> str:
@@ -82,6 +87,8 @@ class EngineProxy:
         is_pull = False
         try:
             while block := await reader.read(_BLOCK):
+                if (request := _REQUEST.match(block)) is not None:
+                    self.requests[_without_id(request)] += 1
                 if _PULL.match(block):
                     is_pull = True
                     self.open_pulls_count += 1
@@ -122,6 +129,11 @@ class EngineProxy:
             body.cancel()
             await asyncio.wait({body})
         return not loses
+
+
+def _without_id(request: re.Match[bytes]) -> str:
+    _, kind, *rest = request[2].decode().split("/")
+    return f"{request[1].decode()} {'/'.join([kind, *(word for word in rest[-1:] if word in _ACTIONS)])}"
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

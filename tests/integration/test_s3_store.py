@@ -153,7 +153,7 @@ async def test_a_connection_that_breaks_in_a_part_costs_a_retry_and_leaves_no_pa
     open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
 ) -> None:
     bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(12 * MIB), "small": b"x"})
-    proxy.reset_at(7 * MIB)
+    proxy.reset_at(3 * MIB)
     with pytest.raises(TransientError):
         await open_store().put(bundle)
     assert proxy.reset_count == 1

@@ -11,9 +11,12 @@ from nodeservice.ports import labels
 
 
 async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
-    container = await context.runtime.find(labels.container_name(record.id))
-    if container is not None:
-        await context.runtime.remove(container.id)
+    container_id = record.container_id
+    if container_id is None:  # one may be there that a crash or an error let nobody hear of
+        found = await context.runtime.find(labels.container_name(record.id))
+        container_id = found.id if found is not None else None
+    if container_id is not None:
+        await context.runtime.remove(container_id)
     await context.cgroups.remove(record.id)
     await context.disk.remove(record.id)
     context.gpus.forget(record.id)

@@ -259,9 +259,10 @@ async def _observe(context: Context, container_id: str, observed: _Observed) -> 
 
 async def _keep_disk_bound(context: Context, driver: Driver, record: TaskRecord) -> None:
     """Ask for the end when it has written too much. One that is being ended already, gently, is ended now."""
-    await _bound_disk(context, record)  # a restart forgot it
-    with contextlib.suppress(RequestError, TransientError, NodeFaultError):
-        await _bound_layer(context, record, _container(record))
+    if context.disk.seen(record.id) is None:  # a restart forgot it
+        await _bound_disk(context, record)
+        with contextlib.suppress(RequestError, TransientError, NodeFaultError):
+            await _bound_layer(context, record, _container(record))
     used = await context.disk.crossed(record.id)
     ending = driver.get(record.id)
     driver.post(record.id, _disk_stop(context, record, used))
