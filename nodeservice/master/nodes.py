@@ -23,7 +23,7 @@ from nodeservice.wire import master_worker_pb2 as pb
 log = structlog.get_logger(__name__)
 
 _LARGEST = 2**60
-_ABSENT_SECONDS = 5.0
+_ABSENT_SECONDS = 2.5
 _GPU_DRIVER = "GPU_DRIVER"
 """The warning of a node whose GPU driver does not work, which may then not know what GPUs it has."""
 

@@ -186,6 +186,8 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
 
 
 async def _abort(context: Context, error: NodeServiceError) -> None:
+    if not isinstance(error, RequestError):
+        log.warning("call.failed", reason=error.reason, error=str(error))
     fallback = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, RequestError) else grpc.StatusCode.UNAVAILABLE
     await context.abort(_CODES.get(error.reason, fallback), str(error)[:2000])
 

@@ -79,7 +79,7 @@ class Story:
 class Cluster:
     """All processes of it. Use as a context manager: nothing of it is left."""
 
-    def __init__(self, node_count: int, minio: Path) -> None:
+    def __init__(self, node_count: int, minio: Path, gone_after: str = "10m") -> None:
         self.home = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))  # short: a socket's path has 107 bytes at most
         self._anchor = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL)
         self.engine_url = f"unix://{self.home}/d.sock"
@@ -87,7 +87,8 @@ class Cluster:
         self.store_address, self.master_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
         self.containerd, self.engine = self._containerd(), self._engine()
         self.store = self._store(minio)
-        self.master = self._service("master", "--listen", self.master_address, "--heartbeat-timeout", "5s")
+        silence = ("--heartbeat-timeout", "5s", "--gone-after", gone_after)
+        self.master = self._service("master", "--listen", self.master_address, *silence)
         self.nodes = [self._node(number) for number in range(node_count)]
 
     def __enter__(self) -> Cluster:
@@ -207,11 +208,18 @@ class Cluster:
 
 
 async def soak(
-    minio: Path, *, seed: int, task_count: int, node_count: int = 3, patience_seconds: float = 900.0
+    minio: Path,
+    *,
+    seed: int,
+    task_count: int,
+    node_count: int = 3,
+    patience_seconds: float = 900.0,
+    gone_after: str = "10m",
 ) -> Story:
+    """`gone_after` is the master's: of a few seconds, and nodes that are only slow to come back lose their tasks."""
     story = Story(seed=seed, tasks=task_count)
     began = time.monotonic()
-    with Cluster(node_count, minio) as cluster:
+    with Cluster(node_count, minio, gone_after) as cluster:
         kinds = _draw(random.Random(seed), task_count)
         over = asyncio.Event()
         fire = asyncio.create_task(_fire(cluster, story, over))
@@ -390,7 +398,7 @@ def _check(cluster: Cluster, kinds: dict[str, str], views: list[pb.TaskView], st
 def _wrong_results(objects: Minio, task_id: str, kind: str, view: pb.TaskView) -> list[str]:
     location = view.result.result_location
     if location.startswith("file://"):  # kept on the node, and uploaded since
-        location = f"s3://{BUCKET}/{task_id}/1"
+        location = f"s3://{BUCKET}/{task_id}/{view.task.attempt}"
     prefix = location.removeprefix(f"s3://{BUCKET}/")
     try:
         manifest = json.loads(_read(objects, f"{prefix}/manifest.json"))
