@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from nodeservice.master.fault_points import POINTS
 from nodeservice.wire import master_worker_pb2 as pb
-from tests.integration.master_ordeal import go_through
+from tests.integration.master_ordeal import MasterOrdeal, go_through
 from tests.integration.master_process import MasterProcess
 from tests.integration.scripted_node import ScriptedNode
+from tests.integration.side_by_side import side_by_side
 from tests.integration.test_master_service import Client
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(180)]
@@ -20,33 +23,61 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(180)]
 WRITES = "store.save_tasks"
 OFTEN = (1, 2, 4, 6, 8, 10, 12)
 """Which of the many writes: submissions, assignments, answers, phases, ends, losses."""
-KILLED = [(point, count) for point in POINTS for count in (OFTEN if point.startswith(WRITES) else (1, 2))]
-FAILED = [
-    (point, count) for point, count in KILLED if point.startswith(("store", "results")) and count in (1, 2, 6, 10)
-]
 ONCE = ("store.save_orphan", "node.CancelTask", "node.MasterRegister")
 """What an ordeal may bring about only once, or by one call."""
+Case = tuple[str, str, int]
+KILLED: list[Case] = [
+    ("kill", point, count)
+    for point in POINTS
+    for count in (OFTEN if point.startswith(WRITES) else (1,) if point.startswith(ONCE) else (1, 2))
+]
+FAILED: list[Case] = [
+    ("fail", point, count)
+    for _, point, count in KILLED
+    if point.startswith(("store", "results")) and count in (1, 2, 6, 10)
+]
+FROZEN: list[Case] = [
+    ("stop", point, 2) for point in ("store.save_tasks.before", "store.save_tasks.after", "node.AssignTask.after")
+]
 
 
-@pytest.mark.parametrize(("point", "count"), [one for one in KILLED if one[1] == 1 or not one[0].startswith(ONCE)])
-async def test_a_master_killed_there_loses_nothing_and_gives_nothing_twice(
-    point: str, count: int, tmp_path: Path
+@pytest.fixture(scope="module")
+def ordeals(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Hashable, Future[MasterOrdeal]]]:
+    async def run(case: Case) -> MasterOrdeal:
+        action, point, count = case
+        return await go_through(tmp_path_factory.mktemp("master"), point, action, count)
+
+    with side_by_side(request, run, at_a_time=4) as ordeals:
+        yield ordeals
+
+
+def named(case: Case) -> str:
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize("case", KILLED, ids=named)
+def test_a_master_killed_there_loses_nothing_and_gives_nothing_twice(
+    case: Case, ordeals: dict[Hashable, Future[MasterOrdeal]]
 ) -> None:
-    ordeal = await go_through(tmp_path, point, "kill", count)
+    ordeal = ordeals[case].result()
     assert (ordeal.reached, ordeal.broken) == (True, [])
 
 
-@pytest.mark.parametrize(("point", "count"), [one for one in FAILED if one[1] == 1 or not one[0].startswith(ONCE)])
-async def test_a_write_that_fails_there_is_made_again_and_nobody_is_told_otherwise(
-    point: str, count: int, tmp_path: Path
+@pytest.mark.parametrize("case", FAILED, ids=named)
+def test_a_write_that_fails_there_is_made_again_and_nobody_is_told_otherwise(
+    case: Case, ordeals: dict[Hashable, Future[MasterOrdeal]]
 ) -> None:
-    ordeal = await go_through(tmp_path, point, "fail", count)
+    ordeal = ordeals[case].result()
     assert (ordeal.reached, ordeal.broken) == (True, [])
 
 
-@pytest.mark.parametrize("point", ["store.save_tasks.before", "store.save_tasks.after", "node.AssignTask.after"])
-async def test_a_master_frozen_there_goes_on_when_it_is_thawed(point: str, tmp_path: Path) -> None:
-    ordeal = await go_through(tmp_path, point, "stop", 2)
+@pytest.mark.parametrize("case", FROZEN, ids=named)
+def test_a_master_frozen_there_goes_on_when_it_is_thawed(
+    case: Case, ordeals: dict[Hashable, Future[MasterOrdeal]]
+) -> None:
+    ordeal = ordeals[case].result()
     assert (ordeal.reached, ordeal.broken) == (True, [])
 
 
