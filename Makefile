@@ -10,7 +10,7 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu bench bench-quick demo demo-gpu lock clean
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu soak bench bench-quick demo demo-gpu lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a 
 
 test-gpu: setup ## Checks this machine's NVIDIA GPUs, changes no setting of theirs, writes evidence (options: GPU="--gpu UUID")
 	@$(BIN)/python tools/test_gpu.py $(GPU)
+
+soak: setup engine minio ## A cluster whose parts are killed and frozen at random, seed by seed (root; some minutes each)
+	@$(WITH_ENGINE) $(BIN)/python tools/soak.py $(SOAK)
 
 bench: setup engine image minio ## Measure everything beside its baselines: JSON, tables and plots in build/bench (hours; calm machine)
 	@$(WITH_ENGINE) $(BIN)/python -m benchmarks run --out "$${BENCH_OUT:-build/bench/full.json}"
