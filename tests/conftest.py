@@ -71,6 +71,12 @@ def demo_image(engine: str) -> str:
 @pytest.fixture
 def node_id(docker_client: docker.APIClient) -> Iterator[str]:
     """A node of this test's own. Whatever containers bear its label at the end are removed."""
+    with own_node_id(docker_client) as node:
+        yield node
+
+
+@contextlib.contextmanager
+def own_node_id(docker_client: docker.APIClient) -> Iterator[str]:
     node = f"test-{uuid.uuid4().hex[:12]}"
     yield node
     give_up = time.monotonic() + 60

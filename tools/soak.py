@@ -12,7 +12,6 @@ import os
 import platform
 import signal
 import sys
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def main() -> int:
         are_well &= not story.broken
         print(describe(story), flush=True)
         with options.out.open("a") as out:
-            told = asdict(story) | {"at": datetime.now(UTC).isoformat(timespec="seconds"), "kernel": platform.release()}
+            told = vars(story) | {"at": datetime.now(UTC).isoformat(timespec="seconds"), "kernel": platform.release()}
             told |= {"nodes": options.nodes, "gone_after": options.gone_after, "cpus": os.cpu_count()}
             out.write(json.dumps(told) + "\n")
     return 0 if are_well else 1

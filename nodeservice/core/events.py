@@ -70,6 +70,8 @@ class ContainerExited(Event):
     """A fault of one of its GPUs that was seen before it ended, in words."""
     by_engine: bool = False
     """The engine ended it by going away or by coming back, whatever its exit code."""
+    engine_was_away: bool = False
+    """The engine was restarted while it lived, so its log may lack something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -194,6 +194,7 @@ def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
         stop=record.stop,
         gpu_fault=event.gpu_fault,
         by_engine=event.by_engine,
+        engine_was_away=event.engine_was_away,
     )
     remarks = (*record.remarks, *verdicts.exit_remarks(facts))
     ended = replace(record, verdict=verdicts.of_exit(facts), remarks=remarks, usage=event.observed, stuck=False)

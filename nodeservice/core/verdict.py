@@ -72,6 +72,7 @@ class ExitFacts:
     gpu_fault: str = ""
     """The fault of one of its GPUs that was seen before it ended, in words."""
     by_engine: bool = False
+    engine_was_away: bool = False
 
 
 def is_retryable(reason: Reason) -> bool:
@@ -130,10 +131,12 @@ def _cause(facts: ExitFacts) -> tuple[Reason, str]:
 
 def exit_remarks(facts: ExitFacts) -> tuple[str, ...]:
     """What a reader of the verdict must still be told."""
-    if facts.exit_code != 0 or facts.by_engine:
-        return ()
-    anyway = "although the task exited with code 0"
     remarks: list[str] = []
+    if facts.engine_was_away or facts.by_engine:
+        remarks.append("The container engine was restarted while the task ran: its log may lack what was printed then.")
+    if facts.exit_code != 0 or facts.by_engine:
+        return tuple(remarks)
+    anyway = "although the task exited with code 0"
     if facts.oom_killed:
         remarks.append(f"A process of the task was killed at the memory limit {anyway}.")
     elif facts.host_oom_killed:

@@ -118,6 +118,8 @@ class ContainerState:
     """The limits as the engine holds them: cpu_milli, memory_bytes, memory_swap_bytes, pids_limit."""
     ended_by_engine: bool = False
     """The engine's own going or coming ended it; known from `wait_exited` alone."""
+    engine_was_away: bool = False
+    """It was restarted while the container lived, which may have cost a part of its log; known from `wait_exited` alone."""
     layer: tuple[Path, ...] = ()
     """Where its writable layer lies on this host, with the file system's own work directory; empty where not known."""
     beside: tuple[Path, ...] = ()

@@ -329,8 +329,10 @@ class DockerRuntime:
                     break
                 state = again
         await self._life.look()  # one that is being shut down still tells of ends, and takes no questions
-        if not (await self._profile()).is_podman and self._life.took(state):
-            return replace(state, ended_by_engine=True)
+        if not (await self._profile()).is_podman:
+            state = replace(state, ended_by_engine=self._life.took(state), engine_was_away=self._life.was_away(state))
+            if state.ended_by_engine:
+                return state
         if (said := await self._command_failure(state)) is not None:
             exit_code = _NOT_FOUND_EXIT_CODE if state.exit_code == _CATATONIT_FAILURE_EXIT_CODE else state.exit_code
             return replace(state, error=said, exit_code=exit_code)

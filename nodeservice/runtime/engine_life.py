@@ -2,8 +2,9 @@
 
 What Docker does (20.10, tried; daemon/daemon.go, cmd/dockerd/daemon.go): one that is shut down closes its socket first and
 then ends its containers, while streams that are open go on. One that was killed leaves them running, and the next ends them
-before it serves. With live restore neither happens. What a new engine finds gone (a power cut) it writes down as ended just
-then, with code 255. So an exit code alone tells nothing: what ended while there was no engine at all ended by itself.
+before it serves. With live restore neither happens. What a new engine finds gone it writes down as ended just then: with
+code 255 (a power cut), and with code 0 where the former was killed after it had taken the exit from containerd and before
+it noted it. So an exit code alone tells nothing: what ended while there was no engine at all ended by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _STARTED = 19
 _SLACK = timedelta(seconds=0.25)
 _LONGEST_START = timedelta(seconds=60)
 _ENDED_BY_SIGNAL = (128 + 15, 128 + 9)
-_FOUND_GONE = 255
+_LOST = 255
+_FOUND_GONE = (_LOST, 0)
+"""What a new engine writes down for what it finds gone. A task that ends well by itself just then looks the same."""
 _REMEMBERED = 16
 _THREADS = 4
 _ANSWER_SECONDS = 10.0
@@ -78,7 +81,7 @@ class Absence:
             <= finished_at
             <= min(self.back_at, self.now.started_at + _LONGEST_START) + _SLACK
         ):
-            return not live_restore or code == _FOUND_GONE
+            return not live_restore or code in _FOUND_GONE
         # From the moment that it took no connections any more to its end; when that moment was noticed may be late.
         noticed_at = min(self.heard_at, self.lost_at) if ended_by_signal else self.lost_at
         if self.gone_at is None:
@@ -129,6 +132,21 @@ class EngineLife:
         before_us = self._first_at is not None and state.finished_at is not None and state.finished_at < self._first_at
         return before_us and self._took_unseen(state)
 
+    def was_away(self, state: ContainerState) -> bool:
+        """Whether this container, which has ended, had another engine at its start than after its end.
+
+        What it printed while there was none is lost where it ended before the next one came, and a killed one may take some
+        lines with it (Docker 20.10, tried).
+        """
+        started_at, finished_at = state.started_at, state.finished_at
+        if started_at is None or finished_at is None:
+            return False
+        if self._first is not None and started_at < self._first.started_at:
+            return True
+        return any(
+            started_at < absence.back_at and absence.lost_at - _SLACK <= finished_at for absence in self._absences
+        )
+
     def close(self) -> None:
         self._unwatch()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -142,8 +160,9 @@ class EngineLife:
             return False
         if state.finished_at >= began_at - _SLACK:
             at_its_start = state.finished_at <= began_at + _LONGEST_START
-            return not self.live_restore or (at_its_start and state.exit_code == _FOUND_GONE)
-        return not self.live_restore and state.exit_code in _ENDED_BY_SIGNAL
+            return not self.live_restore or (at_its_start and state.exit_code in _FOUND_GONE)
+        # An engine between its end and ours may have found it gone: then 255 is no exit code of its own.
+        return state.exit_code == _LOST or (not self.live_restore and state.exit_code in _ENDED_BY_SIGNAL)
 
     def _note(self, process: EngineStart | None, asked_at: datetime) -> None:
         now = _now()

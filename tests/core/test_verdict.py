@@ -96,6 +96,13 @@ def test_a_kill_beside_exit_0_is_told_as_a_remark(own: bool, host: bool, words: 
     assert words in remark
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_log_that_may_lack_something_is_told_whatever_the_exit_code(code: int) -> None:
+    (remark,) = exit_remarks(ExitFacts(exit_code=code, oom_killed=False, engine_was_away=True))
+    assert "log" in remark
+    assert exit_remarks(ExitFacts(exit_code=code, oom_killed=False)) == ()
+
+
 @pytest.mark.parametrize("cause", list(StopCause))
 def test_every_cause_of_ours_has_a_verdict_and_says_what_it_was_given(cause: StopCause) -> None:
     plain = of_stop(StopRequest(cause=cause, requested_at=T0))

@@ -53,14 +53,19 @@ def find_minio() -> Path | None:
     return None
 
 
-@pytest.fixture(scope="session")
-def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
+def require_minio() -> Path:
+    """A skip that says what is missing."""
     binary = find_minio()
     if binary is None:
         pytest.skip(
             "NO MINIO SERVER: set MINIO_BIN, or put `minio` on PATH or into ~/.cache/nodeservice/bin; S3 IS UNTESTED"
         )
-    with running_minio(binary, tmp_path_factory.mktemp("minio")) as server:
+    return binary
+
+
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
+    with running_minio(require_minio(), tmp_path_factory.mktemp("minio")) as server:
         yield server
 
 

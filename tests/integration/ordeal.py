@@ -50,7 +50,10 @@ class Ordeal:
     action: str
     reached: bool = False
     broken: list[str] = field(default_factory=list)
+    reported_before: int | None = None
+    """How many reports the master had got when the node died."""
     double_reports: int = 0
+    """Of a task by one process of the node. One killed between the master's answer and the note of it reports once more."""
 
 
 class Upload:
@@ -101,7 +104,7 @@ async def go_through(path: Path, worker_id: str, point: str, action: str, docker
         node = NodeProcess(path, worker_id, ("--master", f"127.0.0.1:{master.port}"), env)
         node.env[VARIABLE] = f"{point}:{action}"
         await _started(node)
-        keeper = await stack.enter_async_context(_kept_alive(node, ordeal))
+        keeper = await stack.enter_async_context(_kept_alive(node, master, ordeal))
         ids = {f"{name}-{uuid.uuid4().hex[:8]}": what for name, what in COMMANDS.items()}
         try:
             async with asyncio.timeout(DONE_SECONDS):
@@ -137,14 +140,15 @@ async def _started(node: NodeProcess) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _kept_alive(node: NodeProcess, ordeal: Ordeal) -> AsyncIterator[asyncio.Task[None]]:
+async def _kept_alive(node: NodeProcess, master: OldMaster, ordeal: Ordeal) -> AsyncIterator[asyncio.Task[None]]:
     """Starts it again without the fault when it has died, and thaws it when it was frozen, as its host would."""
 
     async def keep() -> None:
         while True:
             process = node.process
             if process is not None and process.returncode is not None:
-                ordeal.reached |= process.returncode == -signal.SIGKILL
+                if process.returncode == -signal.SIGKILL:
+                    ordeal.reached, ordeal.reported_before = True, len(master.reports)
                 node.env.pop(VARIABLE, None)
                 await _started(node)
             elif process is not None and not ordeal.reached and _is_frozen(process.pid):
@@ -213,8 +217,8 @@ def _check(ordeal: Ordeal, master: OldMaster, ids: dict[str, Any], *, kept: bool
             continue
         if any(report.SerializeToString() != reports[0].SerializeToString() for report in reports):
             ordeal.broken.append(f"{task_id}: reports differ")
-        # A node that was ended between the master's answer and the note of it has to report again: it can't know.
-        ordeal.double_reports += len(reports) - 1
+        before = [report for report in master.reports[: ordeal.reported_before or 0] if report.task_id == task_id]
+        ordeal.double_reports += max(len(before) - 1, 0) + max(len(reports) - len(before) - 1, 0)
         told = reports[0]
         wanted = "failed" if kept and status == "success" else status
         if told.status != wanted:

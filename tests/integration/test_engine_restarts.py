@@ -55,10 +55,13 @@ class Bench:
 
     async def begin(self, **commands: str) -> None:
         """Assign tasks of these names, and wait until each container runs."""
+        await self.assign(**commands)
+        await self.until_running(*commands)
+
+    async def assign(self, **commands: str) -> None:
         async with OldClient(self.node.address) as client:
             for name, command in commands.items():
                 assert (await client.assign(task_id=name, docker_image=IMAGE, command=command)).success
-        await self.until_running(*commands)
 
     async def until_running(self, *names: str) -> None:
         async with asyncio.timeout(30):
@@ -134,7 +137,7 @@ async def test_with_live_restore_tasks_go_on_with_a_whole_log_and_their_own_exit
 async def test_tasks_that_a_shut_down_engine_ended_are_its_fault_whatever_their_exit_code(tmp_path: Path) -> None:
     async with bench(tmp_path) as on:
         await on.begin(sleeps=SLEEPS, obeys=OBEYS, deaf=IS_DEAF)
-        await on.begin(before="exit 137")
+        await on.assign(before="exit 137")
         assert await on.ended("before") == {"before": ("failed", "EXIT_NONZERO", 137)}
         await on.engine.restart()
         ended = await on.ended("sleeps", "obeys", "deaf")
@@ -143,7 +146,7 @@ async def test_tasks_that_a_shut_down_engine_ended_are_its_fault_whatever_their_
             "obeys": ("failed", "ENGINE_FAULT", 0),
             "deaf": ("failed", "ENGINE_FAULT", 137),
         }
-        await on.begin(after="sleep 0.1; exit 143")
+        await on.assign(after="sleep 0.1; exit 143")
         assert await on.ended("after") == {"after": ("failed", "EXIT_NONZERO", 143)}
 
 
@@ -174,6 +177,17 @@ async def test_what_a_power_cut_ended_is_not_the_tasks_own_exit(tmp_path: Path, 
         assert await on.ended("sleeps") == {"sleeps": ("failed", "ENGINE_FAULT", 255)}
 
 
+async def test_what_a_new_engine_finds_gone_without_a_trace_is_no_success(tmp_path: Path) -> None:
+    async with bench(tmp_path, live_restore=True) as on:
+        await on.begin(sleeps=SLEEPS)
+        await asyncio.to_thread(on.engine.crash, everything=True)
+        # As after a daemon that was killed when containerd had forgotten the container on its request.
+        shutil.rmtree(on.engine.data_root / "containerd")
+        await asyncio.to_thread(on.engine.start)
+        assert on.state("sleeps")["ExitCode"] == 0
+        assert await on.ended("sleeps") == {"sleeps": ("failed", "ENGINE_FAULT", 0)}
+
+
 async def test_a_node_that_was_away_as_well_tells_the_same(tmp_path: Path) -> None:
     async with bench(tmp_path) as on:
         await on.begin(sleeps=SLEEPS, deaf=IS_DEAF, ends="sleep 2; exit 3", well="sleep 2")
@@ -201,9 +215,7 @@ async def test_a_task_whose_engine_was_killed_in_the_middle_of_its_start_is_not_
         slow = on.engine.programs / "runc"
         slow.write_text(SLOW_RUNC.format(goes_on=goes_on, runc=shutil.which("runc")))
         slow.chmod(0o755)
-        async with OldClient(on.node.address) as client:
-            command = f"echo ran >> /results/ran; {then}"
-            assert (await client.assign(task_id="begun", docker_image=IMAGE, command=command)).success
+        await on.assign(begun=f"echo ran >> /results/ran; {then}")
         async with asyncio.timeout(30):
             while not [*(tmp_path / "node/state").rglob("ran")]:
                 await asyncio.sleep(0.02)
@@ -217,8 +229,7 @@ async def test_a_task_whose_engine_was_killed_in_the_middle_of_its_start_is_not_
         assert (await on.ended("begun"))["begun"][:2] == ("failed", "ENGINE_FAULT")
         assert (tmp_path / "node/results/begun/1/ran").read_text() == "ran\n"
         # What ends later finds nothing of the one before in its way.
-        async with OldClient(on.node.address) as client:
-            assert (await client.assign(task_id="after", docker_image=IMAGE, command="exit 3")).success
+        await on.assign(after="exit 3")
         assert await on.ended("after") == {"after": ("failed", "EXIT_NONZERO", 3)}
         with on.engine.client() as client:
             assert not client.containers(all=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
 
 import docker
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from nodeservice.daemon.fault_points import POINTS
 from nodeservice.errors import ConfigError, TransientError
 from nodeservice.fault_points import FaultPoint
-from tests.integration.ordeal import COMMANDS, go_through
+from tests.conftest import own_node_id
+from tests.integration.ordeal import Ordeal, go_through
+from tests.integration.side_by_side import side_by_side
 
 pytestmark = [pytest.mark.engine, pytest.mark.crash, pytest.mark.timeout(240)]
 
@@ -23,31 +26,44 @@ FROZEN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("point", REACHED)
-async def test_a_node_killed_there_loses_nothing_and_does_nothing_twice(
-    point: str, tmp_path: Path, node_id: str, demo_image: str, docker_client: docker.APIClient
+Case = tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def ordeals(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_image: str,
+    docker_client: docker.APIClient,
+) -> Iterator[dict[Hashable, Future[Ordeal]]]:
+    async def run(case: Case) -> Ordeal:
+        action, point = case
+        with own_node_id(docker_client) as node_id:
+            return await go_through(tmp_path_factory.mktemp("ordeal") / "node", node_id, point, action, docker_client)
+
+    with side_by_side(request, run, at_a_time=3) as ordeals:
+        yield ordeals
+
+
+@pytest.mark.parametrize("case", [("kill", point) for point in REACHED], ids="-".join)
+def test_a_node_killed_there_loses_nothing_and_does_nothing_twice(
+    case: Case, ordeals: dict[Hashable, Future[Ordeal]]
 ) -> None:
-    ordeal = await go_through(tmp_path / "node", node_id, point, "kill", docker_client)
+    ordeal = ordeals[case].result()
     assert (ordeal.reached, ordeal.broken) == (True, [])
-    # Killed between the master's answer and the note of it, the node can't know: so for each report that is under way then.
-    in_doubt = point in ("uplink.report.after", "journal.save.before")
-    assert ordeal.double_reports <= (len(COMMANDS) if in_doubt else 0)
+    assert ordeal.double_reports == 0
 
 
-@pytest.mark.parametrize("point", REACHED)
-async def test_a_call_that_fails_there_is_made_again(
-    point: str, tmp_path: Path, node_id: str, demo_image: str, docker_client: docker.APIClient
-) -> None:
-    ordeal = await go_through(tmp_path / "node", node_id, point, "fail", docker_client)
+@pytest.mark.parametrize("case", [("fail", point) for point in REACHED], ids="-".join)
+def test_a_call_that_fails_there_is_made_again(case: Case, ordeals: dict[Hashable, Future[Ordeal]]) -> None:
+    ordeal = ordeals[case].result()
     assert ordeal.broken == []
-    assert ordeal.double_reports <= (1 if point == "uplink.report.after" else 0)
+    assert ordeal.double_reports <= (1 if ordeal.point == "uplink.report.after" else 0)
 
 
-@pytest.mark.parametrize("point", FROZEN)
-async def test_a_node_frozen_there_goes_on_when_it_is_thawed(
-    point: str, tmp_path: Path, node_id: str, demo_image: str, docker_client: docker.APIClient
-) -> None:
-    ordeal = await go_through(tmp_path / "node", node_id, point, "stop", docker_client)
+@pytest.mark.parametrize("case", [("stop", point) for point in FROZEN], ids="-".join)
+def test_a_node_frozen_there_goes_on_when_it_is_thawed(case: Case, ordeals: dict[Hashable, Future[Ordeal]]) -> None:
+    ordeal = ordeals[case].result()
     assert (ordeal.reached, ordeal.broken, ordeal.double_reports) == (True, [], 0)
 
 

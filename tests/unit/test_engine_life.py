@@ -66,7 +66,8 @@ def test_without_live_restore_what_ended_while_an_engine_went_or_came_was_ended_
 
 
 @pytest.mark.parametrize(
-    ("finished", "code", "took"), [(5, 137, False), (5, 0, False), (21, 143, False), (21, 255, True), (5, 255, False)]
+    ("finished", "code", "took"),
+    [(5, 137, False), (5, 0, False), (21, 143, False), (21, 255, True), (21, 0, True), (5, 255, False)],
 )
 def test_with_live_restore_only_what_the_new_engine_found_gone_is_its_doing(
     finished: float, code: int, took: bool
@@ -151,9 +152,12 @@ async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
 
 
 def now_ended(code: int, finished_at: datetime) -> ContainerState:
-    early = finished_at - timedelta(hours=1)
+    return ended_between(finished_at - timedelta(hours=1), finished_at, code)
+
+
+def ended_between(started_at: datetime, finished_at: datetime, code: int = 0) -> ContainerState:
     return ContainerState(
-        id="c", name="c", status="exited", pid=None, started_at=early, finished_at=finished_at, exit_code=code,
+        id="c", name="c", status="exited", pid=None, started_at=started_at, finished_at=finished_at, exit_code=code,
         oom_killed=False, error="", labels={},
     )  # fmt: skip
 
@@ -187,6 +191,27 @@ async def test_of_what_ended_before_the_first_look_a_former_engine_may_have_been
     assert not engine.life.took(now_ended(3, long_ago))
     engine.life.live_restore = True
     assert not engine.life.took(now_ended(143, long_ago))
+    assert engine.life.took(now_ended(255, long_ago))  # as one writes down that finds it gone
+
+
+async def test_of_a_container_that_had_another_engine_at_its_start_the_log_may_lack_something(engine: Engine) -> None:
+    begun_at = datetime.now(UTC)
+    assert engine.life.was_away(ended_between(begun_at - timedelta(minutes=1), begun_at))
+    assert not engine.life.was_away(ended_between(begun_at, begun_at + timedelta(milliseconds=1)))
+    await asyncio.sleep(0.3)  # longer than clocks are trusted
+    ended_at = datetime.now(UTC)
+    await asyncio.sleep(0.3)
+    await engine.stop()
+    with pytest.raises(TransientError):
+        await engine.life.look()
+    while_away = datetime.now(UTC)
+    await engine.start()
+    await engine.look()
+    after = datetime.now(UTC)
+    assert not engine.life.was_away(ended_between(begun_at, ended_at))
+    assert engine.life.was_away(ended_between(begun_at, while_away))
+    assert engine.life.was_away(ended_between(begun_at, after))
+    assert not engine.life.was_away(ended_between(after, after))
 
 
 async def test_no_descriptor_of_a_former_engine_stays_open(engine: Engine) -> None:

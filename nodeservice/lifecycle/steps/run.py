@@ -223,6 +223,7 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         observed=observed.usage,
         gpu_fault=context.gpus.fault(id_),
         by_engine=state.ended_by_engine,
+        engine_was_away=state.engine_was_away,
     )
 
 
