@@ -143,8 +143,10 @@ class EngineLife:
             return False
         if self._first is not None and started_at < self._first.started_at:
             return True
+        # When it went may have been noticed late: it was there for certain only as long as it was heard.
         return any(
-            started_at < absence.back_at and absence.lost_at - _SLACK <= finished_at for absence in self._absences
+            started_at < absence.back_at and min(absence.heard_at, absence.lost_at) <= finished_at
+            for absence in self._absences
         )
 
     def close(self) -> None:

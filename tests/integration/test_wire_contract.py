@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldClient, OldMaster
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+RESTARTS = int(os.environ.get("TEST_RESTARTS", "5"))
 
 
 @pytest_asyncio.fixture
@@ -234,24 +237,26 @@ async def test_a_report_that_the_master_refuses_at_first_is_delivered_once(
 
 
 @pytest.mark.crash
-async def test_a_node_killed_while_its_task_runs_finishes_it_with_a_whole_log(
+async def test_a_node_ended_again_and_again_while_its_task_runs_finishes_it_with_a_whole_log(
     node: NodeProcess, client: OldClient, master: OldMaster, docker_client: docker.APIClient
 ) -> None:
     task_id = fresh()
-    command = "i=0; while [ $i -lt 60 ]; do echo line $i; i=$((i+1)); sleep 0.05; done; exit 5"
-    assert (await client.assign(task_id=task_id, command=command)).success
+    count = 'i=0; until [ -e /results/stop ]; do echo "line $i"; i=$((i+1)); sleep 0.02; done; echo $i > /results/count'
+    assert (await client.assign(task_id=task_id, command=f"{count}; exit 5")).success
     stream = client.logs(task_id, follow=True)
     await stream.read()
     before = docker_client.inspect_container(f"nodeservice.{task_id}.1")["State"]["Pid"]
-    for _ in range(3):
-        await node.kill()
+    for number in range(RESTARTS):
+        await (node.stop() if number % 5 == 4 else node.kill())
         await node.start()
-    after = docker_client.inspect_container(f"nodeservice.{task_id}.1")["State"]["Pid"]
-    assert after in (before, 0), "it is the same container, never started again"
+    assert docker_client.inspect_container(f"nodeservice.{task_id}.1")["State"]["Pid"] == before
+    (node.path / f"state/tasks/{task_id}.1/results/stop").touch()
     report = await master.report_of(task_id)
     assert report.status == "failed"
-    log = Path(report.result_location.removeprefix("file://")) / "stdout.log"
-    assert log.read_text().splitlines() == [f"line {number}" for number in range(60)]
+    stored = Path(report.result_location.removeprefix("file://"))
+    printed = int((stored / "count").read_text())
+    assert printed > RESTARTS
+    assert (stored / "stdout.log").read_text().splitlines() == [f"line {number}" for number in range(printed)]
     await asyncio.sleep(1.0)
     assert master.count(task_id) == 1
 
