@@ -19,8 +19,12 @@ from nodeservice.journal.sqlite import SqliteJournal
 ABOUT = (
     "Records per second that are durable when the call returns. service: the journal (SQLite, WAL, full sync), one call "
     "per batch. disk: the same records as bytes, appended to a file and synced (fdatasync) once per batch. In turn. "
-    "callers: so many tasks save one record each at the same time, and share transactions."
+    "callers: so many tasks save one record each at the same time, and share transactions. size: of the journal's files "
+    "after so many tasks were saved, and forgotten as a node does, which keeps the last 2,000."
 )
+
+_KEPT = 2_000
+_AT_ONCE = 500
 
 
 async def measure(scale: Scale) -> Finding:
@@ -46,7 +50,31 @@ async def measure(scale: Scale) -> Finding:
             )[len(samples["disk"]) // 2]
     finally:
         await journal.close()
+    await _sizes(found, home / "long.sqlite", counts=scale.pick((4_000, 8_000, 20_000), (10_000, 100_000, 1_000_000)))
     return found
+
+
+async def _sizes(found: Finding, path: Path, *, counts: tuple[int, ...]) -> None:
+    journal = SqliteJournal(path)
+    like = record("j")
+    sizes: list[float] = []
+    try:
+        for number in range(0, counts[-1], _AT_ONCE):
+            ids = [replace(like.id, task_id=f"j-{number + offset}") for offset in range(_AT_ONCE)]
+            await journal.save([replace(like, spec=replace(like.spec, id=id_)) for id_ in ids])
+            await journal.forget([replace(like.id, task_id=f"j-{old}") for old in _as_old(number)])
+            if number + _AT_ONCE in counts:
+                sizes.append(sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 2**20)
+                found.add(
+                    "journal's size", "MiB", f"{number + _AT_ONCE:,} tasks", "size", sizes[-1:], x=number + _AT_ONCE
+                )
+    finally:
+        await journal.close()
+    found.ratios["journal_size_growth"] = sizes[-1] / sizes[0]
+
+
+def _as_old(number: int) -> range:
+    return range(max(0, number - _KEPT), max(0, number - _KEPT + _AT_ONCE))
 
 
 async def _journal_rate(journal: SqliteJournal, records: list[TaskRecord], size: int, seconds: float) -> float:
