@@ -14,6 +14,7 @@ from nodeservice.core import events as ev
 from nodeservice.core import machine
 from nodeservice.core.model import AttemptId, Phase, Reason, TaskRecord
 from nodeservice.core.verdict import of_failure
+from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import clean_up, collect, pull, report, run, upload
@@ -102,7 +103,11 @@ class Runner:
                 if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
                     raise
                 failures += 1
-                log.exception("step.failed", step=type(effect).__name__, task_id=id_.task_id, failures=failures)
+                story = {"step": type(effect).__name__, "task_id": id_.task_id, "failures": failures}
+                if isinstance(error, TransientError):
+                    log.warning("step.failed", error=str(error), **story)
+                else:
+                    log.exception("step.failed", **story)
                 if record.phase <= Phase.RUNNING and failures >= _TRIES_BEFORE_ABANDONING:
                     verdict = of_failure(Reason.NODE_FAULT, f"{type(effect).__name__} failed on this node: {error}")
                     event = ev.TaskAbandoned(at=self._context.clock.now(), verdict=verdict)

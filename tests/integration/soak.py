@@ -233,8 +233,9 @@ async def soak(
                 await _until_final(cluster, kinds, at_most_left=task_count // 10)
                 over.set()
                 await fire
-                views = await _until_final(cluster, kinds, at_most_left=0)
+                await _until_final(cluster, kinds, at_most_left=0)
                 await _until_clean(cluster, story)
+                views = [await _whole(cluster, view.task.task_id) for view in await _views(cluster)]
         except TimeoutError:
             story.broken.append("not all came to an end in time")
             views = await _views(cluster)
@@ -338,12 +339,17 @@ async def _views(cluster: Cluster) -> list[pb.TaskView]:
     return list(found.tasks)
 
 
-async def _until_final(cluster: Cluster, kinds: dict[str, str], *, at_most_left: int) -> list[pb.TaskView]:
+async def _whole(cluster: Cluster, task_id: str) -> pb.TaskView:
+    """A list leaves out what is large."""
+    view: pb.TaskView = await _insist(cluster, lambda stub: stub.GetTask(pb.TaskID(task_id=task_id), timeout=10))
+    return view
+
+
+async def _until_final(cluster: Cluster, kinds: dict[str, str], *, at_most_left: int) -> None:
     while True:
-        views = await _views(cluster)
-        ended = sum(1 for view in views if view.state in FINAL)
+        ended = sum(1 for view in await _views(cluster) if view.state in FINAL)
         if len(kinds) - ended <= at_most_left:
-            return views
+            return
         await asyncio.sleep(0.5)
 
 
