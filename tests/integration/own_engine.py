@@ -77,7 +77,7 @@ class OwnEngine:
         self._end(signal.SIGKILL)
         self._bury_containerd()
         if everything:
-            self._kill_the_rest()
+            end_all_that_name(self.home / "exec")
 
     def freeze(self) -> None:
         self._running().send_signal(signal.SIGSTOP)
@@ -96,7 +96,7 @@ class OwnEngine:
                 for entry in client.containers(all=True):
                     client.remove_container(entry["Id"], force=True, v=True)
             self._end(signal.SIGTERM)
-        self._kill_the_rest()
+        end_all_that_name(self.home / "exec")
         if self._keeper is not None:
             self._keeper.kill()
             self._keeper.wait()
@@ -125,15 +125,16 @@ class OwnEngine:
                 time.sleep(0.01)
         pidfile.unlink(missing_ok=True)
 
-    def _kill_the_rest(self) -> None:
-        """Its containerd, and the shims with what runs under them: they name its folder."""
-        for process in psutil.process_iter(["cmdline"]):
-            if any(str(self.home / "exec") in part for part in process.info["cmdline"] or ()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    for child in process.children(recursive=True):
-                        with contextlib.suppress(psutil.NoSuchProcess):
-                            child.kill()
-                    process.kill()
+
+def end_all_that_name(place: Path) -> None:
+    """A daemon's containerd, and the shims with what runs under them: their command lines name its folder or socket."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(place) in part for part in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in process.children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                process.kill()
 
 
 @contextlib.asynccontextmanager

@@ -34,6 +34,7 @@ from nodeservice.doctor.busybox import base_files, find_busybox, image_archive, 
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 from tests.integration.minio_server import free_port
+from tests.integration.own_engine import end_all_that_name
 from tests.integration.restartable import Restartable
 
 BUCKET = "soak"
@@ -116,6 +117,7 @@ class Cluster:
             client.close()
         for part in (self.master, self.store, self.engine, self.containerd):
             part.end()
+        end_all_that_name(self.home / "c.sock")  # shims that a killed engine left
         self._anchor.kill()
         self._anchor.wait()
         with contextlib.suppress(OSError):
