@@ -196,3 +196,35 @@ async def test_a_node_killed_in_the_middle_of_an_upload_stores_all_and_reports_o
     assert report.status == "success"
     verify(master, task_id)
     assert master.count(task_id) == 1
+
+
+async def test_while_the_store_is_down_the_node_takes_work_as_far_as_its_disk_goes_and_stores_all_later(
+    node: NodeProcess, master: ReadingMaster, proxy: FaultProxy
+) -> None:
+    proxy.down()
+    await master.until(lambda: bool(master.registrations))
+    # CPU and memory are given back when a task has ended; its disk only when its results are stored.
+    part = {"req_storage": 0.3 * master.registrations[-1].total_storage}
+    ids = [f"task-{uuid.uuid4().hex[:8]}" for _ in range(3)]
+    async with OldClient(node.address) as caller:
+        for task_id in ids:
+            assert (await caller.assign(task_id=task_id, command=COMMAND, **part)).success
+        await master.until(
+            lambda: [task.status for beat in master.heartbeats[-1:] for task in beat.running_tasks] == ["uploading"] * 3
+        )
+        refused = await caller.assign(task_id=f"task-{uuid.uuid4().hex[:8]}", command=COMMAND, **part)
+        assert not refused.success
+        assert "storage" in refused.message
+        small = f"task-{uuid.uuid4().hex[:8]}"
+        assert (await caller.assign(task_id=small, command=COMMAND)).success
+        await node.kill()
+        await node.start()
+        proxy.up()
+        for task_id in (*ids, small):
+            assert (await master.report_of(task_id, 120)).status == "success"
+            verify(master, task_id)
+            assert master.count(task_id) == 1
+        later = f"task-{uuid.uuid4().hex[:8]}"
+        await master.until(lambda: not any(beat.running_tasks for beat in master.heartbeats[-1:]))
+        assert (await caller.assign(task_id=later, command=COMMAND, **part)).success
+        assert (await master.report_of(later)).status == "success"
