@@ -31,8 +31,10 @@ from minio import Minio
 from minio.error import S3Error
 
 from nodeservice.doctor.busybox import base_files, find_busybox, image_archive, layer_tar
+from nodeservice.limits.hierarchy import read_mounts
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+from tests.conftest import remove_cgroup
 from tests.integration.minio_server import free_port
 from tests.integration.own_engine import end_all_that_name
 from tests.integration.restartable import Restartable
@@ -120,9 +122,13 @@ class Cluster:
         end_all_that_name(self.home / "c.sock")  # shims that a killed engine left
         self._anchor.kill()
         self._anchor.wait()
-        with contextlib.suppress(OSError):
-            subprocess.run(["umount", "-R", "-l", self.home / "data"], stderr=subprocess.DEVNULL, check=False)
-        shutil.rmtree(self.home, ignore_errors=True)
+        # A killed engine leaves layers and network namespaces mounted; nodes keep their cgroup while they are stopped.
+        for mount in reversed(read_mounts()):
+            if Path(mount.point).is_relative_to(self.home):
+                subprocess.run(["umount", "-l", mount.point], check=True)
+        for cgroup in Path("/sys/fs/cgroup").glob(f"*/nodeservice/soak-{self.home.name}-*.node"):
+            remove_cgroup(cgroup)
+        shutil.rmtree(self.home)
 
     @property
     def objects(self) -> Minio:
