@@ -80,9 +80,8 @@ def test_levels_become_the_priorities_of_syslog(journal: Journal, level: str, pr
 
 
 def test_a_field_can_forge_neither_another_field_nor_one_of_journald(journal: Journal) -> None:
-    entry = written(
-        journal, event="e", level="info", image="a\nPRIORITY=0\n", message="mine", priority=0, code_file="f", _uid=0, **{"é-1": "x"}
-    )  # fmt: skip
+    names = {"message": "mine", "priority": 0, "code_file": "f", "_uid": 0, "é-1": "x"}
+    entry = written(journal, event="e", level="info", image="a\nPRIORITY=0\n", **names)
     assert entry["IMAGE"] == "a\nPRIORITY=0\n"
     assert entry["PRIORITY"] == "6"
     assert entry["NODESERVICE_MESSAGE"] == "mine"

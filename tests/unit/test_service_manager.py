@@ -1,4 +1,4 @@
-"""What systemd is told, over a real Unix datagram socket; and when it is told nothing, so that it starts the process anew."""
+"""What systemd is told, over a real Unix datagram socket; and when it is told nothing, and so starts the process anew."""
 
 from __future__ import annotations
 
