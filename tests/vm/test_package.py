@@ -126,7 +126,7 @@ def test_systemd_finds_nothing_to_complain_of_in_the_units(host: Host) -> None:
 def test_what_the_worker_has_for_certain_stands_in_the_kernels_files(host: Host) -> None:
     for place in ("nodeserviced.slice", "nodeserviced.slice/nodeservice.service"):
         assert host.run(f"cat /sys/fs/cgroup/{place}/memory.min") == str(128 * 1024**2)
-        assert host.run(f"cat /sys/fs/cgroup/{place}/cpu.weight") == "500"
+        assert host.run(f"cat /sys/fs/cgroup/{place}/cpu.weight") == "10000"
     assert host.run(f"cat /proc/{host.pid()}/oom_score_adj") == "-900"
     assert "Max open files            65536                65536" in host.run(f"cat /proc/{host.pid()}/limits")
 
