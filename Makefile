@@ -10,7 +10,7 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu soak bench bench-quick demo demo-gpu lock clean
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu soak bench bench-quick demo demo-gpu lock clean package deb
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,12 @@ demo: setup engine image ## The main job, live: master, node and a batch of task
 
 demo-gpu: setup engine ## Sixteen pretended GPUs on two nodes, live: leases, parts, a fault, the bill (root, C compiler)
 	@$(BIN)/python tools/demo_gpu.py
+
+package: setup ## Build the wheel and its list of components (CycloneDX) into dist/
+	@tools/package.sh >/dev/null
+
+deb: setup ## Build dist/nodeservice_VERSION_ARCH.deb for this Debian or Ubuntu (DEB_VERSION names another version)
+	@tools/deb.sh >/dev/null
 
 lock: setup ## Write requirements/*.txt anew from pyproject.toml
 	@tools/lock.sh

@@ -43,14 +43,21 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _root(
-    version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def _version(is_asked: bool) -> None:
+    if is_asked:
         from nodeservice import __version__
+        from nodeservice.build_info import commit
 
-        typer.echo(f"nodeservice {__version__}")
+        typer.echo(f"nodeservice {__version__} ({commit()})")
         raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Show version and commit, and exit.", is_eager=True, callback=_version
+    ),
+) -> None:
+    """What comes before the command."""
 
 
 def main() -> None:

@@ -120,13 +120,20 @@ def master(
         str, typer.Option(envvar="NODESERVICE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
     log_format: Annotated[
-        Literal["json", "console"], typer.Option(envvar="NODESERVICE_LOG_FORMAT", help="Of the log.")
-    ] = "json",
+        Literal["auto", "json", "console"],
+        typer.Option(
+            envvar="NODESERVICE_LOG_FORMAT",
+            help="Of the log; auto: the journal's own where stderr is the journal, else json.",
+        ),
+    ] = "auto",
 ) -> None:
     """Run the reference master until SIGTERM: a durable queue, placement over several nodes, results."""
     import asyncio
+    import faulthandler
+    import os
 
     from nodeservice.cli.units import parse_bytes, parse_seconds
+    from nodeservice.service_manager import ServiceManager
     from nodeservice.telemetry.logs import configure_logging
 
     transport = _transport(tls_cert, tls_key, tls_ca, insecure=insecure)
@@ -147,7 +154,8 @@ def master(
         http_tls=_http_tls(tls_cert, tls_key) if http_listen and not insecure else None,
         **transport,
     )
-    asyncio.run(daemon.serve_master(settings))
+    faulthandler.enable()
+    asyncio.run(daemon.serve_master(settings, manager=ServiceManager.of(os.environ)))
 
 
 def _import_master() -> tuple[Any, type[MasterSettings]]:

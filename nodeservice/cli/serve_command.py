@@ -35,11 +35,12 @@ def serve(
     otlp_endpoint: str = typer.Option(None, help="HOST:PORT of an OTLP/gRPC collector."),
     upload_give_up_seconds: float = typer.Option(None, help="When to keep results here instead."),
     log_level: str = typer.Option(None, help="debug, info, warning or error."),
-    log_format: str = typer.Option(None, help="json or console."),
+    log_format: str = typer.Option(None, help="auto, json or console."),
 ) -> None:
     """Run this machine as a worker node until SIGTERM. Containers that run then run on."""
     flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
     import asyncio
+    import faulthandler
 
     from nodeservice.config import load_config
     from nodeservice.telemetry.logs import configure_logging
@@ -48,5 +49,7 @@ def serve(
     configure_logging(settings.log_level, settings.log_format)
 
     from nodeservice.daemon.serving import serve as serve_node
+    from nodeservice.service_manager import ServiceManager
 
-    asyncio.run(serve_node(settings))
+    faulthandler.enable()
+    asyncio.run(serve_node(settings, manager=ServiceManager.of(os.environ)))

@@ -190,7 +190,9 @@ class NodeConfig(BaseSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = Field(
         "info", description="debug, info, warning or error"
     )
-    log_format: Annotated[Literal["json", "console"], Lower] = Field("json", description="json or console")
+    log_format: Annotated[Literal["auto", "json", "console"], Lower] = Field(
+        "auto", description="auto, json or console"
+    )
     otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = Field(
         None,
         description="HOST:PORT or URL of an OTLP/gRPC collector; default OTEL_EXPORTER_OTLP_ENDPOINT, else no traces",

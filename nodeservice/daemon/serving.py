@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable, Coroutine
 
@@ -14,6 +15,7 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.retry import Backoff
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store, task_defaults
+from nodeservice.daemon.standing import standing
 from nodeservice.errors import ConfigError, NodeServiceError
 from nodeservice.ports import EngineFacts, ResultStore
 from nodeservice.rpc.result_push import MasterPushResultStore
@@ -21,6 +23,7 @@ from nodeservice.rpc.server import NodeServicer, bind_server
 from nodeservice.rpc.status import NodeStatus
 from nodeservice.rpc.tls import channel_credentials, server_credentials
 from nodeservice.rpc.uplink import MasterLink
+from nodeservice.service_manager import ServiceManager
 from nodeservice.telemetry.tracing import new_trace_ids
 
 log = structlog.get_logger(__name__)
@@ -30,24 +33,41 @@ _STOP_SECONDS = 1.0
 """For calls that are under way at the end; followers of logs are cut off then and ask again."""
 
 
-async def serve(config: NodeConfig, *, on_ready: Callable[[int], None] | None = None) -> None:
-    """Run the node until SIGTERM or SIGINT. `on_ready` gets the bound port."""
+async def serve(
+    config: NodeConfig, *, manager: ServiceManager | None = None, on_ready: Callable[[int], None] | None = None
+) -> None:
+    """Run the node until SIGTERM or SIGINT. `on_ready` gets the bound port.
+
+    `manager` is told that the node is ready once it serves, or once all that it still waits for is the engine.
+    """
+    manager = manager or ServiceManager()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        stopping.set()
+        manager.stopping("stops; containers that run now run on")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stop)
     node = await build(config)
     try:
-        facts = await _until(stopping, _engine(node))
-        if facts is not None:
-            await _serve(node, facts, stopping, on_ready)
+        _credentials(config)  # what is wrong with them is not to be found only when the engine answers
+        async with manager.watching(lambda: _come_round(node), lambda: standing(node)):
+            facts = await _until(stopping, _engine(node, manager))
+            if facts is not None:
+                await _serve(node, facts, stopping, manager, on_ready)
     finally:
         await node.close()
         log.info("node.stopped", worker_id=config.worker_id)
 
 
 async def _serve(
-    node: Node, facts: EngineFacts, stopping: asyncio.Event, on_ready: Callable[[int], None] | None
+    node: Node,
+    facts: EngineFacts,
+    stopping: asyncio.Event,
+    manager: ServiceManager,
+    on_ready: Callable[[int], None] | None,
 ) -> None:
     config = node.config
     server, port = bind_server(config.listen, _credentials(config))
@@ -94,6 +114,7 @@ async def _serve(
         tasks.append(asyncio.create_task(node.mode.run(), name="node mode"))
         await server.start()
         log.info("node.ready", worker_id=config.worker_id, port=port, master=known_master, version=__version__)
+        manager.ready(standing(node))
         if on_ready is not None:
             on_ready(port)
         try:
@@ -127,7 +148,13 @@ def _master_called(node: Node, link: MasterLink, address: str) -> None:
     link.set_master(address)
 
 
-async def _engine(node: Node) -> EngineFacts:
+async def _come_round(node: Node) -> None:
+    """Return once the journal's thread has come round; that it can't read just now is its own trouble."""
+    with contextlib.suppress(NodeServiceError):
+        await node.journal.get_note(MASTER_NOTE)
+
+
+async def _engine(node: Node, manager: ServiceManager) -> EngineFacts:
     """The engine's facts, as soon as it answers."""
     told = False
     while True:
@@ -136,6 +163,7 @@ async def _engine(node: Node) -> EngineFacts:
         except NodeServiceError as error:
             if not told:
                 log.warning("engine.awaited", error=str(error))
+                manager.ready(standing(node))
             told = True
             await node.clock.sleep(2.0)
 

@@ -89,9 +89,11 @@ class SliceTree(V2CgroupTree):
     def _start(self, place: str, properties: list[tuple[str, tuple[str, Any]]]) -> None:
         unit = place.rpartition("/")[2]
         if not (self._top / place).is_dir():
-            self._call(
+            made = self._call(
                 "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "replace", properties, []), tolerated=(_EXISTS,)
             )
+            if not made:  # it has a file of its own, as the top one of a package has, or is on its way
+                self._call("StartUnit", "ss", (unit, "replace"))
             self._await_directory(place)
         elif properties:
             self._call("SetUnitProperties", "sba(sv)", (unit, True, properties))
@@ -104,8 +106,8 @@ class SliceTree(V2CgroupTree):
                 raise OSError(errno.ETIMEDOUT, "systemd did not start the slice", place)
             time.sleep(0.001)
 
-    def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> None:
-        """Raises OSError: ECONNREFUSED where D-Bus can't be reached, EPERM and EIO for what systemd refused."""
+    def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> bool:
+        """False for a tolerated refusal. Raises OSError: ECONNREFUSED where D-Bus can't be reached, else EPERM or EIO."""
         message = new_method_call(_MANAGER, method, signature, body)
         try:
             if self._bus is None:
@@ -117,9 +119,10 @@ class SliceTree(V2CgroupTree):
         if reply.header.message_type is MessageType.error:
             name = next((str(v) for k, v in reply.header.fields.items() if k.name == "error_name"), "")
             if name in tolerated:
-                return
+                return False
             number = errno.EPERM if "AccessDenied" in name else errno.EIO
             raise OSError(number, f"systemd refused {method}: {name} {' '.join(map(str, reply.body))}", str(body[0]))
+        return True
 
 
 def _properties(limits: CgroupLimits, disks: tuple[str, ...]) -> list[tuple[str, tuple[str, Any]]]:

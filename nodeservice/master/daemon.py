@@ -19,12 +19,14 @@ from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer
 from nodeservice.master.fault_points import armed
 from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.rows import State
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.service import MasterServicer
 from nodeservice.master.settings import MasterSettings
 from nodeservice.master.store import MasterStore, sqlite_url
 from nodeservice.master.tasks import TaskBook
 from nodeservice.master.uploads import ResultUploads
+from nodeservice.service_manager import ServiceManager
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
 log = structlog.get_logger(__name__)
@@ -91,6 +93,17 @@ class Master:
         """Take no more calls, let those under way end for 2 s, and close. The queue stays in the store."""
         await self._closing.aclose()
         log.info("master.stopped")
+
+    async def come_round(self) -> None:
+        await self._store.come_round()
+
+    def standing(self) -> str:
+        """How it stands, in one line for a person."""
+        rows = self._book.open_rows()
+        queued = sum(row.state is State.QUEUED for row in rows)
+        views = self._nodes.views({})
+        active = sum(is_active for _, is_active, _ in views)
+        return f"{queued} tasks queued, {len(rows) - queued} with nodes; {active} of {len(views)} nodes active"
 
     # ---- parts --------------------------------------------------------------------------------------------------------
 
@@ -191,11 +204,12 @@ class Master:
         opened.push_async_callback(end)
 
 
-async def serve_master(settings: MasterSettings) -> None:
-    """Run until SIGTERM or SIGINT.
+async def serve_master(settings: MasterSettings, manager: ServiceManager | None = None) -> None:
+    """Run until SIGTERM or SIGINT; `manager` is told when it is ready and that it gets on.
 
     Raises ConfigError or TransientError (no database) when it can't start, InvariantError when a part broke.
     """
+    manager = manager or ServiceManager()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -203,9 +217,12 @@ async def serve_master(settings: MasterSettings) -> None:
     master = Master(settings)
     await master.start()
     ends = [asyncio.create_task(stop.wait()), asyncio.create_task(master.broken.wait())]
+    manager.ready(master.standing())
     try:
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        async with manager.watching(master.come_round, master.standing):
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
+        manager.stopping("stops; the queue stays in the store")
         for end in ends:
             end.cancel()
         await master.stop()

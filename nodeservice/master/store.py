@@ -49,6 +49,10 @@ class MasterStore:
             self._engine = None
         self._thread.shutdown(wait=False)
 
+    async def come_round(self) -> None:
+        """Return once the thread has done all that it was given before."""
+        await self._run(lambda: None)
+
     # ---- tasks --------------------------------------------------------------------------------------------------------
 
     async def save_tasks(self, rows: Sequence[TaskRow]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from nodeservice.errors import TransientError
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.errors import engine_unavailable, translate
 from nodeservice.runtime.streams import EngineStream
@@ -37,6 +38,8 @@ class EngineConnection:
         self._client: APIClient | None = None
         self._connecting = threading.Lock()
         self._is_closed = False
+        self.trouble = ""
+        """Why the engine did not answer when it was last asked; empty when it did."""
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="engine-call")
         self._signals = ThreadPoolExecutor(_SIGNAL_THREADS, thread_name_prefix="engine-signal")
 
@@ -87,12 +90,15 @@ class EngineConnection:
 
     def _run(self, work: Callable[[APIClient], T], doing: str) -> T:
         try:
-            return work(self.client())
+            answer = work(self.client())
         except Exception as error:
             translated = translate(error, doing=doing)
+            self.trouble = str(translated) if isinstance(translated, TransientError) else ""
             if translated is error:
                 raise
             raise translated from error
+        self.trouble = ""
+        return answer
 
     def _connect(self) -> APIClient:
         from docker import APIClient

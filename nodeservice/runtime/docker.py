@@ -101,6 +101,11 @@ class DockerRuntime:
         """Sentences on what tasks do without on this engine; empty until the engine has been asked once."""
         return self._known_profile.degraded if self._known_profile else ()
 
+    @property
+    def trouble(self) -> str:
+        """Why the engine did not answer when it was last asked; empty when it did."""
+        return self._connection.trouble
+
     async def facts(self) -> EngineFacts:
         return (await self._profile(fresh=True)).facts
 
@@ -288,6 +293,7 @@ class DockerRuntime:
     def _engine_connected(self) -> None:
         """The engine may have been restarted with another configuration: ask it again before the next container."""
         self._profile_is_stale = True
+        self._connection.trouble = ""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look(), name="engine-look")
 

@@ -1,26 +1,38 @@
-"""Sets up logging: events with fields, one line each, on stderr, as JSON for machines or in columns for people."""
+"""Sets up logging: events with fields, in the journal or one line each on stderr, as JSON or in columns for people."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import structlog
+
+from nodeservice.telemetry import journald
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def configure_logging(
-    level: str = "info", fmt: Literal["json", "console"] = "json", stream: TextIO | None = None
+    level: str = "info", fmt: Literal["auto", "json", "console"] = "auto", stream: TextIO | None = None
 ) -> None:
     """Configure the process. Calling it again replaces the earlier set-up. `stream` None is stderr as it is now.
+
+    `auto` is the journal with a field for each of the event's where the stream is the journal, else JSON.
 
     Warnings of libraries, which use the standard `logging`, come out as events `library.warning` in the same form.
     """
     out = sys.stderr if stream is None else stream
+    unfailing = _UnfailingStream(out)
+    factory: Any = structlog.WriteLoggerFactory(file=unfailing)  # type: ignore[arg-type]
+    into_journal = fmt == "auto" and journald.is_journal(out, os.environ)
     renderer: structlog.typing.Processor
-    if fmt == "json":
+    if into_journal:
+        renderer = journald.render
+        journal = journald.JournalLogger(unfailing)
+        factory = lambda *_: journal  # noqa: E731
+    elif fmt != "console":
         renderer = structlog.processors.JSONRenderer()
     else:
         renderer = structlog.dev.ConsoleRenderer(
@@ -29,14 +41,15 @@ def configure_logging(
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if fmt == "json":
+    if not into_journal:  # which notes the time itself
+        processors.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
+    if fmt != "console":
         processors.append(structlog.processors.format_exc_info)
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=_UnfailingStream(out)),  # type: ignore[arg-type]
+        logger_factory=factory,
         # Cached loggers would keep the first set-up for ever, also across tests.
         cache_logger_on_first_use=False,
     )

@@ -85,6 +85,11 @@ class Machine:
         assert not check or done.returncode == 0, f"exit {done.returncode} of: {script}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def put(self, source: Path, target: str) -> None:
+        """Copy a file into it."""
+        with source.open("rb") as stream:
+            subprocess.run([*self._ssh(), f"cat >{target}"], stdin=stream, check=True, timeout=600)
+
     def pytest(self, *arguments: str, env: Mapping[str, str] | None = None, timeout_seconds: float = 1500.0) -> TestRun:
         """Tests of this checkout, there."""
         words = " ".join(f"'{word}'" for word in arguments)
