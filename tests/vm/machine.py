@@ -175,8 +175,18 @@ class Machine:
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+        self._await_ssh()
+
+    def restart(self) -> None:
+        """As an operator does; returns when it is up again."""
+        before = self.run("cat /proc/sys/kernel/random/boot_id").stdout
+        self.run("systemctl reboot", check=False)
+        self._await_ssh(f'test "$(cat /proc/sys/kernel/random/boot_id)" != {before.strip()}')
+
+    def _await_ssh(self, condition: str = "true") -> None:
+        assert self._process is not None
         deadline = time.monotonic() + BOOT_SECONDS
-        while self.run("true", check=False, timeout_seconds=60).returncode != 0:
+        while self.run(condition, check=False, timeout_seconds=60).returncode != 0:
             ended = self._process.poll() is not None
             if ended or time.monotonic() > deadline:
                 console = (self.path / "console").read_text(errors="replace")[-2000:]
