@@ -83,7 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 "nodeservice_master_tls_ca={{ nodeservice_tls_ca }}\n"
                 "nodeservice_master_tls_cert={{ nodeservice_tls_cert }}\n"
                 "nodeservice_master_tls_key={{ nodeservice_tls_key }}\n"
-                "nodeservice_state_device=/dev/vdc\nnodeservice_verify_patience=10\nnodeservice_verify_task_seconds=900\n"
+                "nodeservice_state_device=/dev/vdc\nnodeservice_verify_patience=30\nnodeservice_verify_task_seconds=900\n"
             )
             made = site.play("certificates")
             assert made.code == 0, made.output

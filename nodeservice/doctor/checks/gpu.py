@@ -12,7 +12,7 @@ ASKS_FOR_ALL = {"NVIDIA_VISIBLE_DEVICES": "all", "CUDA_VERSION": "12.0"}
 """The environment of an image that asks for all GPUs, as NVIDIA's own images do."""
 
 _FOUND = "found"
-_READ_SECONDS = 0.5
+_READ_SECONDS = 1.0
 """How long the task stays for its receipt to be read."""
 _LOOK = f"""
 for file in /dev/nvidia* /dev/dxg /usr/bin/nvidia-smi; do [ -e "$file" ] && echo "{_FOUND} $file"; done
