@@ -10,7 +10,7 @@ SOURCES := nodeservice tests tools $(wildcard benchmarks)
 # Tests and the demo talk to the engine that `make engine` found, and to the MinIO that `make minio` found.
 WITH_ENGINE = DOCKER_HOST=$$(tools/engine.sh) MINIO_BIN=$$(tools/minio.sh)
 
-.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu soak bench bench-quick demo demo-gpu lock clean package deb
+.PHONY: help setup engine image minio test-deps proto fmt lint test-fast test test-vm test-gpu soak bench bench-quick demo demo-gpu lock clean package deb lint-ansible
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,10 +44,14 @@ lint: setup ## Style, types and import layers
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-logo || { echo "lint-imports: see .importlinter for the layers"; exit 1; }
 
+lint-ansible: setup ## The Ansible collection, by ansible-lint (production profile, offline) and yamllint
+	@cd ansible && ../$(BIN)/yamllint --strict . ../tests/ansible
+	@cd ansible && PATH=$(CURDIR)/$(BIN):$$PATH ../$(BIN)/ansible-lint --offline -q
+
 test-fast: setup ## Tests without engine or servers, offline, in seconds
 	@$(BIN)/pytest -q -m "not engine and not minio and not crash and not slow" --hypothesis-profile=fast tests/core tests/unit tests/contract
 
-test: setup engine image minio test-deps lint ## Installs what is missing, lints, runs all tests but those of test-vm
+test: setup engine image minio test-deps lint lint-ansible ## Installs what is missing, lints, runs all tests but those of test-vm
 	@$(WITH_ENGINE) $(BIN)/pytest -q -m "not vm"
 
 test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a virtual machine (Debian x86_64, root; slow)

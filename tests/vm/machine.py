@@ -16,7 +16,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOT_SECONDS = 300.0
@@ -24,7 +24,9 @@ PATIENCE_SECONDS = 600
 """For one task in it."""
 PROJECT = "/srv/project"
 _SITE = "/payload/site"
-_LEFT_OUT = ("mypy", "mypyc", "ruff", "grpc_tools", "pip", "psycopg_binary", "__pycache__", "tests")
+_LEFT_OUT = (
+    "mypy", "mypyc", "ruff", "grpc_tools", "pip", "psycopg_binary", "__pycache__", "tests", "ansible*", "black", "yamllint",
+)  # fmt: skip
 _COMMAND_LINE = (
     "root=/dev/vda rw rootflags=prjquota console=ttyS0 "
     "cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 mitigations=off quiet"
@@ -49,6 +51,10 @@ class TestRun:
 class Machine:
     """`path` holds its disks and console. Use as a context manager: its process ends with the block."""
 
+    packages: ClassVar[str] = "packages.txt"
+    """Which list in tools/vm makes its disk."""
+    network: ClassVar[str] = "restrict=on,"
+
     path: Path
     image: Path = field(init=False)
     port: int = field(init=False)
@@ -56,9 +62,10 @@ class Machine:
 
     def __enter__(self) -> Machine:
         try:
-            self.image = _build()
+            self.image = _build(self.packages)
             self._make_disks()
             self._boot()
+            self._set_up()
         except BaseException:
             self.__exit__()
             raise
@@ -126,6 +133,18 @@ class Machine:
         ]  # fmt: skip
 
     def _make_disks(self) -> None:
+        for name, size_bytes in (("payload.img", 700 * 1024**2), ("volume.img", 3 * 1024**3)):
+            with (self.path / name).open("wb") as image:
+                image.truncate(size_bytes)
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image / "disk.img",
+             self.path / "root.qcow2", "8G"],
+            check=True,
+        )  # fmt: skip
+        self._fill_payload()
+
+    def _fill_payload(self) -> None:
+        """This checkout and the packages that it needs, on a disk of their own."""
         payload = self.path / "payload"
         (payload / "project").mkdir(parents=True)
         listed = subprocess.run(
@@ -139,16 +158,8 @@ class Machine:
                 shutil.copy2(ROOT / name, target)
         (site,) = [Path(place) for place in sys.path if Path(place).name == "site-packages" and sys.prefix in place][:1]
         shutil.copytree(site, payload / "site", ignore=shutil.ignore_patterns(*_LEFT_OUT))
-        for name, size_bytes in (("payload.img", 700 * 1024**2), ("volume.img", 3 * 1024**3)):
-            with (self.path / name).open("wb") as image:
-                image.truncate(size_bytes)
         subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", payload, self.path / "payload.img"], check=True)
         shutil.rmtree(payload)
-        subprocess.run(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image / "disk.img",
-             self.path / "root.qcow2", "8G"],
-            check=True,
-        )  # fmt: skip
 
     def _boot(self) -> None:
         with socket.socket() as found:
@@ -163,28 +174,40 @@ class Machine:
                     "-append", _COMMAND_LINE,
                     *(word for name, kind in drives
                       for word in ("-drive", f"file={self.path / name},if=virtio,format={kind},cache=unsafe")),
-                    "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22",
+                    "-netdev", f"user,id=n,{self.network}hostfwd=tcp:127.0.0.1:{self.port}-:22",
                     "-device", "virtio-net-pci,netdev=n", "-display", "none", "-monitor", "none",
                     "-serial", f"file:{self.path / 'console'}",
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
+        self._await_ssh()
+
+    def restart(self) -> None:
+        """As an operator does; returns when it is up again."""
+        before = self.run("cat /proc/sys/kernel/random/boot_id").stdout
+        self.run("systemctl reboot", check=False)
+        self._await_ssh(f'test "$(cat /proc/sys/kernel/random/boot_id)" != {before.strip()}')
+
+    def _await_ssh(self, condition: str = "true") -> None:
+        assert self._process is not None
         deadline = time.monotonic() + BOOT_SECONDS
-        while self.run("true", check=False, timeout_seconds=60).returncode != 0:
+        while self.run(condition, check=False, timeout_seconds=60).returncode != 0:
             ended = self._process.poll() is not None
             if ended or time.monotonic() > deadline:
                 console = (self.path / "console").read_text(errors="replace")[-2000:]
                 raise NoMachineError(f"QEMU does not boot: {(self.path / 'qemu.log').read_text()}\n{console}")
             time.sleep(1)
+
+    def _set_up(self) -> None:
         self.run(f"mkdir -p /payload\nmount -o ro /dev/vdb /payload\ncp -r /payload/project {PROJECT}")
         self.run("until docker info >/dev/null 2>&1; do sleep 1; done\npython3 tools/build_image.py >&2")
 
 
-def _build() -> Path:
+def _build(packages: str) -> Path:
     if sys.version_info[:2] != (3, 11):
         raise NoMachineError("the machine has Python 3.11 and takes over the packages of .venv, which has another")
     done = subprocess.run(
-        ["sh", ROOT / "tools" / "vm" / "build.sh"],
+        ["sh", ROOT / "tools" / "vm" / "build.sh", packages],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -1,14 +1,16 @@
 #!/bin/sh
 # Builds the disk of the virtual machine unless the cache has it, and prints the folder it is in: disk.img, vmlinuz, initrd.img,
-# id_ed25519, known_hosts. Exit 2: it cannot be built here, and the last line says why.
+# id_ed25519, known_hosts. Exit 2: it cannot be built here, and the last line says why. The only argument is the list of its
+# packages, a file beside this script.
 set -eu
 cd "$(dirname "$0")/../.."
 . tools/debian.sh
 
 here=tools/vm
+list=$here/${1:-packages.txt}
 tools="qemu-system-x86 qemu-utils mmdebstrap e2fsprogs openssh-client util-linux"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/nodeservice/vm
-key=$(cat "$here/packages.txt" "$here/build.sh" | sha256sum | cut -c1-16)
+key=$(cat "$list" "$here/build.sh" | sha256sum | cut -c1-16)
 image=$cache/$key
 
 needs_tools() {
@@ -78,7 +80,9 @@ cat >"$work/customize" <<-'END'
 	printf '[Match]\nName=en* eth*\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n' \
 		>"$1/etc/systemd/network/nodeservice.network"
 	printf '[Journal]\nStorage=volatile\n' >"$1/etc/systemd/journald.conf.d/nodeservice.conf"
-	systemctl --root "$1" --quiet enable systemd-networkd ssh docker
+	printf 'nameserver 10.0.2.3\n' >"$1/etc/resolv.conf"
+	systemctl --root "$1" --quiet enable systemd-networkd ssh
+	if [ -e "$1/lib/systemd/system/docker.service" ]; then systemctl --root "$1" --quiet enable docker; fi
 	# The clock leaps when a saved machine is taken up again; nothing may be waiting for that.
 	systemctl --root "$1" --quiet mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
 		fstrim.timer systemd-tmpfiles-clean.timer systemd-networkd-wait-online.service systemd-timesyncd.service
@@ -89,7 +93,7 @@ cat >"$work/customize" <<-'END'
 	cp "$1"/boot/initrd.img-* "$WORK/initrd.img"
 	rm -f "$1"/boot/initrd.img-* "$1"/var/cache/apt/*.bin "$1"/var/lib/apt/lists/*_*
 END
-packages=$(grep -v '^#' "$here/packages.txt" | paste -sd,)
+packages=$(grep -v '^#' "$list" | paste -sd,)
 if ! WORK=$work mmdebstrap --quiet --variant=minbase --include="$packages" \
 	--aptopt="$work/apt.conf" --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' \
 	--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \

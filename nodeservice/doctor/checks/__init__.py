@@ -15,7 +15,7 @@ def all_probes(*, cpu_count: int, has_swap: bool, patience: float = 1.0) -> tupl
         *disk.probes(),
         *io.probes(),
         *confinement.probes(patience),
-        *gpu.probes(),
+        *gpu.probes(patience),
     )
     stretched = [replace(probe, timeout_seconds=probe.timeout_seconds * patience) for probe in unhurried]
     return (*stretched, *time.probes(patience))

@@ -12,10 +12,11 @@ ASKS_FOR_ALL = {"NVIDIA_VISIBLE_DEVICES": "all", "CUDA_VERSION": "12.0"}
 """The environment of an image that asks for all GPUs, as NVIDIA's own images do."""
 
 _FOUND = "found"
+_READ_SECONDS = 1.0
+"""How long the task stays for its receipt to be read."""
 _LOOK = f"""
 for file in /dev/nvidia* /dev/dxg /usr/bin/nvidia-smi; do [ -e "$file" ] && echo "{_FOUND} $file"; done
 echo "it is told NVIDIA_VISIBLE_DEVICES=$NVIDIA_VISIBLE_DEVICES"
-sleep 0.5
 """
 _TOLD = "it is told NVIDIA_VISIBLE_DEVICES="
 _REMEDY = (
@@ -25,8 +26,8 @@ _REMEDY = (
 )
 
 
-def probes() -> tuple[Probe, ...]:
-    return (Probe(name="no-gpu", script=_LOOK, judge=judge_unasked),)
+def probes(patience: float = 1.0) -> tuple[Probe, ...]:
+    return (Probe(name="no-gpu", script=f"{_LOOK}sleep {_READ_SECONDS * patience:g}", judge=judge_unasked),)
 
 
 def judge_unasked(seen: Seen) -> Sequence[Finding]:
