@@ -93,8 +93,8 @@ def test_every_word_is_news_until_what_the_node_holds_has_been_compared(nodes: N
 
 def test_a_node_that_speaks_after_a_silence_is_news(nodes: NodeRegistry) -> None:
     clock: Any = nodes._clock
-    for _ in range(10):  # at once, it would be the master that was away
-        clock.now += 4
+    for _ in range(20):  # at once, it would be the master that was away
+        clock.now += 2
         nodes.notice_silence()
     assert told(nodes).has_news
     assert not told(nodes).has_news
