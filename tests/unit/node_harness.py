@@ -223,7 +223,7 @@ class LiveNode:
     async def assign(self, task: TaskSpec) -> TaskRecord:
         return await self.driver.assign(task, trace=new_trace_ids(None), received_at=self.clock.now())
 
-    async def until(self, check: Callable[[], bool], seconds: float = 10.0) -> None:
+    async def until(self, check: Callable[[], bool], seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             while not check():
                 await asyncio.sleep(0.002)

@@ -56,6 +56,7 @@ async def test_a_clock_set_ahead_makes_nothing_older_and_one_set_back_makes_it_y
 async def test_results_are_not_given_up_early_because_the_clock_was_set(tmp_path: Path) -> None:
     world = World(tmp_path, give_up_seconds=600)
     world.store.fail_next(5, TransientError("away", reason="STORE_UNREACHABLE"))
+    world.store.block()
     async with living(world) as node:
         slow = Backoff(first_seconds=0.05, max_seconds=0.05)
         object.__setattr__(node.context.settings, "store_backoff", slow)
@@ -64,6 +65,7 @@ async def test_results_are_not_given_up_early_because_the_clock_was_set(tmp_path
         await node.assign(spec())
         await node.until(lambda: node.phase(AttemptId("t")) is Phase.UPLOADING)
         object.__setattr__(clock, "now", lambda: real_now() + HOUR)
+        world.store.unblock()
         record = await node.until_finished(AttemptId("t"))
     assert record.verdict is not None
     assert record.verdict.outcome is Outcome.SUCCEEDED
