@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import uuid
 from collections.abc import AsyncIterator
@@ -196,10 +197,13 @@ def _left(docker_client: docker.APIClient, node: NodeProcess, *, kept: bool) -> 
     """`kept`: results that the store did not take at first are to be gone from here too."""
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
     tasks = node.path / "state" / "tasks"
+    works: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        works = os.listdir(tasks)
     cgroups = [str(place) for place in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node.worker_id}.node/*.1")]
     return [
         *(entry["Names"][0] for entry in containers),
-        *(str(entry) for entry in (tasks.iterdir() if tasks.is_dir() else ())),
+        *(str(tasks / name) for name in works),
         *cgroups,
         *(str(path) for path in ((node.path / "results").glob("*/*/manifest.json") if kept else ())),
     ]
