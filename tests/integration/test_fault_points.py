@@ -39,12 +39,14 @@ def ordeals(
     demo_image: str,
     docker_client: docker.APIClient,
 ) -> Iterator[dict[Hashable, Future[Ordeal]]]:
+    home = tmp_path_factory.mktemp("ordeals")  # here: the factory serves one thread
+
     async def run(case: Case) -> Ordeal:
         action, point, number = case
         # Repeated, it happens also at the second and third time: to another task, or in another phase.
         fault = f"{action}:{1 + number % 3}"
         with own_node_id(docker_client) as node_id:
-            return await go_through(tmp_path_factory.mktemp("ordeal") / "node", node_id, point, fault, docker_client)
+            return await go_through(home / f"{action}-{point}-{number}", node_id, point, fault, docker_client)
 
     with side_by_side(request, run, at_a_time=3) as ordeals:
         yield ordeals

@@ -45,9 +45,13 @@ FROZEN: list[Case] = [
 def ordeals(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Hashable, Future[MasterOrdeal]]]:
+    home = tmp_path_factory.mktemp("masters")  # here: the factory serves one thread
+
     async def run(case: Case) -> MasterOrdeal:
         action, point, count = case
-        return await go_through(tmp_path_factory.mktemp("master"), point, action, count)
+        path = home / named(case)
+        path.mkdir()
+        return await go_through(path, point, action, count)
 
     with side_by_side(request, run, at_a_time=4) as ordeals:
         yield ordeals
