@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import hashlib
 import json
-import os
 import signal
 import uuid
 from collections.abc import AsyncIterator
@@ -196,16 +196,12 @@ def _runs(master: OldMaster, task_id: str) -> bool:
 def _left(docker_client: docker.APIClient, node: NodeProcess, *, kept: bool) -> list[str]:
     """`kept`: results that the store did not take at first are to be gone from here too."""
     containers = docker_client.containers(all=True, filters={"label": [f"nodeservice.node={node.worker_id}"]})
-    tasks = node.path / "state" / "tasks"
-    works: list[str] = []
-    with contextlib.suppress(FileNotFoundError):
-        works = os.listdir(tasks)
-    cgroups = [str(place) for place in Path("/sys/fs/cgroup").glob(f"*/nodeservice/{node.worker_id}.node/*.1")]
+    # Not pathlib's: that one raises for a directory which goes while it looks.
     return [
         *(entry["Names"][0] for entry in containers),
-        *(str(tasks / name) for name in works),
-        *cgroups,
-        *(str(path) for path in ((node.path / "results").glob("*/*/manifest.json") if kept else ())),
+        *glob.glob(f"{node.path}/state/tasks/*"),
+        *glob.glob(f"/sys/fs/cgroup/*/nodeservice/{node.worker_id}.node/*.1"),
+        *(glob.glob(f"{node.path}/results/*/*/manifest.json") if kept else ()),
     ]
 
 

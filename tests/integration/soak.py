@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -368,11 +369,12 @@ def _left(cluster: Cluster) -> list[str]:
     client = docker.APIClient(cluster.engine_url, version="auto", timeout=30)
     containers = [entry["Names"][0] for entry in client.containers(all=True)]
     client.close()
-    works = [str(entry) for node in cluster.home.glob("node-*/tasks") for entry in node.iterdir()]
-    kept = [str(path) for path in cluster.home.glob("node-*/results/*/*/manifest.json")]
-    cgroups = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/nodeservice/soak-{cluster.home.name}-*.node/*.*")]
+    # Not pathlib's: that one raises for a directory which goes while it looks.
+    works = glob.glob(f"{cluster.home}/node-*/tasks/*")
+    kept = glob.glob(f"{cluster.home}/node-*/results/*/*/manifest.json")
+    cgroups = glob.glob(f"/sys/fs/cgroup/*/nodeservice/soak-{cluster.home.name}-*.node/*.*")
     half = [f"upload of {upload.object_name}" for upload in _incomplete(cluster.objects)]
-    return [*containers, *works, *kept, *[path for path in cgroups if Path(path).is_dir()], *half]
+    return [*containers, *works, *kept, *filter(os.path.isdir, cgroups), *half]
 
 
 def _incomplete(objects: Minio) -> Iterator[Any]:
