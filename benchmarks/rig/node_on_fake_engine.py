@@ -17,6 +17,7 @@ class ForgetfulEngine(FakeRuntime):
     """It forgets what it was asked, so that all growth is the node's own."""
 
     degraded = ()
+    trouble = ""
     endpoint_url = "fake"
 
     def __init__(self, *, node_id: str, **_: Any) -> None:
