@@ -104,6 +104,7 @@ async def go_through(path: Path, worker_id: str, point: str, action: str, docker
             env |= {"NODESERVICE_RESULT_STORE": "http", "NODESERVICE_HTTP_UPLOAD_URL": url}
         node = NodeProcess(path, worker_id, ("--master", f"127.0.0.1:{master.port}"), env)
         node.env[VARIABLE] = f"{point}:{action}"
+        stack.push_async_callback(_end, node)
         await _started(node)
         keeper = await stack.enter_async_context(_kept_alive(node, master, ordeal))
         ids = {f"{name}-{uuid.uuid4().hex[:8]}": what for name, what in COMMANDS.items()}
@@ -126,13 +127,17 @@ async def go_through(path: Path, worker_id: str, point: str, action: str, docker
             )
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
-        if node.process is not None and node.process.returncode is None:
-            await node.stop()
+        await _end(node)
         ordeal.reached |= action.startswith("fail") and "fails on request" in "".join(
             log.read_text() for log in path.glob("serve-*.log")
         )
         _check(ordeal, master, ids, kept=kept)
     return ordeal
+
+
+async def _end(node: NodeProcess) -> None:
+    if node.process is not None and node.process.returncode is None:
+        await node.stop()
 
 
 async def _started(node: NodeProcess) -> None:
