@@ -120,7 +120,8 @@ def test_an_unknown_variable_is_named_with_the_nearest_known_one() -> None:
 
 
 def test_other_variables_and_the_path_of_the_file_are_left_alone() -> None:
-    load_config(None, PLAIN, {"NODESERVICES": "1", "PATH": "/bin", "NODESERVICE_CONFIG": "/etc/node.toml"})
+    others = {"NODESERVICES": "1", "PATH": "/bin", "NODESERVICE_CONFIG": "/etc/node.toml"}
+    assert load_config(None, PLAIN, others) == load_config(None, PLAIN, {})
 
 
 @pytest.mark.parametrize("command", [["serve"], ["inspect"], ["doctor"], ["master"]])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nodeservice.daemon.serving import _come_round
+from nodeservice.errors import NodeServiceError
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.service_manager import ServiceManager
 
@@ -161,5 +162,7 @@ async def test_a_journal_that_cant_be_read_has_come_round(tmp_path: Path) -> Non
     (tmp_path / "journal.sqlite").mkdir()
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     node: Any = SimpleNamespace(journal=journal)
+    with pytest.raises(NodeServiceError):
+        await journal.get_note("any")
     await _come_round(node)
     await journal.close()
