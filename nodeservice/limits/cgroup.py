@@ -154,6 +154,10 @@ class KernelTaskCgroups:
     async def was_used(self, id_: AttemptId) -> bool:
         return await self._look(id_, self._tree.was_used, False)
 
+    async def hold_together(self, id_: AttemptId) -> None:
+        if self._tree.falls_apart:
+            await self._look(id_, self._tree.hold_together, None)
+
     async def usage(self, id_: AttemptId) -> Usage:
         return await self._look(id_, self._tree.usage, Usage())
 
@@ -280,6 +284,9 @@ class NoTaskCgroups:
 
     async def was_used(self, id_: AttemptId) -> bool:
         return False
+
+    async def hold_together(self, id_: AttemptId) -> None:
+        """The container's own cgroup is all there is."""
 
     async def usage(self, id_: AttemptId) -> Usage:
         return Usage()

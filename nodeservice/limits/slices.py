@@ -11,7 +11,7 @@ import errno
 import re
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 from jeepney import DBusAddress, MessageType, new_method_call
 from jeepney.io.blocking import DBusConnection, open_dbus_connection
@@ -33,12 +33,12 @@ _NO_SUCH_UNIT = "org.freedesktop.systemd1.NoSuchUnit"
 
 
 def escape(text: str) -> str:
-    """As systemd-escape(1): what is not safe in a unit's name, the dash included, as `\\\\xNN`."""
+    """As systemd-escape(1): what is not safe in a unit's name, the dash included, as `\\xNN`."""
     parts = []
     for position, byte in enumerate(text.encode("utf-8", "surrogatepass")):
         char = chr(byte)
         safe = byte < 128 and _LITERAL.match(char) and not (position == 0 and char == ".")
-        parts.append(char if safe else f"\\\\x{byte:02x}")
+        parts.append(char if safe else f"\\x{byte:02x}")
     return "".join(parts)
 
 
@@ -61,6 +61,8 @@ class SlicePlaces:
 class SliceTree(V2CgroupTree):
     """Implements CgroupTree: systemd makes and removes, the kernel's files are read directly. For use from one thread."""
 
+    falls_apart: ClassVar[bool] = True
+
     def __init__(self, mounts: tuple[Mount, ...], *, disks: tuple[str, ...] = ()) -> None:
         super().__init__(mounts, disks=disks)
         self._bus: DBusConnection | None = None
@@ -73,6 +75,15 @@ class SliceTree(V2CgroupTree):
         # Not among systemd's properties of slices.
         if limits.oom_group:
             UnifiedCgroup(self._top / place).set_if_offered("memory_oom_group", True)
+
+    def hold_together(self, place: str) -> None:
+        """systemd writes 0 to the flag whenever a scope starts in the slice, a property is set, or it is reloaded (252)."""
+        task = UnifiedCgroup(self._top / place)
+        if task.read("memory_oom_group") is not False:
+            return
+        task.set_if_offered("memory_oom_group", True)
+        if (task.read("memory_events") or {}).get("oom_kill"):  # meanwhile the kernel ended only a part
+            self.kill(place)
 
     def remove(self, place: str) -> bool:
         if self.processes(place):

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from nodeservice.core.model import Usage
 from nodeservice.limits.plan import CgroupLimits
@@ -22,6 +22,9 @@ NO_LIMIT = 1 << 62
 
 class CgroupTree(Protocol):
     """One cgroup version. `place` is relative to the hierarchy's root. Everything blocks and raises OSError."""
+
+    falls_apart: ClassVar[bool]
+    """Whether something else takes away that a task ends as a whole, so that `hold_together` has work to do."""
 
     def create(self, place: str, limits: CgroupLimits) -> None:
         """Make it with its limits; one that exists gets the limits again."""
@@ -47,6 +50,10 @@ class CgroupTree(Protocol):
 
     def was_used(self, place: str) -> bool:
         """Whether anything runs or ever ran in it."""
+        ...
+
+    def hold_together(self, place: str) -> None:
+        """As the port TaskCgroups says."""
         ...
 
     def readings(self, place: str) -> list[Reading]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nodeservice.core.model import Usage
 from nodeservice.limits.asked import ids_of, ids_text
@@ -41,6 +41,8 @@ _THROTTLES = {"read_bytes_per_second": "read_bps_device", "write_bytes_per_secon
 
 class V1CgroupTree:
     """Implements CgroupTree. Only for use from one thread. Raises OSError (ENODEV) where a needed hierarchy is missing."""
+
+    falls_apart: ClassVar[bool] = False
 
     def __init__(self, mounts: tuple[Mount, ...], *, disks: tuple[str, ...] = ()) -> None:
         self._bases = {name: _base(mounts, name) for name in _CONTROLLERS}
@@ -102,6 +104,9 @@ class V1CgroupTree:
         if not task.is_dir():
             return False
         return only_child(task) is not None or bool(self._node("memory", place).controller.max_usage_in_bytes)
+
+    def hold_together(self, place: str) -> None:
+        """There is no such flag; the kernel ends one process."""
 
     def readings(self, place: str) -> list[Reading]:
         task = self._memory(place)

@@ -10,7 +10,7 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cgroupspy.interfaces import BaseFileInterface, FlagFile, IntegerFile, ListFile
 
@@ -116,6 +116,8 @@ class UnifiedCgroup:
 class V2CgroupTree:
     """Implements CgroupTree. `mkdir` and `rmdir` are parameters so that a plain directory can stand in for the kernel."""
 
+    falls_apart: ClassVar[bool] = False
+
     def __init__(
         self,
         mounts: tuple[Mount, ...],
@@ -169,6 +171,9 @@ class V2CgroupTree:
     def was_used(self, place: str) -> bool:
         task = self._top / place
         return only_child(task) is not None or _ran(UnifiedCgroup(task))
+
+    def hold_together(self, place: str) -> None:
+        """Nobody takes the flag away that was set when it was made."""
 
     def readings(self, place: str) -> list[Reading]:
         task = self._top / place

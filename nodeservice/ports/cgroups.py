@@ -80,6 +80,13 @@ class TaskCgroups(Protocol):
         """Whether a process ever was in it, by the kernel's counts; false where there is no such cgroup."""
         ...
 
+    async def hold_together(self, id_: AttemptId) -> None:
+        """Where the kernel ends a task that runs out of memory as a whole, see that it still does (cgroup v2).
+
+        Call it after the start and now and then: systemd takes that away. What lost only a part meanwhile is ended.
+        """
+        ...
+
     async def usage(self, id_: AttemptId) -> Usage: ...
 
     async def oom(self, id_: AttemptId) -> OomFacts: ...

@@ -59,6 +59,21 @@ def test_causes_of_death_are_told_as_they_were_on_cgroup_v2(machine: Machine) ->
     assert (ran.failed, ran.skipped) == ((), ()), ran.output
 
 
+def test_a_task_ends_as_a_whole_though_systemd_takes_that_away_again_and_again(machine: Machine) -> None:
+    """A reload writes 0 to memory.oom.group of every slice."""
+    machine.set_cgroup_driver("systemd")
+    hog = "sleep 10; (dd if=/dev/zero of=/dev/null bs=300M count=1); sleep 600; exit 0"
+    command = (
+        f"python3 -m nodeservice run --json --memory 32m --cpus 0.5 --timeout 900s nodeservice/demo -- sh -c '{hog}'"
+    )
+    told = machine.json(
+        "(while sleep 1; do systemctl daemon-reload; done) >/dev/null 2>&1 &\nreloads=$!\n"
+        f"{command} </dev/null || code=$?\nkill $reloads\nexit ${{code:-0}}",
+        codes=(0, 1, 137),
+    )
+    assert (told["reason"], told["exit_code"]) == ("MEMORY_LIMIT", 137), told
+
+
 def test_doctor_says_hard_where_the_state_lies_on_a_volume_with_quotas(volume: Machine) -> None:
     """XFS with project quotas below the state directory and the engine: then the kernel bounds the disk too."""
     told = volume.json(

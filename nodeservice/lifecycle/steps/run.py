@@ -127,6 +127,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
     await context.disk.add_layer(record.id, state.layer, state.beside)
+    await context.cgroups.hold_together(record.id)
     gpu_part = await gpus.bound(context, record, state.pid)
     readings = [*await context.cgroups.readings(record.id)]
     if state.pid:
@@ -188,7 +189,7 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
     )
     aside = [
         asyncio.create_task(_keep_disk_bound(context, driver, record), name=f"disk {id_}"),
-        asyncio.create_task(_observe(context, container_id, observed), name=f"observe {id_}"),
+        asyncio.create_task(_observe(context, record, observed), name=f"observe {id_}"),
     ]
     try:
         state = await context.runtime.wait_exited(container_id)
@@ -242,13 +243,15 @@ class _Observed:
         self.usage = usage
 
 
-async def _observe(context: Context, container_id: str, observed: _Observed) -> None:
+async def _observe(context: Context, record: TaskRecord, observed: _Observed) -> None:
     """Keep the last sight of what the kernel forgets when the container ends. The first look is early, for short tasks."""
+    container_id = _container(record)
     pause = context.settings.observe_seconds / 8
     pid: int | None = None
     while True:
         await context.clock.sleep(pause)
         pause = min(context.settings.observe_seconds, pause * 2)
+        await context.cgroups.hold_together(record.id)
         if pid is None:
             with contextlib.suppress(TransientError, NodeFaultError):
                 state = await context.runtime.find(container_id)
