@@ -19,6 +19,7 @@ from nodeservice.ports import (
     Bundles,
     Clock,
     ContainerRuntime,
+    ContainerState,
     DiskBound,
     FreeSpace,
     GpuBound,
@@ -128,6 +129,8 @@ class Context:
     """Called when this node has more or less for tasks than it had."""
     gpu_nodes: Callable[[], Sequence[GpuNodes]] = tuple
     """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
+    ended: dict[AttemptId, ContainerState] = field(default_factory=dict)
+    """Containers whose end was seen and that are not collected yet: the engine need not be asked again."""
     collecting: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
     )

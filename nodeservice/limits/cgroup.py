@@ -161,6 +161,12 @@ class KernelTaskCgroups:
     async def usage(self, id_: AttemptId) -> Usage:
         return await self._look(id_, self._tree.usage, Usage())
 
+    async def final_usage(self, id_: AttemptId) -> Usage | None:
+        def look(place: str) -> Usage | None:
+            return None if self._tree.processes(place) else self._tree.usage(place)
+
+        return await self._look(id_, look, Usage())
+
     async def oom(self, id_: AttemptId) -> OomFacts:
         return await self._look(id_, self._tree.oom, OomFacts())
 
@@ -170,9 +176,6 @@ class KernelTaskCgroups:
     async def processes(self, id_: AttemptId) -> Sequence[int]:
         nobody: list[int] = []
         return await self._look(id_, self._tree.processes, nobody)
-
-    async def is_empty(self, id_: AttemptId) -> bool:
-        return not await self.processes(id_)
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
@@ -291,6 +294,9 @@ class NoTaskCgroups:
     async def usage(self, id_: AttemptId) -> Usage:
         return Usage()
 
+    async def final_usage(self, id_: AttemptId) -> Usage | None:
+        return Usage()
+
     async def oom(self, id_: AttemptId) -> OomFacts:
         return OomFacts()
 
@@ -299,9 +305,6 @@ class NoTaskCgroups:
 
     async def processes(self, id_: AttemptId) -> Sequence[int]:
         return ()
-
-    async def is_empty(self, id_: AttemptId) -> bool:
-        return True
 
     async def remove(self, id_: AttemptId) -> None:
         """Nothing was made."""

@@ -129,9 +129,14 @@ class BoundedDisk:
         quotas, project = self._quotas, watched.project
         if quotas is None or project is None:
             return
-        new = [place for place in (*layer, *beside) if place not in watched.joined and quotas.holds_layers([place])]
-        await self._run(lambda: quotas.join(new, project), doing="set the disk quota of the container's layer")
-        watched.joined += tuple(new)
+
+        def join() -> list[Path]:
+            # The engine makes its files in the container, or makes them anew, when it starts it.
+            new = [place for place in (*layer, *beside) if place not in watched.joined or place.is_file()]
+            return quotas.join([place for place in new if quotas.holds_layers([place])], project)
+
+        found = await self._run(join, doing="set the disk quota of the container's layer")
+        watched.joined = tuple(dict.fromkeys((*watched.joined, *found)))
 
     def holds_layers(self) -> bool:
         return self._quotas is not None and self._quotas.is_for_layers
@@ -161,12 +166,13 @@ class BoundedDisk:
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
         while True:
+            await asyncio.sleep(_LOOK_SECONDS)  # many tasks have ended by then
             watched = self._attempts.get(id_)
             if watched is not None and await self._run(partial(self._is_due, watched), doing="look at the free space"):
-                used = await self._measure(id_, watched, stop_above_bytes=watched.most_bytes)
+                pids = await self._processes(id_)
+                used = await self._measure(watched, pids, stop_above_bytes=watched.most_bytes)
                 if used.bytes > watched.most_bytes:
                     return used
-            await asyncio.sleep(_LOOK_SECONDS)
 
     async def use(self, id_: AttemptId) -> DiskUse | None:
         watched = self._attempts.get(id_)
@@ -176,7 +182,7 @@ class BoundedDisk:
             counted = await self._run(lambda: self._count(watched), doing="read what a task wrote")
             if counted is not None:
                 return watched.note(counted)
-        return await self._measure(id_, watched)
+        return await self._measure(watched, ())
 
     def seen(self, id_: AttemptId) -> DiskUse | None:
         watched = self._attempts.get(id_)
@@ -220,11 +226,11 @@ class BoundedDisk:
 
     # ---- piece by piece ---------------------------------------------------------------------------------------------
 
-    async def _measure(self, id_: AttemptId, watched: _Watched, *, stop_above_bytes: int | None = None) -> DiskUse:
+    async def _measure(self, watched: _Watched, pids: Sequence[int], *, stop_above_bytes: int | None = None) -> DiskUse:
         """Others have their turn between the pieces, and all walks together their part of the time."""
         scan = Scan(
             watched.walked,
-            pids=await self._processes(id_),
+            pids=pids,
             stop_above_bytes=stop_above_bytes,
             least_bytes=watched.least_bytes,
         )

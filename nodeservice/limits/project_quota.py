@@ -103,15 +103,21 @@ class ProjectQuotas:
         self.join(directories, number)
         return number
 
-    def join(self, directories: Sequence[Path], number: int) -> None:
-        """With all that is there already. A task may change it meanwhile: nothing is reached through a link."""
-        for place in directories:
+    def join(self, places: Sequence[Path], number: int) -> list[Path]:
+        """With all that is there already. A task may change it meanwhile: nothing is reached through a link.
+
+        Gives those that are there.
+        """
+        found = []
+        for place in places:
             with suppress(FileNotFoundError):
                 _mark(str(place), number)
+                found.append(place)
             for entry in walk(place):
                 if stat.S_ISREG(entry.status.st_mode) or stat.S_ISDIR(entry.status.st_mode):
                     with suppress(OSError):
                         _mark(entry.name, number, directory=entry.directory)
+        return found
 
     def limit_of(self, number: int) -> int | None:
         """Bytes, as the kernel holds it; None for no limit."""

@@ -88,9 +88,17 @@ class SliceTree(V2CgroupTree):
     def remove(self, place: str) -> bool:
         if self.processes(place):
             return False
+        self._stop(place)
+        gone = not (self._top / place).exists() or remove_tree(self._top / place, self._rmdir)
+        node = place.rpartition("/")[0]
+        # The one above is shared with other nodes of this host, and may be a package's.
+        if gone and node != _ROOT_SLICE and not self.children(node) and not self.processes(node):
+            self._stop(node)
+        return gone
+
+    def _stop(self, place: str) -> None:
         with suppress(OSError):
             self._call("StopUnit", "ss", (place.rpartition("/")[2], "replace"), tolerated=(_NO_SUCH_UNIT,))
-        return not (self._top / place).exists() or remove_tree(self._top / place, self._rmdir)
 
     def close(self) -> None:
         if self._bus is not None:

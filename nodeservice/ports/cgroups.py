@@ -89,6 +89,10 @@ class TaskCgroups(Protocol):
 
     async def usage(self, id_: AttemptId) -> Usage: ...
 
+    async def final_usage(self, id_: AttemptId) -> Usage | None:
+        """The same once no process is left in it, nor below; None until then. Empty where there is no such cgroup."""
+        ...
+
     async def oom(self, id_: AttemptId) -> OomFacts: ...
 
     async def kill(self, id_: AttemptId) -> None:
@@ -97,10 +101,6 @@ class TaskCgroups(Protocol):
 
     async def processes(self, id_: AttemptId) -> Sequence[int]:
         """Those in it and below; empty where there is no such cgroup."""
-        ...
-
-    async def is_empty(self, id_: AttemptId) -> bool:
-        """Whether no process is left in it; true where there is no such cgroup."""
         ...
 
     async def remove(self, id_: AttemptId) -> None:

@@ -70,7 +70,7 @@ class TaskDisk(Protocol):
         ...
 
     async def use(self, id_: AttemptId) -> DiskUse | None:
-        """What it has written now, and the most that was seen. None for an attempt that was not prepared."""
+        """What it has left behind, once nothing of it runs, and the most that was seen. None if it was not prepared."""
         ...
 
     def seen(self, id_: AttemptId) -> DiskUse | None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +27,9 @@ log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 _Sent = tuple[str, ResultFile, "StoredObject"]
 """The key, the file, and what the store made of it."""
+
+_FEW = 4
+_LITTLE_BYTES = 1024**2
 
 
 class S3ResultStore:
@@ -78,31 +82,14 @@ class S3ResultStore:
         return "/".join(part for part in (self._access.prefix.strip("/"), prefix) if part)
 
     async def _put(self, bundle: ResultBundle, base: str) -> None:
-        marker = f"{base}/{MANIFEST_NAME}"
-        marker_bytes = bundle.manifest_bytes
-        present = await self._run(lambda client: client.objects_below(f"{base}/"))
-        is_marked = marker in present
-        if is_marked and not await self._run(
-            lambda client: client.holds(marker, len(marker_bytes), sha256_of(marker_bytes))
-        ):
-            raise NodeFaultError(
-                f"s3://{self._access.bucket}/{base} already holds other results of attempt {bundle.spec.id}",
-                reason="RESULT_CONFLICT",
-                hint="two nodes ran this attempt, or the bucket is shared by two masters",
-            )
-        # What lies below a marker was verified before the marker was written; sizes tell whether it still lies there.
-        missing = [
-            file for file in bundle.files if not (is_marked and _has_size(present, f"{base}/{file.entry.path}", file))
-        ]
         stop = threading.Event()
         try:
-            sent = await self._upload_all(missing, base, present, stop)
-            if sent:
-                await self._run(lambda client: _look_for(client, f"{base}/", sent))
-            if not is_marked:
-                await self._run(
-                    lambda client: client.upload_bytes(marker, marker_bytes, content_type="application/json", stop=stop)
-                )
+            if _is_small(bundle):  # each turn in a thread costs as much as its request
+                sent = await self._run(partial(_put_in_turn, bundle=bundle, base=base, stop=stop))
+            else:
+                there = await self._run(partial(_compare, bundle=bundle, base=base))
+                sent = await self._upload_all(there.missing, base, there.present, stop)
+                await self._run(partial(_finish, bundle=bundle, base=base, there=there, sent=sent, stop=stop))
         finally:
             stop.set()
         log.debug("results.stored", prefix=base, files=len(bundle.files), sent=len(sent))
@@ -116,11 +103,9 @@ class S3ResultStore:
 
         async def work() -> None:
             for file in waiting:
-                key = f"{base}/{file.entry.path}"
-                maybe_there = _has_size(present, key, file)
-                stored = await self._run(partial(_upload_one, key=key, file=file, maybe_there=maybe_there, stop=stop))
-                if stored is not None:
-                    sent.append((key, file, stored))
+                told = await self._run(partial(_send_one, base=base, file=file, present=present, stop=stop))
+                if told is not None:
+                    sent.append(told)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -142,17 +127,71 @@ class S3ResultStore:
             return self._client
 
 
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What the store has of a bundle, and what it lacks."""
+
+    present: dict[str, StoredObject]
+    missing: list[ResultFile]
+    is_marked: bool
+
+
+def _is_small(bundle: ResultBundle) -> bool:
+    return len(bundle.files) <= _FEW and sum(file.entry.size_bytes for file in bundle.files) <= _LITTLE_BYTES
+
+
+def _compare(client: BucketClient, *, bundle: ResultBundle, base: str) -> _There:
+    marker = f"{base}/{MANIFEST_NAME}"
+    present = client.objects_below(f"{base}/")
+    is_marked = marker in present
+    if is_marked and not client.holds(marker, len(bundle.manifest_bytes), sha256_of(bundle.manifest_bytes)):
+        raise NodeFaultError(
+            f"{client.url(base)} already holds other results of attempt {bundle.spec.id}",
+            reason="RESULT_CONFLICT",
+            hint="two nodes ran this attempt, or the bucket is shared by two masters",
+        )
+    # What lies below a marker was verified before the marker was written; sizes tell whether it still lies there.
+    missing = [
+        file for file in bundle.files if not (is_marked and _has_size(present, f"{base}/{file.entry.path}", file))
+    ]
+    return _There(present, missing, is_marked)
+
+
+def _finish(
+    client: BucketClient,
+    *,
+    bundle: ResultBundle,
+    base: str,
+    there: _There,
+    sent: list[_Sent],
+    stop: threading.Event,
+) -> None:
+    if sent:
+        _look_for(client, f"{base}/", sent)
+    if not there.is_marked:
+        marker = f"{base}/{MANIFEST_NAME}"
+        client.upload_bytes(marker, bundle.manifest_bytes, content_type="application/json", stop=stop)
+
+
+def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
+    there = _compare(client, bundle=bundle, base=base)
+    sent = [sent for file in there.missing if (sent := _send_one(client, base, file, there.present, stop))]
+    _finish(client, bundle=bundle, base=base, there=there, sent=sent, stop=stop)
+    return sent
+
+
 def _has_size(present: dict[str, StoredObject], key: str, file: ResultFile) -> bool:
     return key in present and present[key].size_bytes == file.entry.size_bytes
 
 
-def _upload_one(
-    client: BucketClient, *, key: str, file: ResultFile, maybe_there: bool, stop: threading.Event
-) -> StoredObject | None:
+def _send_one(
+    client: BucketClient, base: str, file: ResultFile, present: dict[str, StoredObject], stop: threading.Event
+) -> _Sent | None:
     """None: it was there."""
-    if maybe_there and client.holds(key, file.entry.size_bytes, file.entry.sha256):
+    key = f"{base}/{file.entry.path}"
+    if _has_size(present, key, file) and client.holds(key, file.entry.size_bytes, file.entry.sha256):
         return None
-    return client.upload(key, file, stop)
+    return key, file, client.upload(key, file, stop)
 
 
 def _look_for(client: BucketClient, prefix: str, sent: list[_Sent]) -> None:

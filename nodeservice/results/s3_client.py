@@ -140,10 +140,11 @@ class BucketClient:
         if not self.holds(key, len(data), sha256):
             raise self.lost(key)
 
+    def url(self, key: str) -> str:
+        return f"s3://{self._bucket}/{key}"
+
     def lost(self, key: str) -> TransientError:
-        return TransientError(
-            f"s3://{self._bucket}/{key} was sent but is not there as it was sent", reason="STORE_UNREACHABLE"
-        )
+        return TransientError(f"{self.url(key)} was sent but is not there as it was sent", reason="STORE_UNREACHABLE")
 
     def abort_leftovers(self, key: str) -> int:
         """Drop what interrupted uploads of this key left: it costs space and no listing shows it. How many there were.

@@ -118,13 +118,18 @@ def look(pid: int) -> dict[str, object]:
             "pids_limit": int((pids / "pids.max").read_text()),
         }
     else:
-        place = Path(f"/sys/fs/cgroup{own['']}")
-        quota, period = (int(word) for word in (place / "cpu.max").read_text().split())
-        memory_bytes, swap_bytes = (int((place / f"memory.{name}").read_text()) for name in ("max", "swap.max"))
+        container = Path(f"/sys/fs/cgroup{own['']}")
+        places = (container, container.parent)  # the task's own above it: whichever is met first
+        quota, period = min(
+            (tuple(int(word) for word in (place / "cpu.max").read_text().split()) for place in places),
+            key=lambda pair: pair[0] / pair[1],
+        )
+        memory_bytes = min(int((place / "memory.max").read_text()) for place in places)
+        swap_bytes = min(int((place / "memory.swap.max").read_text()) for place in places)
         facts |= {
             "memory_bytes": memory_bytes,
             "memory_swap_bytes": memory_bytes + swap_bytes,
-            "pids_limit": int((place / "pids.max").read_text()),
+            "pids_limit": min(int((place / "pids.max").read_text()) for place in places),
         }
     return facts | {"cpu_milli": round(quota * 1000 / period)}
 

@@ -20,8 +20,8 @@ from nodeservice.limits.hierarchy import host_cgroup_version
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.attack_bench import MIB, Bench, nothing_left
 
-pytestmark = [pytest.mark.engine, pytest.mark.unseen, pytest.mark.timeout(3000)]
 REPEATS = int(os.environ.get("TEST_VERDICT_REPEATS", "1"))
+pytestmark = [pytest.mark.engine, pytest.mark.unseen, pytest.mark.timeout(1400 + 60 * REPEATS)]
 ENDS_TOGETHER = host_cgroup_version() == 2
 """There the kernel ends all of a task that runs out of memory."""
 _AT_ONCE = 2
@@ -86,12 +86,13 @@ async def test_each_cause_of_death_is_told_as_what_it_was(bench: Bench) -> None:
         differing = [f"{name}: {words}" for name, words in zip(names, told, strict=True) if words]
         assert differing == []
         agreed.update(names)
+        print(f"{begun + len(names) // len(CASES)} of {REPEATS}", flush=True)
     print("\n".join(f"| {name} | {count} of {REPEATS} |" for name, count in agreed.items()))
 
 
 async def play(bench: Bench, case: Case) -> str:
     """What differs from the case, in words."""
-    task_id = await bench.assign(case.command, **({"cpu_milli": 40} | dict(case.fields)))
+    task_id = await bench.assign(case.command, **({"cpu_milli": 60} | dict(case.fields)))
     if case.act:
         await bench.running(task_id)
         await act(bench, case.act, task_id)

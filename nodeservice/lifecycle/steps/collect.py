@@ -21,15 +21,16 @@ log = structlog.get_logger(__name__)
 
 async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
-    await asyncio.to_thread(context.dirs.prepare, record.id)
-    container = await make_sure_it_ended(context, driver, record.id)
+    if record.id not in context.ended:  # whatever happened to it before a restart
+        await asyncio.to_thread(context.dirs.prepare, record.id)
+    container, counted = await make_sure_it_ended(context, driver, record.id)
     if record.lease.gpu_uuids and container is not None and container.has_run:
         await context.gpus.returned(record)
     driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
     unread = None
     if container is not None and container.has_run:
         unread = await _drain_log(context, record, container.id)
-    usage = await _bill(context, record)
+    usage = await _bill(context, record, counted)
     try:
         bundle = await _freeze(context, record)
     except NodeServiceError as error:
@@ -54,9 +55,8 @@ async def _drain_log(context: Context, record: TaskRecord, container_id: str) ->
             return None
 
 
-async def _bill(context: Context, record: TaskRecord) -> Usage:
+async def _bill(context: Context, record: TaskRecord, counted: Usage) -> Usage:
     """What the kernel counted, beside what was observed while it ran."""
-    counted = await context.cgroups.usage(record.id)
     written = await context.disk.use(record.id)
     return replace(
         counted,

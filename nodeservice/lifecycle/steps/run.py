@@ -209,6 +209,7 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         return ev.ContainerLost(
             at=now, message=f"the engine lost the container's exit status ({state.status} {state.error})"
         )
+    context.ended[id_] = state
     if record.lease.gpu_uuids:
         await context.gpus.ended(id_, well=state.exit_code == 0)
     kills = await context.cgroups.oom(id_)
@@ -309,22 +310,24 @@ async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
         await context.clock.sleep(_STUCK_LOOK_SECONDS)
 
 
-async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -> ContainerState | None:
-    """The attempt's container, ended for certain, with nothing left in its cgroup; None where there is no container.
+async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -> tuple[ContainerState | None, Usage]:
+    """The attempt's container, ended for certain, with nothing left in its cgroup, and what the kernel counted there.
 
-    Takes as long as it takes: what cannot be ended keeps its lease.
+    None where there is no container. Takes as long as it takes: what cannot be ended keeps its lease.
     """
+    found = context.ended.pop(id_, None)
     while True:
         try:
             async with asyncio.timeout(context.settings.kill_patience_seconds):
-                found = await context.runtime.find(labels.container_name(id_))
+                if found is None:
+                    found = await context.runtime.find(labels.container_name(id_))
                 while found is not None and found.is_running:
                     await context.runtime.kill(found.id)
                     found = await context.runtime.wait_exited(found.id)
-                while not await context.cgroups.is_empty(id_):
+                while (usage := await context.cgroups.final_usage(id_)) is None:
                     await context.cgroups.kill(id_)
                     await context.clock.sleep(0.02)
-            return found
+            return found, usage
         except TimeoutError:
             _tell_stuck(context, driver, id_)
             await context.cgroups.kill(id_)
