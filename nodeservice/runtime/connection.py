@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _CALL_THREADS = 16
 _SIGNAL_THREADS = 4
+_READER_THREADS = 4096
+"""More than containers that run at a time: one that waited for its turn would lose what its log is bounded to."""
 _CONNECT_TIMEOUT_SECONDS = 5.0
 _GREETING_TIMEOUT_SECONDS = 10
 """For the first answer. Who takes connections and is silent counts as no engine, long before a call would."""
@@ -42,6 +44,9 @@ class EngineConnection:
         """Why the engine did not answer when it was last asked; empty when it did."""
         self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="engine-call")
         self._signals = ThreadPoolExecutor(_SIGNAL_THREADS, thread_name_prefix="engine-signal")
+        self.readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="engine-log")
+        """For what follows a container from its start to its end. Made when needed, and kept: a start of a thread is waited
+        for."""
 
     def client(self) -> APIClient:
         """Blocking. Raises TransientError when no engine answers."""
@@ -85,6 +90,7 @@ class EngineConnection:
         self._is_closed = True
         self._calls.shutdown(wait=False, cancel_futures=True)
         self._signals.shutdown(wait=False, cancel_futures=True)
+        self.readers.shutdown(wait=False, cancel_futures=True)
         if self._client is not None:
             self._client.close()
 

@@ -267,7 +267,8 @@ class DockerRuntime:
             lambda client: calls.log_path(client, container_id), doing="find a container's log"
         )
         if await asyncio.to_thread(os.access, path.parent, os.R_OK | os.X_OK):
-            return read_log_file(path, until_end=partial(self.wait_exited, container_id) if follow else None)
+            until_end = partial(self.wait_exited, container_id) if follow else None
+            return read_log_file(path, self._connection.readers, until_end=until_end)
         if follow:
             # Podman's own follower loses lines (see log_file). Late and whole is better than at once and with holes.
             log.info("container.log_read_at_end", container_id=container_id, why=f"{path.parent} cannot be read")

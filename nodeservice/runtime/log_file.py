@@ -11,6 +11,7 @@ import io
 import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Executor
 from pathlib import Path
 
 from nodeservice.errors import NodeServiceError, TransientError
@@ -21,7 +22,7 @@ _LOOK_SECONDS = 0.1
 
 
 async def read_log_file(
-    path: Path, *, until_end: Callable[[], Awaitable[object]] | None
+    path: Path, threads: Executor, *, until_end: Callable[[], Awaitable[object]] | None
 ) -> AsyncGenerator[bytes, None]:
     """See `ports.ContainerRuntime.read_log`. With `until_end`, which returns once the container has ended, follow to then.
 
@@ -31,7 +32,7 @@ async def read_log_file(
     buffer = HandOver(asyncio.get_running_loop())
     reading = _Reading(path, buffer, follow=until_end is not None)
     waiter = None if until_end is None else asyncio.create_task(_tell_end(until_end, reading), name="log end")
-    threading.Thread(target=reading.run, name="engine-log", daemon=True).start()
+    threads.submit(reading.run)
     try:
         while data := await buffer.take():
             yield data

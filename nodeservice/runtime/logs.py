@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncGenerator, Iterator
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
@@ -29,7 +28,7 @@ async def read_log(
     buffer = HandOver(asyncio.get_running_loop())
     stream = connection.stream()
     reading = _Reading(connection, container_id, follow=follow, mends_lines=mends_lines, stream=stream, buffer=buffer)
-    threading.Thread(target=reading.run, name="engine-log", daemon=True).start()
+    connection.readers.submit(reading.run)
     try:
         while data := await buffer.take():
             yield data

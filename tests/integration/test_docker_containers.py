@@ -18,6 +18,7 @@ from nodeservice.core.model import MIB
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ContainerSpec, Mount
 from nodeservice.runtime.docker import DockerRuntime
+from tests.busy_threads import busy_threads
 from tests.integration.engine_proxy import EngineProxy
 
 pytestmark = pytest.mark.engine
@@ -273,7 +274,7 @@ async def test_no_thread_stays_when_followers_are_dropped(runtime: DockerRuntime
             break
         await pieces.aclose()
     async with asyncio.timeout(SOON_SECONDS):
-        while any(thread.name == "engine-log" for thread in threading.enumerate()):
+        while busy_threads("engine-log"):
             await asyncio.sleep(0.02)
 
 

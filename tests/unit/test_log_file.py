@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nodeservice.errors import TransientError
 from nodeservice.runtime.log_file import read_log_file, take_records
+from tests.busy_threads import busy_threads
+
+
+@pytest.fixture
+def readers() -> Iterator[Executor]:
+    with ThreadPoolExecutor(4, thread_name_prefix="engine-log") as threads:
+        yield threads
 
 
 def record(text: bytes, kind: bytes = b"F") -> bytes:
@@ -22,9 +30,9 @@ def test_records_of_a_log_file_give_back_the_bytes_that_were_written() -> None:
     assert take_records(b"2026-01-") == (b"", b"2026-01-")
 
 
-async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path: Path) -> None:
+async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path: Path, readers: Executor) -> None:
     path, ended = tmp_path / "ctr.log", asyncio.Event()
-    pieces = read_log_file(path, until_end=ended.wait)
+    pieces = read_log_file(path, readers, until_end=ended.wait)
     path.write_bytes(record(b"one") + record(b"two")[:-5])
     assert await anext(pieces) == b"one\n"
     with path.open("ab") as stream:
@@ -37,22 +45,22 @@ async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path
     fresh.rename(path)
     ended.set()
     assert b"".join([piece async for piece in pieces]) == b"three\nfour\n"
-    assert b"".join([piece async for piece in read_log_file(path, until_end=None)]) == b"four\n"
-    assert [piece async for piece in read_log_file(tmp_path / "none", until_end=None)] == []
+    assert b"".join([piece async for piece in read_log_file(path, readers, until_end=None)]) == b"four\n"
+    assert [piece async for piece in read_log_file(tmp_path / "none", readers, until_end=None)] == []
 
 
-async def test_a_reader_that_leaves_a_log_file_takes_its_thread_with_it(tmp_path: Path) -> None:
+async def test_a_reader_that_leaves_a_log_file_takes_its_thread_with_it(tmp_path: Path, readers: Executor) -> None:
     path = tmp_path / "ctr.log"
     path.write_bytes(record(b"one"))
-    pieces = read_log_file(path, until_end=asyncio.Event().wait)
+    pieces = read_log_file(path, readers, until_end=asyncio.Event().wait)
     assert await anext(pieces) == b"one\n"
     await pieces.aclose()
     async with asyncio.timeout(10):
-        while any(thread.name == "engine-log" for thread in threading.enumerate()):
+        while busy_threads("engine-log"):
             await asyncio.sleep(0.01)
 
 
-async def test_a_log_file_that_cannot_be_read_is_a_broken_stream(tmp_path: Path) -> None:
+async def test_a_log_file_that_cannot_be_read_is_a_broken_stream(tmp_path: Path, readers: Executor) -> None:
     with pytest.raises(TransientError) as caught:
-        await anext(read_log_file(tmp_path, until_end=None))
+        await anext(read_log_file(tmp_path, readers, until_end=None))
     assert caught.value.reason == "LOG_STREAM_BROKEN"

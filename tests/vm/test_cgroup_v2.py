@@ -99,7 +99,8 @@ def test_what_is_taken_out_of_its_quota_is_noticed(volume: Machine) -> None:
     """As the owner of a file may do with one system call, done from outside here for want of a program in the image."""
     leave = (
         "import fcntl, glob, os, struct, time\n"
-        "while not (found := glob.glob('/volume/home/**/results/free', recursive=True, include_hidden=True)): time.sleep(0.1)\n"
+        "where = '/volume/home/**/results/free'\n"
+        "while not (found := glob.glob(where, recursive=True, include_hidden=True)): time.sleep(0.1)\n"
         "place = os.open(found[0], os.O_RDONLY)\n"
         "held = struct.unpack('=5I8x', fcntl.ioctl(place, 0x801C581F, bytes(28)))\n"
         "fcntl.ioctl(place, 0x401C5820, struct.pack('=5I8x', held[0] & ~0x200, held[1], held[2], 0, held[4]))\n"
