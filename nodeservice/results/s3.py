@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ _Sent = tuple[str, ResultFile, "StoredObject"]
 
 _FEW = 4
 _LITTLE_BYTES = 1024**2
+_TURN_FILES = 32
 
 
 class S3ResultStore:
@@ -102,10 +103,8 @@ class S3ResultStore:
         sent: list[_Sent] = []
 
         async def work() -> None:
-            for file in waiting:
-                told = await self._run(partial(_send_one, base=base, file=file, present=present, stop=stop))
-                if told is not None:
-                    sent.append(told)
+            while turn := _turn(waiting):
+                sent.extend(await self._run(partial(_send, base=base, files=turn, present=present, stop=stop)))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -175,7 +174,7 @@ def _finish(
 
 def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
     there = _compare(client, bundle=bundle, base=base)
-    sent = [sent for file in there.missing if (sent := _send_one(client, base, file, there.present, stop))]
+    sent = _send(client, base=base, files=there.missing, present=there.present, stop=stop)
     _finish(client, bundle=bundle, base=base, there=there, sent=sent, stop=stop)
     return sent
 
@@ -184,14 +183,31 @@ def _has_size(present: dict[str, StoredObject], key: str, file: ResultFile) -> b
     return key in present and present[key].size_bytes == file.entry.size_bytes
 
 
-def _send_one(
-    client: BucketClient, base: str, file: ResultFile, present: dict[str, StoredObject], stop: threading.Event
-) -> _Sent | None:
-    """None: it was there."""
-    key = f"{base}/{file.entry.path}"
-    if _has_size(present, key, file) and client.holds(key, file.entry.size_bytes, file.entry.sha256):
-        return None
-    return key, file, client.upload(key, file, stop)
+def _turn(waiting: Iterator[ResultFile]) -> list[ResultFile]:
+    """What one thread sends before others have their turn: a turn costs as much as a small file."""
+    turn: list[ResultFile] = []
+    size_bytes = 0
+    while len(turn) < _TURN_FILES and size_bytes < _LITTLE_BYTES and (file := next(waiting, None)) is not None:
+        turn.append(file)
+        size_bytes += file.entry.size_bytes
+    return turn
+
+
+def _send(
+    client: BucketClient,
+    *,
+    base: str,
+    files: Sequence[ResultFile],
+    present: dict[str, StoredObject],
+    stop: threading.Event,
+) -> list[_Sent]:
+    """Those that were not there."""
+    sent = []
+    for file in files:
+        key = f"{base}/{file.entry.path}"
+        if not (_has_size(present, key, file) and client.holds(key, file.entry.size_bytes, file.entry.sha256)):
+            sent.append((key, file, client.upload(key, file, stop)))
+    return sent
 
 
 def _look_for(client: BucketClient, prefix: str, sent: list[_Sent]) -> None:
