@@ -22,6 +22,7 @@ from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, lab
 log = structlog.get_logger(__name__)
 _STUCK_LOOK_SECONDS = 1.0
 _IMAGE_ATTEMPTS = 3
+_LOG_PAUSE_SECONDS = 0.05
 _INSIDE_SECONDS = 10.0
 """For a program of the driver's: its first call on an idle GPU takes seconds."""
 
@@ -184,9 +185,8 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
     if record.lease.gpu_uuids:
         await _follow_gpus(context, record)
     observed = _Observed(record.usage)
-    follower = asyncio.create_task(
-        context.logs.follow_until_end(id_, container_id, context.dirs.log(id_)), name=f"log {id_}"
-    )
+    following = asyncio.Event()
+    follower = asyncio.create_task(_follow_log(context, id_, container_id, following), name=f"log {id_}")
     aside = [
         asyncio.create_task(_keep_disk_bound(context, driver, record), name=f"disk {id_}"),
         asyncio.create_task(_observe(context, record, observed), name=f"observe {id_}"),
@@ -195,9 +195,10 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         state = await context.runtime.wait_exited(container_id)
         for task in aside:
             task.cancel()
-        with contextlib.suppress(TimeoutError):  # what is left is drained when results are collected
-            async with asyncio.timeout(context.settings.log_drain_seconds):
-                await follower
+        if following.is_set():
+            with contextlib.suppress(TimeoutError):  # what is left is drained when results are collected
+                async with asyncio.timeout(context.settings.log_drain_seconds):
+                    await follower
     finally:
         for task in (follower, *aside):
             task.cancel()
@@ -227,6 +228,13 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         by_engine=state.ended_by_engine,
         engine_was_away=state.engine_was_away,
     )
+
+
+async def _follow_log(context: Context, id_: AttemptId, container_id: str, following: asyncio.Event) -> None:
+    """The log of a task that ends at once is read in one piece, when results are collected."""
+    await asyncio.sleep(_LOG_PAUSE_SECONDS)
+    following.set()
+    await context.logs.follow_until_end(id_, container_id, context.dirs.log(id_))
 
 
 async def _follow_gpus(context: Context, record: TaskRecord) -> None:
