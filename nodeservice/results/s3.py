@@ -29,6 +29,7 @@ _Sent = tuple[str, ResultFile, "StoredObject"]
 """The key, the file, and what the store made of it."""
 
 _FEW = 4
+"""Files that go one after the other in one thread, with all that is asked of the store before and after them."""
 _LITTLE_BYTES = 1024**2
 _TURN_FILES = 32
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.vm.bare import BareMachine
 from tests.vm.machine import PATIENCE_SECONDS, ROOT, Machine, NoMachineError
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(4000)]
@@ -273,3 +274,24 @@ def test_a_purge_ends_tasks_and_leaves_what_the_manual_names(host: Host) -> None
     assert host.run(f"find {places} {ours} {machine_itself}") == ""
     assert host.run("systemctl list-units --all --no-legend | grep nodeservice || true") == ""
     assert host.run("getent passwd nodeservice-master || true") == ""
+
+
+def test_apt_makes_a_worker_of_a_bare_machine_and_takes_it_away_again(
+    package: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """From the file alone; the engine comes along from the distribution."""
+    apt = "export DEBIAN_FRONTEND=noninteractive\napt-get -q"
+    try:
+        with BareMachine(tmp_path_factory.mktemp("bare")) as machine:
+            host = Host(machine)
+            assert host.run("command -v dockerd nodeservice || true") == ""
+            machine.put(package, f"/root/{package.name}")
+            machine.run(f"{apt} update >&2\napt-get -q install -y /root/{package.name} >&2", timeout_seconds=1800)
+            host.until("it serves", lambda: host.shown("nodeservice", "StatusText").startswith("0 tasks running"))
+            assert host.shown("nodeservice", "UnitFileState") == "enabled"
+            assert json.loads(host.run("nodeservice inspect --json"))
+            machine.run(f"{apt} purge -y nodeservice >&2")
+            assert host.run("command -v nodeservice || true") == ""
+            assert host.run("systemctl list-units --all --no-legend | grep nodeservice || true") == ""
+    except NoMachineError as error:
+        pytest.skip(f"NO VIRTUAL MACHINE, apt is not tried: {error}")
