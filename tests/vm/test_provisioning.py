@@ -46,7 +46,7 @@ class Site:
     def play(self, book: str, *options: str, version: str = "0.1.0") -> Played:
         done = subprocess.run(
             [Path(sys.executable).with_name("ansible-playbook"), "-i", self.folder / "hosts.ini", *options,
-             "-e", f"nodeservice_package={self.folder}/{version}.deb", f"playbooks/{book}.yml"],
+             "-e", f"nodeservice_package={self.folder}/nodeservice_{version}_amd64.deb", f"playbooks/{book}.yml"],
             cwd=ANSIBLE, capture_output=True, text=True, check=False, timeout=5400,
             env=os.environ | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_HOME": str(self.folder / "home")},
         )  # fmt: skip
@@ -71,7 +71,7 @@ def build(version: str, target: Path) -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     for version in ("0.1.0", "0.1.1"):
-        build(version, folder / f"{version}.deb")
+        build(version, folder / f"nodeservice_{version}_amd64.deb")
     try:
         with BareMachine(tmp_path_factory.mktemp("bare")) as machine:
             site = Site(machine, folder)
