@@ -158,10 +158,7 @@ class KernelTaskCgroups:
         if self._tree.falls_apart:
             await self._look(id_, self._tree.hold_together, None)
 
-    async def usage(self, id_: AttemptId) -> Usage:
-        return await self._look(id_, self._tree.usage, Usage())
-
-    async def final_usage(self, id_: AttemptId) -> Usage | None:
+    async def usage(self, id_: AttemptId) -> Usage | None:
         def look(place: str) -> Usage | None:
             return None if self._tree.processes(place) else self._tree.usage(place)
 
@@ -291,10 +288,7 @@ class NoTaskCgroups:
     async def hold_together(self, id_: AttemptId) -> None:
         """The container's own cgroup is all there is."""
 
-    async def usage(self, id_: AttemptId) -> Usage:
-        return Usage()
-
-    async def final_usage(self, id_: AttemptId) -> Usage | None:
+    async def usage(self, id_: AttemptId) -> Usage | None:
         return Usage()
 
     async def oom(self, id_: AttemptId) -> OomFacts:

@@ -87,10 +87,11 @@ class TaskCgroups(Protocol):
         """
         ...
 
-    async def usage(self, id_: AttemptId) -> Usage: ...
+    async def usage(self, id_: AttemptId) -> Usage | None:
+        """What the kernel counted, once no process is left in it, nor below; None until then.
 
-    async def final_usage(self, id_: AttemptId) -> Usage | None:
-        """The same once no process is left in it, nor below; None until then. Empty where there is no such cgroup."""
+        Empty where there is no such cgroup.
+        """
         ...
 
     async def oom(self, id_: AttemptId) -> OomFacts: ...

@@ -206,6 +206,7 @@ async def test_a_busy_task_is_seen_to_be_throttled(
     task = spec(cpu_milli=100)
     parent = await cgroups.prepare(task)
     with Container(engine, image, parent, task, "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done") as container:
+        assert await cgroups.usage(TASK) is None  # not while it still counts
         assert container.wait() == 0
 
     usage = await cgroups.usage(TASK)

@@ -332,7 +332,7 @@ async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -
                 while found is not None and found.is_running:
                     await context.runtime.kill(found.id)
                     found = await context.runtime.wait_exited(found.id)
-                while (usage := await context.cgroups.final_usage(id_)) is None:
+                while (usage := await context.cgroups.usage(id_)) is None:
                     await context.cgroups.kill(id_)
                     await context.clock.sleep(0.02)
             return found, usage
