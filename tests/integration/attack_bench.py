@@ -61,6 +61,10 @@ class Bench:
             return result  # it never was what was asked for, so there is no receipt
         if seen is not None:
             told = receipt(result)
+            task, of_task = seen.pop("task", None), seen.pop("task_pids_limit", None)
+            if Path(told["read_from"]["pids_limit"]).parent == task:
+                # The container's own cgroup had gone when the service looked, and it says where it read.
+                seen["pids_limit"] = of_task
             held = {name: value for name, value in told["effective"].items() if name in seen}
             # Of the process, unlike its cgroup, the service may have come too late; then it says so.
             assert held == {name: value for name, value in seen.items() if name in held}
@@ -130,6 +134,8 @@ def look(pid: int) -> dict[str, object]:
             "memory_bytes": memory_bytes,
             "memory_swap_bytes": memory_bytes + swap_bytes,
             "pids_limit": min(int((place / "pids.max").read_text()) for place in places),
+            "task": container.parent,
+            "task_pids_limit": int((container.parent / "pids.max").read_text()),
         }
     return facts | {"cpu_milli": round(quota * 1000 / period)}
 
