@@ -95,6 +95,17 @@ def test_a_filler_meets_an_error_where_a_quota_holds_and_is_not_killed(volume: M
     assert told["usage"]["disk_peak_bytes"] < 12 * 1024**2
 
 
+def test_tiny_files_without_end_meet_an_error_where_a_quota_holds(volume: Machine) -> None:
+    told = run_there(volume, "i=0; while true >/results/$i; do i=$((i+1)); done; exit 4")
+    assert (told["reason"], told["exit_code"]) == ("EXIT_NONZERO", 4), told
+    assert told["limits"]["enforcement"]["disk_bytes"] == "hard"
+
+
+def test_a_flood_of_log_lines_is_ended_though_a_quota_holds_the_rest(volume: Machine) -> None:
+    told = run_there(volume, "yes 0123456789012345678901234567890123456789")
+    assert told["reason"] == "DISK_LIMIT", told
+
+
 def test_what_is_taken_out_of_its_quota_is_noticed(volume: Machine) -> None:
     """As the owner of a file may do with one system call, done from outside here for want of a program in the image."""
     leave = (
