@@ -18,6 +18,7 @@ from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results.access import BucketMissing, S3Access
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
+from nodeservice.results.s3_archive import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from nodeservice.results.s3_client import BucketClient, StoredObject
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
-_Sent = tuple[str, ResultFile, "StoredObject"]
-"""The key, the file, and what the store made of it."""
-
 _FEW = 4
 """Files that go one after the other in one thread, with all that is asked of the store before and after them."""
 _LITTLE_BYTES = 1024**2
-_TURN_FILES = 32
+_TURN_FILES = 256
+"""At most, for one thread before others have their turn."""
+_TOGETHER = 2
 
 
 class S3ResultStore:
@@ -43,7 +43,8 @@ class S3ResultStore:
     RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
 
     A large file travels in parts, a few at a time; its sha256 is proven while it is read, and only then it is completed.
-    All that was sent is looked for in one listing, by size and ETag, before the manifest goes out.
+    Small files go to MinIO many in one request; other stores get each by itself. All that was sent is looked for in one
+    listing, by size and ETag, before the manifest goes out.
     """
 
     def __init__(self, access: S3Access) -> None:
@@ -101,10 +102,11 @@ class S3ResultStore:
     ) -> list[_Sent]:
         """Send what is not there; a few at a time, since one task per file would be many. Returns what was sent."""
         waiting = iter(files)
+        turn_files = min(_TURN_FILES, -(-len(files) // self._access.parallel_count))
         sent: list[_Sent] = []
 
         async def work() -> None:
-            while turn := _turn(waiting):
+            while turn := _turn(waiting, turn_files):
                 sent.extend(await self._run(partial(_send, base=base, files=turn, present=present, stop=stop)))
 
         try:
@@ -134,6 +136,20 @@ class _There:
     present: dict[str, StoredObject]
     missing: list[ResultFile]
     is_marked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What has to be found. `is_proven`: the store compared it with a digest before it took it."""
+
+    base: str
+    file: ResultFile
+    stored: StoredObject
+    is_proven: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.base}/{self.file.entry.path}"
 
 
 def _is_small(bundle: ResultBundle) -> bool:
@@ -167,7 +183,7 @@ def _finish(
     stop: threading.Event,
 ) -> None:
     if sent:
-        _look_for(client, f"{base}/", sent)
+        _look_for(client, base, sent, stop)
     if not there.is_marked:
         marker = f"{base}/{MANIFEST_NAME}"
         client.upload_bytes(marker, bundle.manifest_bytes, content_type="application/json", stop=stop)
@@ -184,11 +200,11 @@ def _has_size(present: dict[str, StoredObject], key: str, file: ResultFile) -> b
     return key in present and present[key].size_bytes == file.entry.size_bytes
 
 
-def _turn(waiting: Iterator[ResultFile]) -> list[ResultFile]:
+def _turn(waiting: Iterator[ResultFile], max_files: int) -> list[ResultFile]:
     """What one thread sends before others have their turn: a turn costs as much as a small file."""
     turn: list[ResultFile] = []
     size_bytes = 0
-    while len(turn) < _TURN_FILES and size_bytes < _LITTLE_BYTES and (file := next(waiting, None)) is not None:
+    while len(turn) < max_files and size_bytes < _LITTLE_BYTES and (file := next(waiting, None)) is not None:
         turn.append(file)
         size_bytes += file.entry.size_bytes
     return turn
@@ -203,17 +219,29 @@ def _send(
     stop: threading.Event,
 ) -> list[_Sent]:
     """Those that were not there."""
-    sent = []
+    missing = []
     for file in files:
         key = f"{base}/{file.entry.path}"
         if not (_has_size(present, key, file) and client.holds(key, file.entry.size_bytes, file.entry.sha256)):
-            sent.append((key, file, client.upload(key, file, stop)))
+            missing.append(file)
+    small = [file for file in missing if file.entry.size_bytes <= MAX_FILE_BYTES]
+    together = client.upload_together(base, small, stop) if len(small) >= _TOGETHER else None
+    sent = []
+    if together is not None:
+        missing = [file for file in missing if file.entry.size_bytes > MAX_FILE_BYTES]
+        sent = [_Sent(base, file, stored, is_proven=False) for file, stored in zip(small, together, strict=True)]
+    for file in missing:
+        sent.append(_Sent(base, file, client.upload(f"{base}/{file.entry.path}", file, stop), is_proven=True))
     return sent
 
 
-def _look_for(client: BucketClient, prefix: str, sent: list[_Sent]) -> None:
+def _look_for(client: BucketClient, base: str, sent: list[_Sent], stop: threading.Event) -> None:
     """One request for a thousand objects. A store whose listing tells another ETag is asked for the object itself."""
-    present = client.objects_below(prefix)
-    for key, file, stored in sent:
-        if present.get(key) != stored and not client.holds(key, file.entry.size_bytes, file.entry.sha256):
-            raise client.lost(key)
+    present = client.objects_below(f"{base}/")
+    for one in sent:
+        if present.get(one.key) == one.stored:
+            continue
+        if not one.is_proven:
+            client.upload(one.key, one.file, stop)
+        if not client.holds(one.key, one.file.entry.size_bytes, one.file.entry.sha256):
+            raise client.lost(one.key)

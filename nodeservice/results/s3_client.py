@@ -10,7 +10,7 @@ import contextvars
 import hashlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -21,6 +21,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultFile
+from nodeservice.results import s3_archive
 from nodeservice.results.access import BucketMissing, S3Access
 from nodeservice.results.s3_parts import PartSender
 from nodeservice.results.source import PutStopped, VerifiedReader
@@ -30,6 +31,7 @@ log = structlog.get_logger(__name__)
 _BLOCK_BYTES = 256 * 1024
 _MAX_PART_COUNT = 10_000
 _SHA256_HEADER = "x-amz-meta-sha256"
+_ANY_BYTES = "application/octet-stream"
 
 _TRANSIENT_CODES = frozenset(
     {
@@ -90,6 +92,7 @@ class BucketClient:
             http_client=self._http,
         )
         self._parts = PartSender(self._minio, self._bucket, parallel_count=access.parallel_count)
+        self._unpacks: bool | None = None
 
     def close(self) -> None:
         self._parts.close()
@@ -133,11 +136,42 @@ class BucketClient:
             etag = self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
         return StoredObject(size_bytes, etag)
 
+    def upload_together(self, base: str, files: Sequence[ResultFile], stop: threading.Event) -> list[StoredObject] | None:
+        """Send files of up to `s3_archive.MAX_FILE_BYTES` in one request. None if this store takes no such thing.
+
+        What a listing has to show of each of them, and nothing less, says that it arrived: MinIO checks the digest of the
+        request only after it has stored what was in it.
+        """
+        if not self._http.is_minio or self._unpacks is False:
+            return None
+        archive, etags = s3_archive.pack(files, [_headers(file.entry.sha256) for file in files], stop)
+        key = f"{base}.tar"  # no attempt is called so; it is there only if nobody unpacked it
+        token = _stop.set(stop)
+        try:
+            with self._translated(f"upload {len(files)} files below {base}"):
+                self._minio._put_object(self._bucket, key, archive, s3_archive.headers(base))  # noqa: SLF001
+        except NodeFaultError as error:
+            log.info("results.not_unpacked", bucket=self._bucket, error=str(error))
+            self._unpacks = False
+            return None
+        finally:
+            _stop.reset(token)
+        if self._unpacks is None:
+            first = files[0].entry
+            self._unpacks = self.holds(f"{base}/{first.path}", first.size_bytes, first.sha256)
+            if not self._unpacks:
+                log.info("results.not_unpacked", bucket=self._bucket, error="the archive was not unpacked as asked")
+                with self._translated(f"remove {key}"):
+                    self._minio.remove_object(self._bucket, key)
+                return None
+        return [StoredObject(file.entry.size_bytes, etag) for file, etag in zip(files, etags, strict=True)]
+
     def upload_bytes(self, key: str, data: bytes, *, content_type: str, stop: threading.Event) -> None:
-        """Send it, and look whether it arrived."""
+        """Send it, and look whether it arrived, unless the answer's ETag says so: of a plain object it is the MD5."""
         sha256 = hashlib.sha256(data).hexdigest()
-        self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
-        if not self.holds(key, len(data), sha256):
+        etag = self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
+        is_told = etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if not is_told and not self.holds(key, len(data), sha256):
             raise self.lost(key)
 
     def url(self, key: str) -> str:
@@ -171,11 +205,11 @@ class BucketClient:
         *,
         stop: threading.Event,
         part_bytes: int | None = None,
-        content_type: str = "application/octet-stream",
+        content_type: str = _ANY_BYTES,
     ) -> str:
         """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
         token = _stop.set(stop)
-        stream, headers = cast(BinaryIO, data), {"Content-Type": content_type, _SHA256_HEADER: sha256}
+        stream, headers = cast(BinaryIO, data), _headers(sha256, content_type)
         try:
             with self._translated(f"upload {key}"):
                 if part_bytes is not None and size_bytes > part_bytes:
@@ -213,6 +247,10 @@ class BucketClient:
             raise NodeFaultError(f"{where}: cannot {action}: {error}", reason="STORE_REFUSED") from error
 
 
+def _headers(sha256: str, content_type: str = _ANY_BYTES) -> dict[str, str]:
+    return {"Content-Type": content_type, _SHA256_HEADER: sha256}
+
+
 def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFaultError | RequestError:
     """Whose move is next. An unknown answer of the 4xx kind is a refusal: repeating the same will not help."""
     if code == "EntityTooLarge":
@@ -241,8 +279,13 @@ class _BlockwisePool(urllib3.PoolManager):
     3.5), so a slow but living link would time out. A file-like body gets the limit for each block.
     """
 
+    is_minio = False
+    """Whether the last answer says that it is from one. Other stores would keep an archive as it is."""
+
     def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
         body = kw.get("body")
         if isinstance(body, bytes) and body:
             kw["body"] = _Body(body)
-        return super().urlopen(method, url, redirect, **kw)
+        response = super().urlopen(method, url, redirect, **kw)
+        self.is_minio = response.headers.get("Server") == "MinIO"
+        return response

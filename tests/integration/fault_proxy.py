@@ -52,6 +52,11 @@ class FaultProxy:
         self._corrupt_at = 0
         self._corrupt_left = 0
         self._silent = False
+        self._is_renamed = False
+
+    def rename(self) -> None:
+        """Answers do not say any more that they are from MinIO."""
+        self._is_renamed = True
 
     def be_slow(self, bytes_per_second: float) -> None:
         self._bytes_per_second = bytes_per_second
@@ -162,10 +167,11 @@ class FaultProxy:
                 passed = end
                 self.bytes_sent += len(block)
 
-    @staticmethod
-    def _copy_back(server: socket.socket, client: socket.socket) -> None:
+    def _copy_back(self, server: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while block := server.recv(_BLOCK):
+                if self._is_renamed:
+                    block = block.replace(b"Server: MinIO", b"Server: Other")
                 client.sendall(block)
             client.shutdown(socket.SHUT_WR)
 

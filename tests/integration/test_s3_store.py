@@ -16,7 +16,7 @@ from minio import Minio
 from nodeservice.core.model import AttemptId, Resources, TaskSpec
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle
-from nodeservice.results import manifest
+from nodeservice.results import manifest, s3_archive
 from nodeservice.results.access import MIB, S3Access
 from nodeservice.results.s3 import S3ResultStore
 from tests.integration.fault_proxy import FaultProxy
@@ -109,13 +109,65 @@ async def test_the_manifest_is_sent_last_of_300_files_and_repetition_sends_nothi
     assert_complete(client, bucket, bundle)
     sent = puts(proxy)
     assert sent[0] == f"/{bucket}"
-    assert len(sent) == 303
     assert sent[-1].endswith("/manifest.json")
+    assert set(sent[1:-1]) == {f"/{bucket}/{PREFIX}.tar"}, "MinIO takes small files together"
+    assert len(sent) - 2 == 4, "as many turns as may send at a time"
 
     proxy.requests.clear()
     assert await open_store().put(bundle) == location
     assert puts(proxy) == []
     assert len(proxy.requests) < 5
+
+
+async def test_a_store_that_is_not_minio_gets_each_file_by_itself(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path, {f"f{number}": b"%d" % number for number in range(300)})
+    proxy.rename()
+    await open_store().put(bundle)
+    assert_complete(client, bucket, bundle)
+    assert len(puts(proxy)) == 303
+
+
+async def test_a_store_that_does_not_unpack_is_noticed_and_keeps_no_archive(
+    open_store: OpenStore,
+    proxy: FaultProxy,
+    client: Minio,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one would that calls itself MinIO and knows no archives: it stores what it got."""
+    monkeypatch.setattr(s3_archive, "UNPACK_HEADER", "X-Amz-Meta-Of-No-Meaning")
+    store = open_store(parallel_count=1)
+    bundle = bundle_of(tmp_path, {f"f{number}": b"%d" % number for number in range(20)})
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+    assert len([path for path in puts(proxy) if path.endswith(".tar")]) == 1
+    client.remove_object(bucket, f"{PREFIX}/manifest.json")
+    for number in range(20):
+        client.remove_object(bucket, f"{PREFIX}/f{number}")
+    proxy.requests.clear()
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+    assert not [path for path in puts(proxy) if path.endswith(".tar")], "once is enough"
+
+
+async def test_a_bit_that_flips_in_an_archive_is_never_left_in_the_store(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    """MinIO stores what it unpacks before it has seen all of the request, and so before it can check its digest."""
+    client.make_bucket(bucket)
+    bundle = bundle_of(tmp_path, {f"f{number}": secrets.token_bytes(60_000) for number in range(10)})
+    proxy.corrupt_at(100_000)
+    store = open_store(parallel_count=1)
+    try:
+        await store.put(bundle)
+    except TransientError:
+        assert "manifest.json" not in keys(client, bucket)
+        await store.put(bundle)
+    assert proxy.corrupted_count == 1
+    assert_complete(client, bucket, bundle)
 
 
 async def test_a_large_file_travels_in_parts(
@@ -304,6 +356,7 @@ async def test_objects_of_an_upload_that_broke_off_are_not_sent_again(
 
     client.put_object(bucket, f"{PREFIX}/stale", io.BytesIO(b"old"), 3)
     proxy.requests.clear()
+    proxy.rename()
     await store.put(bundle)
     assert sorted(path.rpartition("/")[2] for path in puts(proxy)) == ["a", "manifest.json", "stale"]
     assert_complete(client, bucket, bundle)
