@@ -11,18 +11,19 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import structlog
 import urllib3
 from minio import Minio
+from minio.datatypes import Object
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results import s3_archive
 from nodeservice.results.access import BucketMissing, S3Access
+from nodeservice.results.s3_object import Standing, StoredObject
 from nodeservice.results.s3_parts import PartSender
 from nodeservice.results.source import PutStopped, VerifiedReader
 
@@ -55,14 +56,6 @@ _HINTS = {
 }
 
 _stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("results_s3_stop", default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """As a listing tells it. The ETag names the contents: it is what the store answered to their upload."""
-
-    size_bytes: int
-    etag: str
 
 
 class BucketClient:
@@ -115,28 +108,37 @@ class BucketClient:
             found = self._minio.list_objects(self._bucket, prefix=prefix, recursive=True)
             return {item.object_name: StoredObject(item.size, item.etag or "") for item in found}
 
+    def has(self, key: str) -> bool:
+        """Whether there is an object of this key, whatever it holds."""
+        return self._look_at(key) is not None
+
     def holds(self, key: str, size_bytes: int, sha256: str) -> bool:
         """True when an object of this key says that it has this size and sha256."""
+        found = self._look_at(key)
+        return found is not None and found.size == size_bytes and (found.metadata or {}).get(_SHA256_HEADER) == sha256
+
+    def _look_at(self, key: str) -> Object | None:
         with self._translated(f"look at {key}"):
             try:
-                found = self._minio.stat_object(self._bucket, key)
+                return self._minio.stat_object(self._bucket, key)
             except S3Error as error:
                 if error.code == "NoSuchKey":
-                    return False
+                    return None
                 raise
-        return found.size == size_bytes and (found.metadata or {}).get(_SHA256_HEADER) == sha256
 
-    def upload(self, key: str, file: ResultFile, stop: threading.Event) -> StoredObject:
+    def upload(self, key: str, file: ResultFile, stop: threading.Event) -> tuple[StoredObject, Standing]:
         """Send one file, in parts if it is large. Gives what a listing has to show of it from now on."""
         size_bytes = file.entry.size_bytes
         part_bytes = max(self._access.part_bytes, -(-size_bytes // _MAX_PART_COUNT))
         if size_bytes > part_bytes:
             self.abort_leftovers(key)
         with VerifiedReader(file, stop=stop) as reader:
-            etag = self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
-        return StoredObject(size_bytes, etag)
+            etag, standing = self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
+        return StoredObject(size_bytes, etag), standing
 
-    def upload_together(self, base: str, files: Sequence[ResultFile], stop: threading.Event) -> list[StoredObject] | None:
+    def upload_together(
+        self, base: str, files: Sequence[ResultFile], stop: threading.Event
+    ) -> list[StoredObject] | None:
         """Send files of up to `s3_archive.MAX_FILE_BYTES` in one request. None if this store takes no such thing.
 
         What a listing has to show of each of them, and nothing less, says that it arrived: MinIO checks the digest of the
@@ -167,11 +169,10 @@ class BucketClient:
         return [StoredObject(file.entry.size_bytes, etag) for file, etag in zip(files, etags, strict=True)]
 
     def upload_bytes(self, key: str, data: bytes, *, content_type: str, stop: threading.Event) -> None:
-        """Send it, and look whether it arrived, unless the answer's ETag says so: of a plain object it is the MD5."""
+        """Send it, and look whether it arrived unless that is proven."""
         sha256 = hashlib.sha256(data).hexdigest()
-        etag = self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
-        is_told = etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if not is_told and not self.holds(key, len(data), sha256):
+        _, standing = self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
+        if standing is not Standing.PROVEN and not self.holds(key, len(data), sha256):
             raise self.lost(key)
 
     def url(self, key: str) -> str:
@@ -206,18 +207,21 @@ class BucketClient:
         stop: threading.Event,
         part_bytes: int | None = None,
         content_type: str = _ANY_BYTES,
-    ) -> str:
+    ) -> tuple[str, Standing]:
         """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
         token = _stop.set(stop)
         stream, headers = cast(BinaryIO, data), _headers(sha256, content_type)
         try:
             with self._translated(f"upload {key}"):
                 if part_bytes is not None and size_bytes > part_bytes:
-                    return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes)
+                    return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes), Standing.TAKEN
                 body = stream.read(size_bytes)
-                return str(self._minio._put_object(self._bucket, key, body, dict(headers)).etag)  # noqa: SLF001
+                etag = str(self._minio._put_object(self._bucket, key, body, dict(headers)).etag)  # noqa: SLF001
         finally:
             _stop.reset(token)
+        is_small = size_bytes <= s3_archive.MAX_FILE_BYTES
+        is_proven = is_small and etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
+        return etag, Standing.PROVEN if is_proven else Standing.TAKEN
 
     @contextlib.contextmanager
     def _translated(self, action: str) -> Iterator[None]:

@@ -107,11 +107,12 @@ class EngineConnection:
         return answer
 
     def _connect(self) -> APIClient:
-        from docker import APIClient
         from docker.errors import DockerException
 
+        from nodeservice.runtime.engine_client import EngineClient
+
         try:
-            client = APIClient(
+            client = EngineClient(
                 self.endpoint.url,
                 version="auto",
                 timeout=min(_GREETING_TIMEOUT_SECONDS, int(self.call_timeout_seconds)),

@@ -347,7 +347,7 @@ async def test_an_object_that_was_lost_or_replaced_is_sent_again(
 async def test_objects_of_an_upload_that_broke_off_are_not_sent_again(
     open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
 ) -> None:
-    bundle = bundle_of(tmp_path, {"a": b"1", "b": b"22", "stale": b"new"})
+    bundle = bundle_of(tmp_path, {"a": b"1", "b": b"22", "c": b"333", "d": b"4", "stale": b"new"})
     store = open_store()
     await store.put(bundle)
     client.remove_object(bucket, f"{PREFIX}/manifest.json")
