@@ -1,8 +1,8 @@
 """The life of one attempt as a table: (phase, event) → next record and what to do.
 
 `accept` makes the first record, `advance` applies an event, `resume` says what to do with a record found in the journal.
-The driver journals the returned record before it runs the returned effects, so entering a phase and recovering in it are
-the same look-up (`ENTRY`). A phase only rises; a failure is a jump forward that still collects, uploads, reports and cleans
+The driver journals the returned record before it runs the returned effects (but see `Step.can_wait`), so entering a phase and
+recovering in it are the same look-up (`ENTRY`). A phase only rises; a failure is a jump forward that still collects, uploads, reports and cleans
 up what exists. An event that comes late (a duplicate, or the result of work that a stop overtook) changes nothing; one that
 comes early is our own bug and carries the story.
 """
@@ -59,11 +59,16 @@ ENTRY: Mapping[Phase, tuple[fx.Effect, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The next record and what to do once it is journalled. `changed` False: nothing to journal."""
+    """The next record and what to do once it is journalled. `changed` False: nothing to journal.
+
+    `can_wait`: what it notes would be found out again, and done again without harm, by a service that has lost the note. So
+    the effects need not wait for the disk.
+    """
 
     record: TaskRecord
     effects: tuple[fx.Effect, ...] = ()
     changed: bool = True
+    can_wait: bool = False
 
 
 def accept(*, spec: TaskSpec, lease: Lease, trace: TraceIds, received_at: datetime, accepted_at: datetime) -> Step:
@@ -124,6 +129,10 @@ def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect) -
     return Step(replace(record, phase=phase, timings=timings), (*before, *ENTRY[phase]))
 
 
+def _can_wait(step: Step) -> Step:
+    return replace(step, can_wait=True)
+
+
 def _give_up(record: TaskRecord, at: datetime, verdict: Verdict, *before: fx.Effect) -> Step:
     """The run is over before or without an exit: collect what exists."""
     settled = replace(record, verdict=verdicts.first_failure(record.verdict, verdict))
@@ -152,7 +161,7 @@ def _stop_while_running(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 
 def _pulled(record: TaskRecord, event: ev.ImagePulled) -> Step:
-    return _enter(replace(record, image_digest=event.digest), Phase.CREATING, event.at)
+    return _can_wait(_enter(replace(record, image_digest=event.digest), Phase.CREATING, event.at))
 
 
 def _step_failed(record: TaskRecord, event: ev.StepFailed) -> Step:
@@ -165,7 +174,7 @@ def _created(record: TaskRecord, event: ev.ContainerCreated) -> Step:
     created = replace(record, container_id=event.container_id)
     if record.stop is not None:
         return _give_up(created, event.at, verdicts.of_stop(record.stop))
-    return _enter(created, Phase.STARTING, event.at)
+    return _can_wait(_enter(created, Phase.STARTING, event.at))
 
 
 def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
@@ -217,7 +226,7 @@ def _gone(record: TaskRecord, event: ev.ContainerGone) -> Step:
     """What it computed with is free for others; reading its log and its files takes the disk alone."""
     if record.compute_released:
         return Step(record, changed=False)
-    return Step(replace(record, compute_released=True, stuck=False), (fx.ReleaseCompute(),))
+    return _can_wait(Step(replace(record, compute_released=True, stuck=False), (fx.ReleaseCompute(),)))
 
 
 def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
@@ -236,7 +245,7 @@ def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
         stuck=False,
         compute_released=True,
     )
-    return _enter(collected, Phase.UPLOADING, event.at, fx.ReleaseCompute())
+    return _can_wait(_enter(collected, Phase.UPLOADING, event.at, fx.ReleaseCompute()))
 
 
 def _collect_failed(record: TaskRecord, event: ev.CollectFailed) -> Step:

@@ -2,7 +2,8 @@
 
 All that happens to attempts passes through `Driver`, in batches: everything waiting in the queue is decided on, written in
 one synced journal transaction, and then answered and acted on. So one sync serves many, and nothing is ever answered or
-done that a crash could forget.
+done that a crash could forget. Only notes that a crash may forget (`machine.Step.can_wait`) travel with the next write, which
+comes within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ StartEffect = Callable[[TaskRecord, fx.Effect], None]
 Changed = Callable[[TaskRecord], None]
 _JOURNAL_BACKOFF = Backoff(first_seconds=0.2, max_seconds=15.0)
 _MAX_BATCH = 512
+_DEFERRED_SECONDS = 0.2
 
 
 class Driver:
@@ -74,6 +76,8 @@ class Driver:
         self.warnings: dict[str, str] = {}
         """What else is wrong, by name, in words: it holds back only the tasks that need it."""
         self.journal_error: str | None = None
+        self._deferred: dict[AttemptId, TaskRecord] = {}
+        self._write_deferred: asyncio.TimerHandle | None = None
         self._held_up: str | None = None
         """Why what has happened cannot be journalled now, so that nothing behind it is decided."""
 
@@ -186,7 +190,9 @@ class Driver:
                     self._decide(self._queue.get_nowait(), batch)
                 except asyncio.QueueEmpty:
                     break
-            if batch.changed:
+            if batch.can_wait and not batch.answers and not batch.settled:
+                self._defer(batch)
+            else:
                 await self._write(batch)
             self._publish(batch)
             await self._forget_old()
@@ -262,28 +268,42 @@ class Driver:
     def _note(self, step: machine.Step, batch: Batch) -> None:
         if step.changed:
             batch.changed[step.record.id] = step.record
+            batch.can_wait = batch.can_wait and step.can_wait
         batch.effects += [(step.record.id, effect) for effect in step.effects]
 
     # ---- journal, then act ----------------------------------------------------------------------------------------
 
+    def _defer(self, batch: Batch) -> None:
+        """Leave the batch to the next write, or to one of its own when none comes soon."""
+        self._deferred |= batch.changed
+        if self._deferred and self._write_deferred is None:
+            loop = asyncio.get_running_loop()
+            self._write_deferred = loop.call_later(
+                _DEFERRED_SECONDS, self._queue.put_nowait, Settled(loop.create_future())
+            )
+
     async def _write(self, batch: Batch) -> None:
         """Journal the batch. New work is refused while the journal cannot be written; what happened is kept until it can."""
         failures = 0
-        while batch.changed:
+        while unwritten := self._deferred | batch.changed:
             try:
-                await self._journal.save(list(batch.changed.values()))
+                await self._journal.save(list(unwritten.values()))
             except TransientError as error:
                 if self.journal_error is None:
                     log.error("journal.unwritable", error=str(error))
                 self.journal_error = str(error)
                 self._refuse_admitted(batch, error)
-                self._held_up = str(error) if batch.changed else None
+                self._held_up = str(error) if self._deferred or batch.changed else None
                 await self._clock.sleep(_JOURNAL_BACKOFF.delay(failures, random.random()))  # noqa: S311
                 failures += 1
             else:
                 if self.journal_error is not None:
                     log.info("journal.writable_again")
                 self.journal_error = self._held_up = None
+                self._deferred.clear()
+                if self._write_deferred is not None:
+                    self._write_deferred.cancel()
+                    self._write_deferred = None
                 return
 
     def _refuse_admitted(self, batch: Batch, error: TransientError) -> None:

@@ -45,3 +45,5 @@ class Batch:
     answers: list[tuple[asyncio.Future[TaskRecord], AttemptId]] = field(default_factory=list)
     admitted: set[AttemptId] = field(default_factory=set)
     settled: list[asyncio.Future[None]] = field(default_factory=list)
+    can_wait: bool = True
+    """For the disk: nothing in it depends on being remembered."""

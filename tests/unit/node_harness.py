@@ -99,6 +99,11 @@ class StoppingJournal:
         self.stopped.set()
         await asyncio.Event().wait()
 
+    def stop(self) -> None:
+        """Nothing more is written from now on."""
+        self._left, self._lost = self.write_count, True
+        self.stopped.set()
+
     def __getattr__(self, name: str) -> object:
         return getattr(self._journal, name)
 
