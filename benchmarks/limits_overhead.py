@@ -101,7 +101,7 @@ class Bench:
             await self.cgroups.oom(id_)
             usage = await self.cgroups.usage(id_)
             written = await self.disk.use(id_)
-        assert usage.memory_peak_bytes, "nothing was billed"
+        assert usage is not None and usage.memory_peak_bytes, "nothing was billed"
         assert written is not None
         assert written.peak_bytes >= MIB
         await self.runtime.remove(container)

@@ -121,7 +121,8 @@ async def _master(home: Path) -> AsyncIterator[tuple[str, int]]:
         process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            await asyncio.wait_for(channel.channel_ready(), 60)
+            async with asyncio.timeout(60):
+                await channel.channel_ready()
         yield address, process.pid
     finally:
         process.terminate()

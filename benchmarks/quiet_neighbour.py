@@ -59,7 +59,7 @@ async def measure(rounds: int) -> dict[str, Any]:
         await node.start()
         try:
             async with grpc.aio.insecure_channel(node.address) as channel:
-                bench = Bench(node, master, pb_grpc.MasterWorkerStub(channel), engine)  # type: ignore[no-untyped-call]
+                bench = Bench(node, master, pb_grpc.MasterWorkerStub(channel), engine)
                 rows = [await one_round(bench) for _ in range(rounds)]
         finally:
             await node.stop()

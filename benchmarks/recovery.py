@@ -10,8 +10,7 @@ from benchmarks.rig.finding import Finding, Target, median
 from benchmarks.rig.records import record
 from benchmarks.rig.scale import Scale
 from benchmarks.rig.service import running_service
-from nodeservice.daemon.node import JOURNAL_NAME
-from nodeservice.journal.sqlite import SqliteJournal
+from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 
 ABOUT = (
     "A journal of so many attempts that wait to be reported (a master that was long away), then `serve` in a new process. "

@@ -99,7 +99,8 @@ async def running_service(
             await node.start()
             ready_after_seconds = time.monotonic() - began
             try:
-                await asyncio.wait_for(master.registered.wait(), 60)
+                async with asyncio.timeout(60):
+                    await master.registered.wait()
                 async with grpc.aio.insecure_channel(node.address) as channel:
                     stub = pb_grpc.MasterWorkerStub(channel)
                     yield Service(node, master, stub, traces, ready_after_seconds)

@@ -1,10 +1,10 @@
 """The life of one attempt as a table: (phase, event) → next record and what to do.
 
 `accept` makes the first record, `advance` applies an event, `resume` says what to do with a record found in the journal.
-The driver journals the returned record before it runs the returned effects (but see `Step.can_wait`), so entering a phase and
-recovering in it are the same look-up (`ENTRY`). A phase only rises; a failure is a jump forward that still collects, uploads, reports and cleans
-up what exists. An event that comes late (a duplicate, or the result of work that a stop overtook) changes nothing; one that
-comes early is our own bug and carries the story.
+The driver journals the returned record before it runs the returned effects (but see `Step.can_wait`), so entering a phase
+and recovering in it are the same look-up (`ENTRY`). A phase only rises; a failure is a jump forward that still collects,
+uploads, reports and cleans up what exists. An event that comes late (a duplicate, or the result of work that a stop
+overtook) changes nothing; one that comes early is our own bug and carries the story.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from nodeservice.ports import (
     ProcessReader,
     PullProgress,
     Reading,
+    ResultBundle,
     ResultsFolder,
     ResultStore,
     TaskCgroups,
@@ -131,6 +132,8 @@ class Context:
     """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
     ended: dict[AttemptId, ContainerState] = field(default_factory=dict)
     """Containers whose end was seen and that are not collected yet: the engine need not be asked again."""
+    frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)
+    """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
     collecting: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
     )

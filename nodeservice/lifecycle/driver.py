@@ -2,8 +2,8 @@
 
 All that happens to attempts passes through `Driver`, in batches: everything waiting in the queue is decided on, written in
 one synced journal transaction, and then answered and acted on. So one sync serves many, and nothing is ever answered or
-done that a crash could forget. Only notes that a crash may forget (`machine.Step.can_wait`) travel with the next write, which
-comes within a fraction of a second.
+done that a crash could forget. Only notes that a crash may forget (`machine.Step.can_wait`) travel with the next write,
+which comes within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Driver:
         self._finished_retention_count = finished_retention_count
         self._finished_retention = timedelta(seconds=finished_retention_seconds)
         self._records: dict[AttemptId, TaskRecord] = {}
-        self._newest: dict[str, int] = {}
+        self._live: dict[AttemptId, TaskRecord] = {}
+        self._attempts: dict[str, tuple[int, ...]] = {}
+        """The numbers of a task's known attempts, in order."""
         self._finished: dict[AttemptId, None] = {}
         self._queue: asyncio.Queue[Assign | Occurred | Resume | Settled] = asyncio.Queue()
         self._listeners: list[Changed] = []
@@ -102,12 +104,12 @@ class Driver:
 
     def newest(self, task_id: str) -> TaskRecord | None:
         """The record of the highest attempt known of a task."""
-        attempt = self._newest.get(task_id)
-        return None if attempt is None else self._records.get(AttemptId(task_id, attempt))
+        attempts = self._attempts.get(task_id)
+        return None if attempts is None else self._records.get(AttemptId(task_id, attempts[-1]))
 
     def live(self) -> list[TaskRecord]:
         """All unfinished attempts, oldest first."""
-        return [record for id_, record in self._records.items() if id_ not in self._finished]
+        return list(self._live.values())
 
     def finished(self) -> list[TaskRecord]:
         """All attempts that are over and still remembered."""
@@ -228,7 +230,7 @@ class Driver:
                 ledger=self.ledger,
                 draining=self.draining or self.cordoned,
                 conditions={**self.conditions, **self._stuck_condition()},
-                live_count=len(self._records) - len(self._finished) + len(batch.admitted),
+                live_count=len(self._live) + len(batch.admitted),
                 max_live_count=self._max_live_count,
             )
             if admitted.existing is None:
@@ -349,7 +351,13 @@ class Driver:
 
     def _remember(self, record: TaskRecord) -> None:
         self._records[record.id] = record
-        self._newest[record.id.task_id] = max(record.id.attempt, self._newest.get(record.id.task_id, 0))
+        if record.phase is Phase.FINISHED:
+            self._live.pop(record.id, None)
+        else:
+            self._live[record.id] = record
+        known = self._attempts.get(record.id.task_id, ())
+        if record.id.attempt not in known:
+            self._attempts[record.id.task_id] = tuple(sorted((*known, record.id.attempt)))
 
     def _trace(self, before: TaskRecord | None, record: TaskRecord) -> None:
         ended_before = sum(1 for timing in before.timings if timing.ended_at is not None) if before else 0
@@ -375,17 +383,14 @@ class Driver:
             for id_ in old:
                 del self._finished[id_]
                 del self._records[id_]
-                self._forget_newest(id_)
+                self._forget_attempt(id_)
                 for listener in self._forgotten:
                     listener(id_)
 
-    def _forget_newest(self, id_: AttemptId) -> None:
-        if self._newest.get(id_.task_id) != id_.attempt:
-            return
-        del self._newest[id_.task_id]
-        older = [other.attempt for other in self._records if other.task_id == id_.task_id]
-        if older:  # one that is not finished yet
-            self._newest[id_.task_id] = max(older)
+    def _forget_attempt(self, id_: AttemptId) -> None:
+        left = tuple(attempt for attempt in self._attempts.pop(id_.task_id, ()) if attempt != id_.attempt)
+        if left:
+            self._attempts[id_.task_id] = left
 
 
 def _unwritable(why: str) -> CapacityError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,21 +52,18 @@ class V1CgroupTree:
         self._tops = tuple(
             dict.fromkeys(Path(m.point) for m in mounts if m.filesystem in ("cgroup", "cgroup2") and m.root == "/")
         )
+        bases = {(self._bases[name] / name).resolve() for name in self._bases}
+        self._idle_tops = tuple(top for top in self._tops if top.resolve() not in bases)
+        self._nodes: dict[tuple[str, str], HierarchyNode] = {}
         self._oom = OomWatches()
         self._log = OomLog()
 
     def create(self, place: str, limits: CgroupLimits) -> None:
         born = not self._memory(place).is_dir()
         for name in self._bases:
-            node = self._node(name)
-            for part in place.split("/"):
-                parent, node = node, node.create_cgroup(part)
-                if name == "cpuset":
-                    # An empty cpuset takes no process in (Documentation/admin-guide/cgroup-v1/cpusets.rst).
-                    for file in (b"cpuset.cpus", b"cpuset.mems"):
-                        node.controller.set_property(file, parent.controller.get_property(file))
-            self._set_limits(name, node, limits)
-        for top in self._tops:
+            self._make(name, place)
+            self._set_limits(name, self._node(name, place), limits)
+        for top in self._idle_tops:
             with suppress(OSError):
                 (top / place).mkdir(parents=True, exist_ok=True)
         self._oom.watch(self._memory(place), from_birth=born)
@@ -167,6 +163,8 @@ class V1CgroupTree:
 
     def remove(self, place: str) -> bool:
         self._oom.forget(self._memory(place))
+        for key in [key for key in self._nodes if key[1] == place or key[1].startswith(f"{place}/")]:
+            del self._nodes[key]
         gone = True
         for top in self._tops:
             if remove_tree(top / place, os.rmdir):
@@ -178,6 +176,25 @@ class V1CgroupTree:
     def close(self) -> None:
         self._oom.close()
         self._log.close()
+
+    def _make(self, name: str, place: str) -> None:
+        """One hierarchy's directory, and those above it that are missing."""
+        above, _, part = place.rpartition("/")
+        node, parent = self._node(name, place), self._node(name, above)
+        try:
+            parent.create_cgroup(part)
+        except FileNotFoundError:
+            if not above:
+                raise
+            self._make(name, above)
+            parent.create_cgroup(part)
+        if name != "cpuset":
+            return
+        # An empty cpuset takes no process in (Documentation/admin-guide/cgroup-v1/cpusets.rst).
+        for file in (b"cpuset.cpus", b"cpuset.mems"):
+            if above and not parent.controller.get_property(file):
+                self._make(name, above)
+            node.controller.set_property(file, parent.controller.get_property(file))
 
     def _set_limits(self, name: str, node: Any, limits: CgroupLimits) -> None:
         controller = node.controller
@@ -270,9 +287,16 @@ class V1CgroupTree:
         return self._bases["memory"] / "memory" / place
 
     def _node(self, controller: str, place: str = "") -> Any:
-        node = HierarchyNode(controller, parent=HierarchyNode(str(self._bases[controller])))
-        for part in _parts(place):
-            node = HierarchyNode(part, parent=node)
+        """A node holds a path and nothing of what lies there, so it stays right; to make one costs more than a read."""
+        known = self._nodes.get((controller, place))
+        if known is not None:
+            return known
+        above, _, name = place.rpartition("/")
+        if name:
+            node = HierarchyNode(name, parent=self._node(controller, above))
+        else:
+            node = HierarchyNode(controller, parent=HierarchyNode(str(self._bases[controller])))
+        self._nodes[controller, place] = node
         return node
 
 
@@ -312,7 +336,3 @@ def _reading(limit: str, value: int | str | None, controller: Any, file: str) ->
 
 def _finite(value: int | None) -> int | None:
     return None if value is None or value >= NO_LIMIT else value
-
-
-def _parts(place: str) -> Iterator[str]:
-    return (part for part in place.split("/") if part)

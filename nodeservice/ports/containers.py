@@ -173,6 +173,10 @@ class ContainerRuntime(Protocol):
         """
         ...
 
+    def is_untouched(self, container_id: str) -> bool:
+        """Whether it was created through here, anew, and nobody has tried to start it since."""
+        ...
+
     async def start(self, container_id: str) -> ContainerState:
         """Start. One that runs or ran already is success. Raises RequestError (COMMAND_NOT_FOUND, START_FAILED)."""
         ...

@@ -137,6 +137,9 @@ class DockerRuntime:
             self._never_started.add(container_id)
         return container_id
 
+    def is_untouched(self, container_id: str) -> bool:
+        return container_id in self._never_started
+
     async def start(self, container_id: str) -> ContainerState:
         """As the port says; a cancelled caller waits for the engine's answer, as with `create`.
 
@@ -150,13 +153,20 @@ class DockerRuntime:
                 return state
         self._never_started.discard(container_id)
         init_binary = (await self._profile()).init_binary
-        await self._connection.call_to_end(
-            lambda client: calls.start(client, container_id, init_binary=init_binary), doing="start a container"
-        )
-        state = await self._must_find(container_id)
-        if (said := await self._command_failure(state)) is not None:
+        self._exits.expect(container_id)
+        started: ContainerState | None = None
+        try:
+            started = await self._connection.call_to_end(
+                lambda client: calls.start(client, container_id, init_binary=init_binary), doing="start a container"
+            )
+        finally:
+            if started is None or not started.is_running:
+                self._exits.dismiss(container_id)
+        if started is None:
+            raise calls.lost(container_id)
+        if (said := await self._command_failure(started)) is not None:
             raise command_error(said)
-        return state
+        return started
 
     async def find(self, name_or_id: str) -> ContainerState | None:
         if not _NAME.fullmatch(name_or_id):
@@ -176,20 +186,22 @@ class DockerRuntime:
         retry_seconds = _FIRST_RETRY_SECONDS
         with self._exits.watch(container_id) as changed:
             while True:
-                changed.clear()
                 try:
                     if not self._life.is_known:
                         await self._life.look()
+                    await changed.wait()
+                    changed.clear()
                     state = await self.find(container_id)
                     if state is None or not state.is_running:
                         return await self._settled(state)
                 except (TransientError, NodeFaultError) as error:
                     log.info("engine.wait_interrupted", container_id=container_id, reason=error.reason)
+                    changed.clear()
                     await _wait_for(changed, retry_seconds)
+                    changed.set()
                     retry_seconds = min(2 * retry_seconds, self._relist_seconds)
                 else:
                     retry_seconds = _FIRST_RETRY_SECONDS
-                    await changed.wait()
 
     async def read_log(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
         async with aclosing(await self._reading(container_id, follow=follow)) as pieces:
@@ -218,6 +230,7 @@ class DockerRuntime:
 
     async def remove(self, container_id: str) -> None:
         self._never_started.discard(container_id)
+        self._exits.dismiss(container_id)
         if await self._connection.call(lambda client: calls.remove(client, container_id), doing="remove a container"):
             return
         deadline = asyncio.get_running_loop().time() + _REMOVAL_PATIENCE_SECONDS

@@ -93,7 +93,8 @@ def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any], *, nati
     return str(answer["Id"]), True
 
 
-def start(client: APIClient, container_id: str, *, init_binary: str) -> None:
+def start(client: APIClient, container_id: str, *, init_binary: str) -> ContainerState | None:
+    """What it is like right after."""
     from docker.errors import APIError
 
     try:
@@ -102,6 +103,7 @@ def start(client: APIClient, container_id: str, *, init_binary: str) -> None:
         if error.status_code == 404 and "no such container" in str(error.explanation).lower():
             raise lost(container_id) from error
         raise start_error(container_id[:12], error, init_binary=init_binary) from error
+    return inspect(client, container_id)
 
 
 def signal(client: APIClient, container_id: str, name: str) -> bool:

@@ -32,9 +32,9 @@ _JOIN_SECONDS = 2.0
 class ExitWatcher:
     """A waiter holds an asyncio.Event that is set whenever its container is worth a look.
 
-    Nothing is missed: a waiter looks after it was registered; events of the last two seconds are asked for again at each
-    connect, for the engine answers before it listens; a new connection wakes everybody; and what the engine forgot to tell
-    is found by the list.
+    Nothing is missed: a waiter looks after it was registered, or was registered before the container's start; events of the
+    last two seconds are asked for again at each connect, for the engine answers before it listens; a new connection wakes
+    everybody; and what the engine forgot to tell is found by the list.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class ExitWatcher:
         self._relist_seconds = relist_seconds
         self._on_connected = on_connected
         self._signals: dict[str, set[asyncio.Event]] = {}
+        self._expected: dict[str, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._relisting: asyncio.Task[None] | None = None
@@ -57,19 +58,33 @@ class ExitWatcher:
         self._stream_lock = threading.Lock()
         self._stream: EngineStream | None = None
 
+    def expect(self, container_id: str) -> None:
+        """Register before its start, for a `watch` that comes after it."""
+        self._start()
+        if container_id not in self._expected:
+            self._expected[container_id] = self._register(container_id)
+
+    def dismiss(self, container_id: str) -> None:
+        """Take back `expect`. Harmless where there was none."""
+        signal = self._expected.pop(container_id, None)
+        if signal is not None:
+            self._unregister(container_id, signal)
+
     @contextlib.contextmanager
     def watch(self, container_id: str) -> Iterator[asyncio.Event]:
-        """Register before the first look. The event is set again at every later sign; clear it before each look."""
+        """The event is set at each sign that a look is worth while, and at the beginning unless it was expected.
+
+        Clear it before each look.
+        """
         self._start()
-        signal = asyncio.Event()
-        self._signals.setdefault(container_id, set()).add(signal)
+        signal = self._expected.pop(container_id, None)
+        if signal is None:
+            signal = self._register(container_id)
+            signal.set()
         try:
             yield signal
         finally:
-            signals = self._signals[container_id]
-            signals.discard(signal)
-            if not signals:
-                del self._signals[container_id]
+            self._unregister(container_id, signal)
 
     def cut(self) -> None:
         """Break the event stream, as a fault would; it is taken up again. For tests and for a suspected stall."""
@@ -93,6 +108,17 @@ class ExitWatcher:
         self._thread = threading.Thread(target=self._follow_events, name="engine-events", daemon=True)
         self._thread.start()
         self._relisting = asyncio.create_task(self._relist(), name="engine-relist")
+
+    def _register(self, container_id: str) -> asyncio.Event:
+        signal = asyncio.Event()
+        self._signals.setdefault(container_id, set()).add(signal)
+        return signal
+
+    def _unregister(self, container_id: str, signal: asyncio.Event) -> None:
+        signals = self._signals[container_id]
+        signals.discard(signal)
+        if not signals:
+            del self._signals[container_id]
 
     def _poke(self, *keys: str) -> None:
         for key in keys:

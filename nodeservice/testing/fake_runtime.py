@@ -52,6 +52,7 @@ class FakeRuntime:
         self._cpu_count = cpu_count
         self._shelf = FakeImageShelf(self.images)
         self._containers: dict[str, _Container] = {}
+        self._untouched: set[str] = set()
         self._failures: dict[str, deque[NodeServiceError]] = defaultdict(deque)
         self._available = asyncio.Event()
         self._available.set()
@@ -181,9 +182,14 @@ class FakeRuntime:
                 },
             ),
         )
+        self._untouched.add(id_)
         return id_
 
+    def is_untouched(self, container_id: str) -> bool:
+        return container_id in self._untouched
+
     async def start(self, container_id: str) -> ContainerState:
+        self._untouched.discard(container_id)
         self._called("start", container_id)
         container = self._containers.get(container_id)
         if container is None:

@@ -35,6 +35,7 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
         bundle = await _freeze(context, record)
     except NodeServiceError as error:
         return ev.CollectFailed(at=context.clock.now(), message=f"cannot collect the results: {error}", usage=usage)
+    context.frozen[record.id] = bundle
     collected = replace(_collected(context, record, bundle), log_error=unread)
     return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
 

@@ -158,7 +158,7 @@ async def _start_once(context: Context, record: TaskRecord, container_id: str) -
     Docker hands a container to containerd before it notes the start; the next engine ends what it finds there, and shows a
     container that never ran. The kernel's counts outlive both, and this service too.
     """
-    if await context.cgroups.was_used(record.id):
+    if not context.runtime.is_untouched(container_id) and await context.cgroups.was_used(record.id):
         state = await context.runtime.find(container_id)
         if state is not None and not state.has_run:
             raise NodeFaultError(

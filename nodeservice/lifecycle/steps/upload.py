@@ -26,7 +26,9 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
     takes nothing (a full disk), both are tried for ever: no report goes out before the results are safe somewhere.
     """
     settings = context.settings
-    bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
+    bundle = context.frozen.pop(record.id, None)
+    if bundle is None:
+        bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
     patience = Patience(context.clock, settings.upload_give_up_seconds, since=record.timings[-1].started_at)
     failures = refusals = 0
     while True:
