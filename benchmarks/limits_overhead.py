@@ -101,7 +101,8 @@ class Bench:
             await self.cgroups.oom(id_)
             usage = await self.cgroups.usage(id_)
             written = await self.disk.use(id_)
-        assert usage is not None and usage.memory_peak_bytes, "nothing was billed"
+        assert usage is not None
+        assert usage.memory_peak_bytes, "nothing was billed"
         assert written is not None
         assert written.peak_bytes >= MIB
         await self.runtime.remove(container)
