@@ -163,8 +163,7 @@ class BucketClient:
             self._unpacks = self.holds(f"{base}/{first.path}", first.size_bytes, first.sha256)
             if not self._unpacks:
                 log.info("results.not_unpacked", bucket=self._bucket, error="the archive was not unpacked as asked")
-                with self._translated(f"remove {key}"):
-                    self._minio.remove_object(self._bucket, key)
+                self._remove(key)
                 return None
         return [StoredObject(file.entry.size_bytes, etag) for file, etag in zip(files, etags, strict=True)]
 
@@ -196,6 +195,14 @@ class BucketClient:
                         self._minio._abort_multipart_upload(self._bucket, key, upload.upload_id)  # noqa: SLF001
                         count += 1
             return count
+
+    def _remove(self, key: str) -> None:
+        """As far as a policy lets us, which needs no deleting otherwise."""
+        try:
+            with self._translated(f"remove {key}"):
+                self._minio.remove_object(self._bucket, key)
+        except NodeFaultError as error:
+            log.warning("results.archive_left", bucket=self._bucket, key=key, error=str(error))
 
     def _send(
         self,
