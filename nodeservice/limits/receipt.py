@@ -153,13 +153,15 @@ def _look(name: str, asked: Value | None, readings: Sequence[Reading], engine: M
     kernel = [reading for reading in readings if reading.readable]
     why = next((reading.note for reading in readings if not reading.readable and reading.note), _NOT_LOOKED_AT)
     held = in_force(name, kernel) if kernel else None
-    if held is not None and not _is_of_task_only(name, asked, kernel):
+    if held is not None and _is_of_task_only(name, asked, kernel):
+        held = None
+    if held is not None:
         return _Found(value=held.value, source=held.source)
     said = engine.get(name)
     if name in engine and (said is None or (isinstance(said, int | str) and not isinstance(said, bool))):
         # Engines write "no limit" as 0, -1 or nothing.
         return _Found(value=None if said in (None, 0, -1, "") else said, source=ENGINE, note=why)
-    return why if held is None else _Found(value=held.value, source=held.source)
+    return why
 
 
 def _is_of_task_only(name: str, asked: Value | None, kernel: Sequence[Reading]) -> bool:

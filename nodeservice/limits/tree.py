@@ -14,6 +14,9 @@ from nodeservice.core.model import Usage
 from nodeservice.limits.plan import CgroupLimits
 from nodeservice.ports import OomFacts, Reading
 
+_MONITORS = ("conmon", "libpod-conmon-")
+"""As Podman names them with its cgroup manager cgroupfs, and with systemd."""
+
 DirectoryCall = Callable[[Path], None]
 
 NO_LIMIT = 1 << 62
@@ -80,8 +83,8 @@ class CgroupTree(Protocol):
 
 
 def only_child(directory: Path) -> Path | None:
-    """The container's cgroup in the task's, while there is exactly one."""
-    children = list(children_of(directory))
+    """The container's cgroup in the task's, while there is exactly one. That of Podman's monitor lies beside it."""
+    children = [child for child in children_of(directory) if not child.name.startswith(_MONITORS)]
     return children[0] if len(children) == 1 else None
 
 

@@ -177,6 +177,15 @@ def test_the_room_for_the_runtime_is_no_breach_where_the_containers_cgroup_has_g
     assert made.unread["pids_limit"] == "it had ended"
 
 
+def test_where_the_engine_has_no_word_either_the_room_for_the_runtime_is_not_told_as_the_limit() -> None:
+    without = {name: value for name, value in ENGINE.items() if name != "pids_limit"}
+    made = written(reading("pids_limit", 32 + PIDS_OVERHEAD), engine=without)
+
+    assert made.mismatches == ()
+    assert "pids_limit" not in made.effective
+    assert "had ended" in made.unread["pids_limit"]
+
+
 def test_swap_beside_the_memory_is_a_mismatch() -> None:
     made = written(reading("memory_swap_bytes", 128 * MIB))
 
