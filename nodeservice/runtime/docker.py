@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import AsyncGenerator, Sequence
@@ -26,7 +27,7 @@ from nodeservice.ports import (
 from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_spec import check_mount_sources, create_body
-from nodeservice.runtime.docker_state import init_failure
+from nodeservice.runtime.docker_state import init_failure, read_state
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.engine_life import EngineLife
 from nodeservice.runtime.errors import InitMissingError, command_error
@@ -174,8 +175,7 @@ class DockerRuntime:
         state = await self._connection.call(
             lambda client: calls.inspect(client, name_or_id), doing="look at a container"
         )
-        # The engine also takes the beginning of an id.
-        return state if state is not None and name_or_id in {state.id, state.id[:12], state.name} else None
+        return _if_named(state, name_or_id)
 
     async def wait_exited(self, container_id: str) -> ContainerState | None:
         """As the port says. One that was created and never started is not running either, and returned at once.
@@ -191,7 +191,7 @@ class DockerRuntime:
                         await self._life.look()
                     await changed.wait()
                     changed.clear()
-                    state = await self.find(container_id)
+                    state = await self._look_at(container_id)
                     if state is None or not state.is_running:
                         return await self._settled(state)
                 except (TransientError, NodeFaultError) as error:
@@ -315,6 +315,18 @@ class DockerRuntime:
         with suppress(TransientError):
             await self._life.look()
 
+    async def _look_at(self, container_id: str) -> ContainerState | None:
+        """As `find`, and who answers is seen: one that is being shut down still tells of ends, but takes nobody in."""
+        if not _NAME.fullmatch(container_id):
+            return None
+        status, body = await self._life.ask(lambda: self._connection.api_path(f"/containers/{container_id}/json"))
+        if status == 404:
+            return None
+        if status != 200:
+            said = body[:200].decode(errors="replace")
+            raise NodeFaultError(f"the container engine failed to look at a container: {said}", reason="ENGINE_ERROR")
+        return _if_named(read_state(json.loads(body)), container_id)
+
     async def _must_find(self, container_id: str) -> ContainerState:
         state = await self.find(container_id)
         if state is None:
@@ -348,7 +360,6 @@ class DockerRuntime:
                 if again is None:
                     break
                 state = again
-        await self._life.look()  # one that is being shut down still tells of ends, and takes no questions
         if not (await self._profile()).is_podman:
             state = replace(state, ended_by_engine=self._life.took(state), engine_was_away=self._life.was_away(state))
             if state.ended_by_engine:
@@ -379,6 +390,11 @@ class DockerRuntime:
             log.info("container.log_unreadable", container_id=state.id, reason=error.reason)
             return None
         return init_failure(text)
+
+
+def _if_named(state: ContainerState | None, name_or_id: str) -> ContainerState | None:
+    """The engine also takes the beginning of an id."""
+    return state if state is not None and name_or_id in {state.id, state.id[:12], state.name} else None
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:

@@ -13,6 +13,7 @@ import asyncio
 import http.client
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -113,10 +114,17 @@ class EngineLife:
         return self._first_at is not None
 
     async def look(self) -> None:
-        """Ask it something over a fresh connection. Raises TransientError while it takes none or does not answer."""
+        """Ask whether it is there. Raises as `ask` does."""
+        await self.ask(lambda: "/_ping")
+
+    async def ask(self, path: Callable[[], str]) -> tuple[int, bytes]:
+        """Ask it something over a fresh connection: the status and the body of its answer.
+
+        `path` may block. Raises what it raises, and TransientError while the engine takes no connection or does not answer.
+        """
         asked_at = _now()
         try:
-            process = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask)
+            process, status, body = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, path)
         except TimeoutError as error:
             self._silent_at = self._silent_at or asked_at
             raise TransientError("the container engine does not answer", reason="ENGINE_TIMEOUT") from error
@@ -124,6 +132,7 @@ class EngineLife:
             self._lost_at = self._lost_at or asked_at
             raise engine_unavailable(error) from error
         self._note(process, asked_at)
+        return status, body
 
     def took(self, state: ContainerState) -> bool:
         """Whether this container, which has ended, was ended by the engine's own going or coming."""
@@ -210,16 +219,19 @@ class EngineLife:
 
     # ---- in a thread ----
 
-    def _ask(self) -> EngineStart | None:
+    def _ask(self, path: Callable[[], str]) -> tuple[EngineStart | None, int, bytes]:
         """Blocks until it answers: one that is being started by a socket of systemd's is waited for."""
+        target = path()
         with self._endpoint.connect(timeout_seconds=_ANSWER_SECONDS) as connection:
             connection.settimeout(_ANSWER_SECONDS)
-            connection.sendall(b"GET /_ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            if not connection.recv(1):
-                raise http.client.RemoteDisconnected("the engine closed the connection")
+            exchange = http.client.HTTPConnection("localhost")
+            exchange.sock = connection.dup()  # closed with the answer, while the other end is still to be asked for
+            exchange.request("GET", target, headers={"Connection": "close"})
+            answer = exchange.getresponse()
+            body = answer.read()
             pid = None if self._endpoint.socket_path is None else peer_pid(connection)
             # The process that answers now may have been started by this very question.
-            return None if pid is None else read_start(pid)
+            return None if pid is None else read_start(pid), answer.status, body
 
 
 def read_start(pid: int, *, root: Path = Path("/")) -> EngineStart | None:

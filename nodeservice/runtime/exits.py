@@ -178,7 +178,7 @@ class ExitWatcher:
             backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
 
     def _open(self, stream: EngineStream, since: float) -> None:
-        filters = {"type": ["container"], "label": [self._label]}
+        filters = {"type": ["container"], "label": [self._label], "event": sorted(_ENDINGS)}
         # Fractions of a second are not understood by every engine.
         query = {"since": str(int(since)), "filters": json.dumps(filters)}
         stream.open("GET", self._connection.api_path("/events"), query=query)
