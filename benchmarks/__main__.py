@@ -78,7 +78,7 @@ async def _measure(scale: Scale, names: list[str]) -> dict[str, Any]:
         "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.describe(scale.home),
         "load_before": machine.load(),
-        "benchmarks": {},
+        "runs": {},
         "ratios": {},
         "targets": [],
         "skipped": {},
@@ -98,7 +98,7 @@ async def _measure(scale: Scale, names: list[str]) -> dict[str, Any]:
             told["failed"][name] = repr(error)
             continue
         entry = found.as_dict() | {"seconds": round(time.monotonic() - at, 1)}
-        told["benchmarks"][name] = entry
+        told["runs"][name] = entry
         told["ratios"] |= entry["ratios"]
         told["targets"] += entry["targets"]
         print(f"  {entry['seconds']} s", flush=True)

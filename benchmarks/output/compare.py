@@ -30,7 +30,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _by_key(told: dict[str, Any]) -> dict[tuple[str, str, str, str], dict[str, Any]]:
     return {
         (name, measure["what"], measure["case"], measure["arm"]): measure
-        for name, entry in told["benchmarks"].items()
+        for name, entry in told["runs"].items()
         for measure in entry["measures"]
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 def markdown(told: dict[str, Any], plot_names: Sequence[str] = ()) -> str:
     lines = ["# Measurements", "", *_machine(told), "", *_targets(told["targets"]), *_ratios(told["ratios"])]
-    for name, entry in told["benchmarks"].items():
+    for name, entry in told["runs"].items():
         lines += [f"## {name}", "", entry["about"], "", *_measures(entry["measures"])]
         lines += [f"* {note}" for note in entry["notes"]]
         lines += ["", *(f"![{plot}]({plot})" for plot in plot_names if f"-{name}-" in plot), ""]

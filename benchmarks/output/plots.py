@@ -18,7 +18,7 @@ _COLORS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#5c5c5c", "#b
 def plots(told: dict[str, Any]) -> dict[str, str]:
     """SVG text by a name that is good for a file."""
     drawn: dict[str, str] = {}
-    for benchmark, entry in told["benchmarks"].items():
+    for benchmark, entry in told["runs"].items():
         for what, group in groups(entry["measures"]).items():
             if len({measure["case"] for measure in group}) * len({measure["arm"] for measure in group}) < 2:
                 continue

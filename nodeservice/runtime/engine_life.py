@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -224,11 +224,11 @@ class EngineLife:
         target = path()
         with self._endpoint.connect(timeout_seconds=_ANSWER_SECONDS) as connection:
             connection.settimeout(_ANSWER_SECONDS)
-            exchange = http.client.HTTPConnection("localhost")
-            exchange.sock = connection.dup()  # closed with the answer, while the other end is still to be asked for
-            exchange.request("GET", target, headers={"Connection": "close"})
-            answer = exchange.getresponse()
-            body = answer.read()
+            with closing(http.client.HTTPConnection("localhost")) as exchange:
+                exchange.sock = connection.dup()  # closed with the answer, while the other end is still to be asked for
+                exchange.request("GET", target, headers={"Connection": "close"})
+                answer = exchange.getresponse()
+                body = answer.read()
             pid = None if self._endpoint.socket_path is None else peer_pid(connection)
             # The process that answers now may have been started by this very question.
             return None if pid is None else read_start(pid), answer.status, body

@@ -28,7 +28,7 @@ def result(rates: list[float], **changes: Any) -> dict[str, Any]:
     machine = dict.fromkeys(("cpu_model", "virtual", "system", "kernel", "python", "engine", "file_system"), "x")
     return {
         "quick": True, "taken_at": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "load_before": load, "load_after": load,
-        "machine": {**machine, "cpu_count": 2, "memory_gib": 4}, "benchmarks": {"speed": entry},
+        "machine": {**machine, "cpu_count": 2, "memory_gib": 4}, "runs": {"speed": entry},
         "ratios": entry["ratios"], "targets": entry["targets"], "skipped": {"upload": "no MinIO"}, "failed": {},
     } | changes  # fmt: skip
 
