@@ -24,7 +24,7 @@ from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, TaskSpec, TraceIds
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, InvariantError, NodeServiceError, TransientError
-from nodeservice.lifecycle.inbox import Assign, Batch, Occurred, Resume, Settled
+from nodeservice.lifecycle.inbox import Assign, Batch, Occurred, Resume, Settled, fail
 from nodeservice.lifecycle.patience import AgeClock
 from nodeservice.lifecycle.story import summary
 from nodeservice.ports import Clock, Journal, TraceSink
@@ -249,20 +249,20 @@ class Driver:
                 batch.admitted.add(item.spec.id)
             batch.answers.append((item.answer, item.spec.id))
         except NodeServiceError as error:
-            _fail(item.answer, error)
+            fail(item.answer, error)
 
     def _decide_event(self, item: Occurred, batch: Batch) -> None:
         record = batch.changed.get(item.id) or self._records.get(item.id)
         if record is None:
             if item.answer is not None:
-                _fail(item.answer, InvariantError(f"{item.id} is not known here"))
+                fail(item.answer, InvariantError(f"{item.id} is not known here"))
             return
         try:
             self._note(machine.advance(record, item.event), batch)
         except InvariantError as error:
             log.error("task.invariant", task_id=item.id.task_id, attempt=item.id.attempt, error=str(error))
             if item.answer is not None:
-                _fail(item.answer, error)
+                fail(item.answer, error)
             return
         if item.answer is not None:
             batch.answers.append((item.answer, item.id))
@@ -316,7 +316,7 @@ class Driver:
         refusal = _unwritable(str(error))
         for answer, id_ in batch.answers:
             if id_ in batch.admitted:
-                _fail(answer, refusal)
+                fail(answer, refusal)
         batch.answers = [(answer, id_) for answer, id_ in batch.answers if id_ not in batch.admitted]
         batch.effects = [(id_, effect) for id_, effect in batch.effects if id_ not in batch.admitted]
         batch.admitted.clear()
@@ -397,8 +397,3 @@ def _unwritable(why: str) -> CapacityError:
     return CapacityError(
         f"this node cannot write its journal: {why}", reason="JOURNAL_UNWRITABLE", hint="assign it elsewhere"
     )
-
-
-def _fail(answer: asyncio.Future[TaskRecord], error: NodeServiceError) -> None:
-    if not answer.done():
-        answer.set_exception(error)

@@ -9,6 +9,7 @@ from datetime import datetime
 from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core.model import AttemptId, TaskRecord, TaskSpec, TraceIds
+from nodeservice.errors import NodeServiceError
 
 
 @dataclass(slots=True)
@@ -47,3 +48,8 @@ class Batch:
     settled: list[asyncio.Future[None]] = field(default_factory=list)
     can_wait: bool = True
     """For the disk: nothing in it depends on being remembered."""
+
+def fail(answer: asyncio.Future[TaskRecord], error: NodeServiceError) -> None:
+    """Tell who asked, unless he has given up."""
+    if not answer.done():
+        answer.set_exception(error)

@@ -27,7 +27,7 @@ from nodeservice.ports import (
 from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_spec import check_mount_sources, create_body
-from nodeservice.runtime.docker_state import init_failure, read_state
+from nodeservice.runtime.docker_state import if_named, init_failure, read_state
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.engine_life import EngineLife
 from nodeservice.runtime.errors import InitMissingError, command_error
@@ -175,7 +175,7 @@ class DockerRuntime:
         state = await self._connection.call(
             lambda client: calls.inspect(client, name_or_id), doing="look at a container"
         )
-        return _if_named(state, name_or_id)
+        return if_named(state, name_or_id)
 
     async def wait_exited(self, container_id: str) -> ContainerState | None:
         """As the port says. One that was created and never started is not running either, and returned at once.
@@ -325,7 +325,7 @@ class DockerRuntime:
         if status != 200:
             said = body[:200].decode(errors="replace")
             raise NodeFaultError(f"the container engine failed to look at a container: {said}", reason="ENGINE_ERROR")
-        return _if_named(read_state(json.loads(body)), container_id)
+        return if_named(read_state(json.loads(body)), container_id)
 
     async def _must_find(self, container_id: str) -> ContainerState:
         state = await self.find(container_id)
@@ -390,11 +390,6 @@ class DockerRuntime:
             log.info("container.log_unreadable", container_id=state.id, reason=error.reason)
             return None
         return init_failure(text)
-
-
-def _if_named(state: ContainerState | None, name_or_id: str) -> ContainerState | None:
-    """The engine also takes the beginning of an id."""
-    return state if state is not None and name_or_id in {state.id, state.id[:12], state.name} else None
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:

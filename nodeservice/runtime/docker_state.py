@@ -33,6 +33,11 @@ _INIT_FAILURE = re.compile(
 )
 
 
+def if_named(state: ContainerState | None, name_or_id: str) -> ContainerState | None:
+    """The engine also takes the beginning of an id."""
+    return state if state is not None and name_or_id in {state.id, state.id[:12], state.name} else None
+
+
 def read_state(inspected: Mapping[str, Any]) -> ContainerState:
     """From the answer to GET /containers/ID/json."""
     state = inspected.get("State") or {}
