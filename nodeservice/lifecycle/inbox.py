@@ -49,6 +49,7 @@ class Batch:
     can_wait: bool = True
     """For the disk: nothing in it depends on being remembered."""
 
+
 def fail(answer: asyncio.Future[TaskRecord], error: NodeServiceError) -> None:
     """Tell who asked, unless he has given up."""
     if not answer.done():
