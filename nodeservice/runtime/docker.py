@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 from collections.abc import AsyncGenerator, Sequence
@@ -27,7 +26,7 @@ from nodeservice.ports import (
 from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_spec import check_mount_sources, create_body
-from nodeservice.runtime.docker_state import if_named, init_failure, read_state
+from nodeservice.runtime.docker_state import if_named, init_failure
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.engine_life import EngineLife
 from nodeservice.runtime.errors import InitMissingError, command_error
@@ -320,12 +319,7 @@ class DockerRuntime:
         if not _NAME.fullmatch(container_id):
             return None
         status, body = await self._life.ask(lambda: self._connection.api_path(f"/containers/{container_id}/json"))
-        if status == 404:
-            return None
-        if status != 200:
-            said = body[:200].decode(errors="replace")
-            raise NodeFaultError(f"the container engine failed to look at a container: {said}", reason="ENGINE_ERROR")
-        return if_named(read_state(json.loads(body)), container_id)
+        return if_named(calls.inspected(status, body), container_id)
 
     async def _must_find(self, container_id: str) -> ContainerState:
         state = await self.find(container_id)

@@ -5,6 +5,7 @@ For use inside `EngineConnection.call`, which translates all other errors.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,19 @@ def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
         if is_status(error, 404):
             return None
         raise
+
+
+def inspected(status: int, body: bytes) -> ContainerState | None:
+    """From an answer to the question of `inspect`. Raises NodeFaultError (ENGINE_ERROR) for anything else."""
+    if status == 404:
+        return None
+    try:
+        if status == 200:
+            return read_state(json.loads(body))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # told below
+    said = body[:200].decode(errors="replace")
+    raise NodeFaultError(f"the engine answered {status} when asked for a container: {said}", reason="ENGINE_ERROR")
 
 
 def log_path(client: APIClient, container_id: str) -> Path:
