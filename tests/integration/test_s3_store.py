@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import subprocess
 import threading
@@ -415,8 +416,14 @@ async def test_over_tls_the_servers_certificate_is_checked_and_parts_arrive(tmp_
 
 async def test_something_that_is_not_s3_is_refused(tmp_path: Path) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nContent-Length: 3\r\n\r\nno!")
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if found := re.search(r"content-length: (\d+)", head, re.IGNORECASE):
+            await reader.readexactly(int(found[1]))
+        body = "" if head.startswith("HEAD") else "no!"
+        writer.write(
+            b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: 3\r\n\r\n"
+            + body.encode()
+        )
         await writer.drain()
         writer.close()
 
