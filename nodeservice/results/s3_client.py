@@ -148,16 +148,13 @@ class BucketClient:
             return None
         archive, etags = s3_archive.pack(files, [_headers(file.entry.sha256) for file in files], stop)
         key = f"{base}.tar"  # no attempt is called so; it is there only if nobody unpacked it
-        token = _stop.set(stop)
         try:
-            with self._translated(f"upload {len(files)} files below {base}"):
+            with _stopped_by(stop), self._translated(f"upload {len(files)} files below {base}"):
                 self._minio._put_object(self._bucket, key, archive, s3_archive.headers(base))  # noqa: SLF001
         except NodeFaultError as error:
             log.info("results.not_unpacked", bucket=self._bucket, error=str(error))
             self._unpacks = False
             return None
-        finally:
-            _stop.reset(token)
         if self._unpacks is None:
             first = files[0].entry
             self._unpacks = self.holds(f"{base}/{first.path}", first.size_bytes, first.sha256)
@@ -216,16 +213,12 @@ class BucketClient:
         content_type: str = _ANY_BYTES,
     ) -> tuple[str, Standing]:
         """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
-        token = _stop.set(stop)
         stream, headers = cast(BinaryIO, data), _headers(sha256, content_type)
-        try:
-            with self._translated(f"upload {key}"):
-                if part_bytes is not None and size_bytes > part_bytes:
-                    return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes), Standing.TAKEN
-                body = stream.read(size_bytes)
-                etag = str(self._minio._put_object(self._bucket, key, body, dict(headers)).etag)  # noqa: SLF001
-        finally:
-            _stop.reset(token)
+        with _stopped_by(stop), self._translated(f"upload {key}"):
+            if part_bytes is not None and size_bytes > part_bytes:
+                return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes), Standing.TAKEN
+            body = stream.read(size_bytes)
+            etag = str(self._minio._put_object(self._bucket, key, body, dict(headers)).etag)  # noqa: SLF001
         is_small = size_bytes <= s3_archive.MAX_FILE_BYTES
         is_proven = is_small and etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
         return etag, Standing.PROVEN if is_proven else Standing.TAKEN
@@ -271,6 +264,16 @@ def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFa
     if code in _TRANSIENT_CODES or status >= 500 or status in (408, 429):
         return TransientError(message, reason="STORE_UNREACHABLE")
     return NodeFaultError(message, reason="STORE_REFUSED", hint=_HINTS.get(code))
+
+
+@contextlib.contextmanager
+def _stopped_by(stop: threading.Event) -> Iterator[None]:
+    """What is sent within stops between two blocks once the event is set."""
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
 
 
 class _Body(io.BytesIO):

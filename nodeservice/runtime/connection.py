@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -79,8 +78,7 @@ class EngineConnection:
         try:
             return await asyncio.shield(call)
         except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                await asyncio.wait({call}, timeout=self.call_timeout_seconds)
+            await asyncio.wait({call}, timeout=self.call_timeout_seconds)
             if call.done() and not call.cancelled():
                 call.exception()
             raise

@@ -148,7 +148,9 @@ class DockerRuntime:
         # Starting one that has ended would run the task a second time. One that was created here a moment ago need not
         # be looked at first.
         if container_id not in self._never_started:
-            state = await self._must_find(container_id)
+            state = await self.find(container_id)
+            if state is None:
+                raise calls.lost(container_id)
             if state.has_run:
                 return state
         self._never_started.discard(container_id)
@@ -320,12 +322,6 @@ class DockerRuntime:
             return None
         status, body = await self._life.ask(lambda: self._connection.api_path(f"/containers/{container_id}/json"))
         return if_named(calls.inspected(status, body), container_id)
-
-    async def _must_find(self, container_id: str) -> ContainerState:
-        state = await self.find(container_id)
-        if state is None:
-            raise calls.lost(container_id)
-        return state
 
     async def _signal(self, container_id: str, signal: str) -> bool:
         """False if there was nothing to signal."""
