@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -16,10 +17,10 @@ from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results.access import BucketMissing, S3Access
-from nodeservice.results.layout import MANIFEST_NAME
+from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
 from nodeservice.results.s3_archive import MAX_FILE_BYTES
-from nodeservice.results.s3_object import Standing, StoredObject
+from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
 
 if TYPE_CHECKING:
     from nodeservice.results.s3_client import BucketClient
@@ -40,8 +41,8 @@ class S3ResultStore:
     """`put` answers `s3://<bucket>/<prefix>/<task_id>/<attempt>`.
 
     Every object carries its sha256 as user metadata. Repeating lists what is there and sends only what is missing or
-    different (a few small files are sent as they are, for that is as much to ask); with another manifest there already it
-    is NodeFaultError (RESULT_CONFLICT). A missing bucket is created.
+    different (a few small files are sent at once, and looked for only if the store says that it has one of them); with
+    another manifest there already it is NodeFaultError (RESULT_CONFLICT). A missing bucket is created.
     TransientError: STORE_UNREACHABLE, STORE_FULL. NodeFaultError: STORE_REFUSED, RESULT_CHANGED. RequestError:
     RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
 
@@ -188,16 +189,31 @@ def _finish(
     if sent:
         _look_for(client, base, sent, stop)
     if not there.is_marked:
-        marker = f"{base}/{MANIFEST_NAME}"
-        client.upload_bytes(marker, bundle.manifest_bytes, content_type="application/json", stop=stop)
+        client.upload_json(f"{base}/{MANIFEST_NAME}", bundle.manifest_bytes, stop)
 
 
 def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
+    marker = f"{base}/{MANIFEST_NAME}"
+    if client.keeps_what_is_there and any(file.entry.path == LOG_NAME for file in bundle.files):
+        with suppress(AlreadyThere):  # of an earlier try, or of somebody else: it has to be asked first
+            return _put_new(client, bundle, base, stop)
     there = _There({}, list(bundle.files), is_marked=False)
-    if client.has(f"{base}/{MANIFEST_NAME}"):
+    if client.has(marker):
         there = _compare(client, bundle=bundle, base=base)
     sent = _send(client, base=base, files=there.missing, present=there.present, stop=stop)
     _finish(client, bundle=bundle, base=base, there=there, sent=sent, stop=stop)
+    client.try_to_overwrite(marker, bundle.manifest_bytes, stop)
+    return sent
+
+
+def _put_new(client: BucketClient, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
+    """Nothing is replaced, nor mixed with what another node stores at the same moment: the log, which all have, goes first."""
+    sent = []
+    for file in sorted(bundle.files, key=lambda file: file.entry.path != LOG_NAME):
+        key = f"{base}/{file.entry.path}"
+        sent.append(_Sent(base, file, *client.upload(key, file, stop, only_new=True)))
+    _look_for(client, base, sent, stop)
+    client.upload_json(f"{base}/{MANIFEST_NAME}", bundle.manifest_bytes, stop, only_new=True)
     return sent
 
 

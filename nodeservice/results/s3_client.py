@@ -23,7 +23,7 @@ from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results import s3_archive
 from nodeservice.results.access import BucketMissing, S3Access
-from nodeservice.results.s3_object import Standing, StoredObject
+from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
 from nodeservice.results.s3_parts import PartSender
 from nodeservice.results.source import PutStopped, VerifiedReader
 
@@ -33,10 +33,14 @@ _BLOCK_BYTES = 256 * 1024
 _MAX_PART_COUNT = 10_000
 _SHA256_HEADER = "x-amz-meta-sha256"
 _ANY_BYTES = "application/octet-stream"
+_JSON = "application/json"
+_ONLY_NEW = {"If-None-Match": "*"}
+"""Of S3 since August 2024 ("Conditional writes"), and of MinIO; a store that does not know it may overlook it."""
 
 _TRANSIENT_CODES = frozenset(
     {
         "BadDigest",
+        "ConditionalRequestConflict",
         "IncompleteBody",
         "NoSuchUpload",
         "OperationAborted",
@@ -86,6 +90,12 @@ class BucketClient:
         )
         self._parts = PartSender(self._minio, self._bucket, parallel_count=access.parallel_count)
         self._unpacks: bool | None = None
+        self._keeps: bool | None = None
+
+    @property
+    def keeps_what_is_there(self) -> bool:
+        """Whether this store was seen to refuse an object `only_new` whose key it has: see `try_to_overwrite`."""
+        return bool(self._keeps)
 
     def close(self) -> None:
         self._parts.close()
@@ -126,14 +136,20 @@ class BucketClient:
                     return None
                 raise
 
-    def upload(self, key: str, file: ResultFile, stop: threading.Event) -> tuple[StoredObject, Standing]:
-        """Send one file, in parts if it is large. Gives what a listing has to show of it from now on."""
+    def upload(
+        self, key: str, file: ResultFile, stop: threading.Event, *, only_new: bool = False
+    ) -> tuple[StoredObject, Standing]:
+        """Send one file, in parts if it is large. Gives what a listing has to show of it from now on.
+
+        `only_new` raises AlreadyThere instead of replacing an object; large files don't know it.
+        """
         size_bytes = file.entry.size_bytes
         part_bytes = max(self._access.part_bytes, -(-size_bytes // _MAX_PART_COUNT))
         if size_bytes > part_bytes:
             self.abort_leftovers(key)
         with VerifiedReader(file, stop=stop) as reader:
-            etag, standing = self._send(key, reader, size_bytes, file.entry.sha256, part_bytes=part_bytes, stop=stop)
+            headers = _headers(file.entry.sha256) | (_ONLY_NEW if only_new else {})
+            etag, standing = self._send(key, reader, size_bytes, headers, part_bytes=part_bytes, stop=stop)
         return StoredObject(size_bytes, etag), standing
 
     def upload_together(
@@ -164,12 +180,26 @@ class BucketClient:
                 return None
         return [StoredObject(file.entry.size_bytes, etag) for file, etag in zip(files, etags, strict=True)]
 
-    def upload_bytes(self, key: str, data: bytes, *, content_type: str, stop: threading.Event) -> None:
-        """Send it, and look whether it arrived unless that is proven."""
+    def upload_json(self, key: str, data: bytes, stop: threading.Event, *, only_new: bool = False) -> None:
+        """Send it, and look whether it arrived unless that is proven. `only_new` as in `upload`."""
         sha256 = hashlib.sha256(data).hexdigest()
-        _, standing = self._send(key, io.BytesIO(data), len(data), sha256, stop=stop, content_type=content_type)
+        headers = _headers(sha256, _JSON) | (_ONLY_NEW if only_new else {})
+        _, standing = self._send(key, io.BytesIO(data), len(data), headers, stop=stop)
         if standing is not Standing.PROVEN and not self.holds(key, len(data), sha256):
             raise self.lost(key)
+
+    def try_to_overwrite(self, key: str, data: bytes, stop: threading.Event) -> None:
+        """Once: send what is there again, `only_new`, to see whether the store keeps that condition. Does no harm."""
+        if self._keeps is None:
+            try:
+                self.upload_json(key, data, stop, only_new=True)
+            except AlreadyThere:
+                self._keeps = True
+            except NodeFaultError as error:
+                self._keeps = False
+                log.info("results.condition_refused", bucket=self._bucket, error=str(error))
+            else:
+                self._keeps = False
 
     def url(self, key: str) -> str:
         return f"s3://{self._bucket}/{key}"
@@ -206,14 +236,13 @@ class BucketClient:
         key: str,
         data: io.BytesIO | VerifiedReader,
         size_bytes: int,
-        sha256: str,
+        headers: dict[str, str],
         *,
         stop: threading.Event,
         part_bytes: int | None = None,
-        content_type: str = _ANY_BYTES,
     ) -> tuple[str, Standing]:
         """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
-        stream, headers = cast(BinaryIO, data), _headers(sha256, content_type)
+        stream = cast(BinaryIO, data)
         with _stopped_by(stop), self._translated(f"upload {key}"):
             if part_bytes is not None and size_bytes > part_bytes:
                 return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes), Standing.TAKEN
@@ -231,6 +260,8 @@ class BucketClient:
         except S3Error as error:
             if error.code == "NoSuchBucket":
                 raise BucketMissing from error
+            if error.code == "PreconditionFailed":
+                raise AlreadyThere from error
             raise _sorted_out(
                 error.code or "", error.response.status, f"{where}: cannot {action}: {error.code}"
             ) from error

@@ -23,3 +23,7 @@ class Standing(Enum):
     """The store compared it with a digest before it took it."""
     CLAIMED = auto()
     """It came out of an archive, and the store says that it took the whole."""
+
+
+class AlreadyThere(Exception):
+    """The store has an object of this key, and left it as it was."""

@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from minio import Minio
 from nodeservice.core.model import AttemptId, Resources, TaskSpec
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle
-from nodeservice.results import manifest, s3_archive
+from nodeservice.results import manifest, s3_archive, s3_client
 from nodeservice.results.access import MIB, S3Access
 from nodeservice.results.s3 import S3ResultStore
 from tests.integration.fault_proxy import FaultProxy
@@ -80,7 +81,8 @@ def bundle_of(work_dir: Path, files: dict[str, bytes]) -> ResultBundle:
 
 
 def keys(client: Minio, bucket: str) -> set[str]:
-    return {str(item.object_name).removeprefix(f"{PREFIX}/") for item in client.list_objects(bucket, recursive=True)}
+    found = {str(item.object_name).removeprefix(f"{PREFIX}/") for item in client.list_objects(bucket, recursive=True)}
+    return {name for name in found if not name.startswith("another-task/")}
 
 
 def assert_complete(client: Minio, bucket: str, bundle: ResultBundle) -> None:
@@ -169,6 +171,76 @@ async def test_a_bit_that_flips_in_an_archive_is_never_left_in_the_store(
         await store.put(bundle)
     assert proxy.corrupted_count == 1
     assert_complete(client, bucket, bundle)
+
+
+async def test_a_few_small_files_are_stored_without_a_question_and_replace_nothing(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    store = open_store()
+    await _store_another_attempt(store, tmp_path)
+    proxy.requests.clear()
+    bundle = bundle_of(tmp_path / "one", {"a": b"1", "b": b"22"})
+    await store.put(bundle)
+    asked = [(method, path.rpartition("/")[2]) for method, path in proxy.requests]
+    assert asked == [("PUT", "stdout.log"), ("PUT", "a"), ("PUT", "b"), ("PUT", "manifest.json")]
+    assert_complete(client, bucket, bundle)
+
+    proxy.requests.clear()
+    await store.put(bundle)
+    assert puts(proxy) == [f"/{bucket}/{PREFIX}/stdout.log"], "refused, then found to be there"
+    assert_complete(client, bucket, bundle)
+
+    with pytest.raises(NodeFaultError) as refused:
+        await store.put(bundle_of(tmp_path / "two", {"0": b"before all others", "a": b"of somebody else"}))
+    assert refused.value.reason == "RESULT_CONFLICT"
+    assert_complete(client, bucket, bundle)
+
+
+async def test_small_files_of_an_upload_that_broke_off_are_completed(
+    open_store: OpenStore, proxy: FaultProxy, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    store = open_store()
+    await _store_another_attempt(store, tmp_path)
+    bundle = bundle_of(tmp_path / "one", {"a": b"1", "b": b"22"})
+    await store.put(bundle)
+    for lost in ("manifest.json", "b"):
+        client.remove_object(bucket, f"{PREFIX}/{lost}")
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+    client.remove_object(bucket, f"{PREFIX}/stdout.log")
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
+async def test_a_store_that_overlooks_the_condition_is_noticed_and_asked_each_time(
+    open_store: OpenStore, proxy: FaultProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "_ONLY_NEW", {"X-Amz-Meta-Of-No-Meaning": "*"})
+    store = open_store()
+    await _store_another_attempt(store, tmp_path)
+    proxy.requests.clear()
+    await store.put(bundle_of(tmp_path / "one", {"a": b"1"}))
+    assert [method for method, _ in proxy.requests] == ["HEAD", "PUT", "PUT", "PUT"], "nor is it tried again"
+    with pytest.raises(NodeFaultError) as refused:
+        await store.put(bundle_of(tmp_path / "two", {"a": b"of somebody else"}))
+    assert refused.value.reason == "RESULT_CONFLICT"
+
+
+async def test_a_store_that_refuses_the_condition_is_asked_each_time(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "_ONLY_NEW", {"X-Amz-Storage-Class": "NO_SUCH_CLASS"})
+    store = open_store()
+    await _store_another_attempt(store, tmp_path)
+    bundle = bundle_of(tmp_path / "one", {"a": b"1"})
+    await store.put(bundle)
+    assert client.get_object(bucket, f"{PREFIX}/manifest.json").data == bundle.manifest_bytes
+
+
+async def _store_another_attempt(store: S3ResultStore, tmp_path: Path) -> None:
+    """It makes the bucket, and shows what the store makes of conditions."""
+    spec = replace(SPEC, id=AttemptId("another-task", 1))
+    await store.put(replace(bundle_of(tmp_path / "another", {}), spec=spec))
 
 
 async def test_a_large_file_travels_in_parts(
@@ -341,7 +413,7 @@ async def test_an_object_that_was_lost_or_replaced_is_sent_again(
     client.remove_object(bucket, f"{PREFIX}/b")
     proxy.requests.clear()
     await store.put(bundle)
-    assert puts(proxy) == [f"/{bucket}/{PREFIX}/b"]
+    assert puts(proxy) == [f"/{bucket}/{PREFIX}/stdout.log", f"/{bucket}/{PREFIX}/b"], "the first one was refused"
     assert_complete(client, bucket, bundle)
 
 
