@@ -1,7 +1,7 @@
 """Tells the service manager how this process is: that it serves, what it does, and that it still gets on.
 
 Sources: sd_notify(3) (a datagram of assignments to the Unix socket in NOTIFY_SOCKET, where `@` begins an abstract name),
-sd_watchdog_enabled(3) (WATCHDOG_USEC counts for the process WATCHDOG_PID, and is best kept at half of it).
+sd_watchdog_enabled(3) (WATCHDOG_USEC counts for the process WATCHDOG_PID, and is best kept at half of it), systemctl(1).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ log = structlog.get_logger(__name__)
 
 _TELL_SECONDS = 5.0
 _STATUS_CHARS = 400
+_ANSWER_SECONDS = 5.0
 
 
 class ServiceManager:
@@ -104,6 +105,24 @@ class ServiceManager:
                 sender.send(message.encode(errors="replace"))
         except OSError as error:
             log.debug("service_manager.not_told", error=str(error))
+
+
+async def host_is_stopping() -> bool:
+    """Whether systemd says that this host is being shut down or started anew. False where there is no systemd."""
+    try:
+        asked = await asyncio.create_subprocess_exec(
+            "systemctl", "is-system-running", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+    except OSError:
+        return False
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            said, _ = await asked.communicate()
+    except TimeoutError:
+        asked.kill()
+        await asked.wait()
+        return False
+    return said.strip() == b"stopping"
 
 
 def _line(text: str) -> str:

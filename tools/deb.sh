@@ -64,7 +64,7 @@ done
 mkdir -p "$root/usr/bin"
 ln -s "$home/bin/nodeservice" "$root/usr/bin/nodeservice"
 
-for unit in nodeservice.service nodeservice-master.service nodeservice.slice nodeserviced.slice; do
+for unit in nodeservice.service nodeservice-master.service nodeservice.slice nodeservice-.slice.d/shutdown.conf nodeserviced.slice; do
 	put 644 "packaging/systemd/$unit" "/usr/lib/systemd/system/$unit"
 done
 put 644 packaging/systemd/nodeservice.sysusers /usr/lib/sysusers.d/nodeservice.conf

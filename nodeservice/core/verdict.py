@@ -92,7 +92,7 @@ def of_exit(facts: ExitFacts) -> Verdict:
     if stop is not None and not _ended_before(facts, stop):
         return of_stop(stop, exit_code=exit_code)
     if facts.by_engine:
-        message = f"The container engine was stopped or started anew and ended the task, which left code {exit_code}."
+        message = f"The engine or the host was stopped or started anew, which ended the task; it left code {exit_code}."
         return Verdict(outcome=Outcome.FAILED, reason=Reason.ENGINE_FAULT, message=message, exit_code=exit_code)
     if exit_code == 0:
         return Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="Exited with code 0.", exit_code=0)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
 
 import grpc
 import structlog
@@ -23,7 +24,7 @@ from nodeservice.rpc.server import NodeServicer, bind_server
 from nodeservice.rpc.status import NodeStatus
 from nodeservice.rpc.tls import channel_credentials, server_credentials
 from nodeservice.rpc.uplink import MasterLink
-from nodeservice.service_manager import ServiceManager
+from nodeservice.service_manager import ServiceManager, host_is_stopping
 from nodeservice.telemetry.tracing import new_trace_ids
 
 log = structlog.get_logger(__name__)
@@ -42,10 +43,12 @@ async def serve(
     """
     manager = manager or ServiceManager()
     stopping = asyncio.Event()
+    stopped_at: list[datetime] = []
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         stopping.set()
+        stopped_at.append(datetime.now(UTC))
         manager.stopping("stops; containers that run now run on")
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,6 +60,8 @@ async def serve(
             facts = await _until(stopping, _engine(node, manager))
             if facts is not None:
                 await _serve(node, facts, stopping, manager, on_ready)
+        if stopped_at and await host_is_stopping():
+            await node.note_host_stopped(stopped_at[0])
     finally:
         await node.close()
         log.info("node.stopped", worker_id=config.worker_id)

@@ -114,7 +114,9 @@ class SliceTree(V2CgroupTree):
             if not made:  # it has a file of its own, as the top one of a package has, or is on its way
                 self._call("StartUnit", "ss", (unit, "replace"))
             self._await_directory(place)
-        elif properties:
+            if made:
+                return
+        if properties:
             self._call("SetUnitProperties", "sba(sv)", (unit, True, properties))
 
     def _await_directory(self, place: str) -> None:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 MIB = 1024 * 1024
 
+LIGHT_COUNT = 16
+"""Requests at a time that carry little: most of their time goes by in the store, which waits for its disk."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class S3Access:
     """Endpoint `host[:port]` and bucket. The secret never shows in a repr.
 
-    `parallel_count` objects travel at a time, each holding one part of `part_bytes` (5 MiB at least) in memory.
+    `parallel_count` objects travel at a time, each holding one part of `part_bytes` (5 MiB at least) in memory; beside
+    them `LIGHT_COUNT` of up to 1 MiB.
     `timeout_seconds` bounds each silence on a connection, not an upload.
     """
 

@@ -16,7 +16,7 @@ import structlog
 from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle, ResultFile
-from nodeservice.results.access import BucketMissing, S3Access
+from nodeservice.results.access import LIGHT_COUNT, MIB, BucketMissing, S3Access
 from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
 from nodeservice.results.s3_archive import MAX_FILE_BYTES
@@ -30,7 +30,6 @@ log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 _FEW = 4
 """Files that go one after the other in one thread, with all that is asked of the store before and after them."""
-_LITTLE_BYTES = 1024**2
 _TURN_FILES = 256
 """At most, for one thread before others have their turn."""
 _TOGETHER = 5
@@ -47,6 +46,7 @@ class S3ResultStore:
     RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
 
     A large file travels in parts, a few at a time; its sha256 is proven while it is read, and only then it is completed.
+    Files of up to 1 MiB travel 16 at a time.
     Small files go to MinIO many in one request; other stores get each by itself. What the answers do not prove to be there
     is looked for in one listing, by size and ETag, before the manifest goes out.
     """
@@ -54,6 +54,7 @@ class S3ResultStore:
     def __init__(self, access: S3Access) -> None:
         self._access = access
         self._pool = ThreadPoolExecutor(max_workers=access.parallel_count, thread_name_prefix="results-s3")
+        self._light_pool = ThreadPoolExecutor(max_workers=LIGHT_COUNT, thread_name_prefix="results-s3-light")
         self._client: BucketClient | None = None
         self._client_lock = threading.Lock()
 
@@ -81,7 +82,8 @@ class S3ResultStore:
             return 0
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        for pool in (self._pool, self._light_pool):
+            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
         if self._client is not None:
             self._client.close()
 
@@ -92,7 +94,7 @@ class S3ResultStore:
         stop = threading.Event()
         try:
             if _is_small(bundle):  # each turn in a thread costs as much as its request
-                sent = await self._run(partial(_put_in_turn, bundle=bundle, base=base, stop=stop))
+                sent = await self._run(partial(_put_in_turn, bundle=bundle, base=base, stop=stop), is_light=True)
             else:
                 there = await self._run(partial(_compare, bundle=bundle, base=base))
                 sent = await self._upload_all(there.missing, base, there.present, stop)
@@ -104,25 +106,30 @@ class S3ResultStore:
     async def _upload_all(
         self, files: list[ResultFile], base: str, present: dict[str, StoredObject], stop: threading.Event
     ) -> list[_Sent]:
-        """Send what is not there; a few at a time, since one task per file would be many. Returns what was sent."""
-        waiting = iter(files)
-        turn_files = min(_TURN_FILES, -(-len(files) // self._access.parallel_count))
+        """Send what is not there; some at a time, since one task per file would be many. Returns what was sent."""
+        light = [file for file in files if MAX_FILE_BYTES < file.entry.size_bytes <= MIB]
+        others = [file for file in files if not MAX_FILE_BYTES < file.entry.size_bytes <= MIB]
         sent: list[_Sent] = []
 
-        async def work() -> None:
+        async def work(waiting: Iterator[ResultFile], turn_files: int, is_light: bool) -> None:
             while turn := _turn(waiting, turn_files):
-                sent.extend(await self._run(partial(_send, base=base, files=turn, present=present, stop=stop)))
+                send = partial(_send, base=base, files=turn, present=present, stop=stop)
+                sent.extend(await self._run(send, is_light=is_light))
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._access.parallel_count, len(files))):
-                    group.create_task(work())
+                for some, at_a_time in ((light, LIGHT_COUNT), (others, self._access.parallel_count)):
+                    waiting, turn_files = iter(some), min(_TURN_FILES, -(-len(some) // at_a_time))
+                    for _ in range(min(at_a_time, len(some))):
+                        group.create_task(work(waiting, turn_files, some is light))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         return sent
 
-    async def _run(self, action: Callable[[BucketClient], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: action(self._connected()))
+    async def _run(self, action: Callable[[BucketClient], _T], *, is_light: bool = False) -> _T:
+        """In a thread. What is light holds a megabyte or two in memory, all else up to a part."""
+        pool = self._light_pool if is_light else self._pool
+        return await asyncio.get_running_loop().run_in_executor(pool, lambda: action(self._connected()))
 
     def _connected(self) -> BucketClient:
         with self._client_lock:
@@ -157,7 +164,7 @@ class _Sent:
 
 
 def _is_small(bundle: ResultBundle) -> bool:
-    return len(bundle.files) <= _FEW and sum(file.entry.size_bytes for file in bundle.files) <= _LITTLE_BYTES
+    return len(bundle.files) <= _FEW and sum(file.entry.size_bytes for file in bundle.files) <= MIB
 
 
 def _compare(client: BucketClient, *, bundle: ResultBundle, base: str) -> _There:
@@ -207,7 +214,7 @@ def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop:
 
 
 def _put_new(client: BucketClient, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
-    """Nothing is replaced, nor mixed with what another node stores at the same moment: the log, which all have, goes first."""
+    """Replaces nothing, nor mixes with what another node stores at the same moment: the log, which all have, goes first."""
     sent = []
     for file in sorted(bundle.files, key=lambda file: file.entry.path != LOG_NAME):
         key = f"{base}/{file.entry.path}"
@@ -225,7 +232,7 @@ def _turn(waiting: Iterator[ResultFile], max_files: int) -> list[ResultFile]:
     """What one thread sends before others have their turn: a turn costs as much as a small file."""
     turn: list[ResultFile] = []
     size_bytes = 0
-    while len(turn) < max_files and size_bytes < _LITTLE_BYTES and (file := next(waiting, None)) is not None:
+    while len(turn) < max_files and size_bytes < MIB and (file := next(waiting, None)) is not None:
         turn.append(file)
         size_bytes += file.entry.size_bytes
     return turn

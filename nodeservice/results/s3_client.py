@@ -22,7 +22,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results import s3_archive
-from nodeservice.results.access import BucketMissing, S3Access
+from nodeservice.results.access import LIGHT_COUNT, BucketMissing, S3Access
 from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
 from nodeservice.results.s3_parts import PartSender
 from nodeservice.results.source import PutStopped, VerifiedReader
@@ -74,7 +74,7 @@ class BucketClient:
         self._bucket = access.bucket
         self._http = _BlockwisePool(
             timeout=urllib3.Timeout(connect=min(5.0, access.timeout_seconds), read=access.timeout_seconds),
-            maxsize=2 * access.parallel_count,  # of objects and of parts
+            maxsize=2 * access.parallel_count + LIGHT_COUNT,  # of objects and of parts, and of what is light
             retries=False,
             blocksize=_BLOCK_BYTES,
             cert_reqs="CERT_REQUIRED",

@@ -25,5 +25,5 @@ class Standing(Enum):
     """It came out of an archive, and the store says that it took the whole."""
 
 
-class AlreadyThere(Exception):
+class AlreadyThere(Exception):  # noqa: N818 (what the store was asked to tell)
     """The store has an object of this key, and left it as it was."""

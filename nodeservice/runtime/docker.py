@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 
 import structlog
@@ -105,6 +106,10 @@ class DockerRuntime:
     def trouble(self) -> str:
         """Why the engine did not answer when it was last asked; empty when it did."""
         return self._connection.trouble
+
+    def host_stopped(self, at: datetime) -> None:
+        """When this host was last shut down in order, as noted by who stopped with it."""
+        self._life.host_stopped_at = at
 
     async def facts(self) -> EngineFacts:
         return (await self._profile(fresh=True)).facts
@@ -352,8 +357,8 @@ class DockerRuntime:
                 state = again
         if not (await self._profile()).is_podman:
             state = replace(state, ended_by_engine=self._life.took(state), engine_was_away=self._life.was_away(state))
-            if state.ended_by_engine:
-                return state
+        if state.ended_by_engine or self._life.fell_with_the_host(state):
+            return replace(state, ended_by_engine=True)
         if (said := await self._command_failure(state)) is not None:
             exit_code = _NOT_FOUND_EXIT_CODE if state.exit_code == _CATATONIT_FAILURE_EXIT_CODE else state.exit_code
             return replace(state, error=said, exit_code=exit_code)

@@ -108,6 +108,7 @@ class EngineLife:
         self._watched: int | None = None
         self.live_restore = False
         """As the engine last said of itself."""
+        self.host_stopped_at: datetime | None = None
 
     @property
     def is_known(self) -> bool:
@@ -140,6 +141,16 @@ class EngineLife:
             return True
         before_us = self._first_at is not None and state.finished_at is not None and state.finished_at < self._first_at
         return before_us and self._took_unseen(state)
+
+    def fell_with_the_host(self, state: ContainerState) -> bool:
+        """Whether this container, which has ended, ran when its host was shut down.
+
+        Then its exit code may be any: one that ends well when it is told to has not come to its end.
+        """
+        started_at, finished_at, stopped_at = state.started_at, state.finished_at, self.host_stopped_at
+        if started_at is None or finished_at is None or stopped_at is None:
+            return False
+        return started_at < stopped_at <= finished_at
 
     def was_away(self, state: ContainerState) -> bool:
         """Whether this container, which has ended, had another engine at its start than after its end.

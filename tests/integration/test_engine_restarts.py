@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -207,6 +208,29 @@ async def test_a_node_that_was_away_as_well_tells_the_same(tmp_path: Path) -> No
         "ends": ("failed", "EXIT_NONZERO", 3),
         "well": ("success", "COMPLETED", 0),
     }
+
+
+async def test_tasks_that_ran_when_the_host_was_shut_down_have_not_ended_by_themselves(tmp_path: Path) -> None:
+    """The node goes first, so it does not see how the engine ends them: one that obeys leaves the code of a success."""
+    systemctl = tmp_path / "bin/systemctl"
+    systemctl.parent.mkdir()
+    async with bench(tmp_path, env={"PATH": f"{systemctl.parent}:{os.environ['PATH']}"}) as on:
+        await on.begin(sleeps=SLEEPS, obeys=OBEYS)
+        await on.assign(before="exit 3")
+        assert await on.ended("before") == {"before": ("failed", "EXIT_NONZERO", 3)}
+        systemctl.write_text("#!/bin/sh\ntest $1 = is-system-running && echo stopping\nexit 1\n")
+        systemctl.chmod(0o755)
+        assert await on.node.stop() == 0
+        await asyncio.to_thread(on.engine.stop)
+        systemctl.unlink()
+        await asyncio.to_thread(on.engine.start)
+        await on.node.start()
+        ended = await on.ended("sleeps", "obeys")
+        assert ended == {"sleeps": ("failed", "ENGINE_FAULT", 143), "obeys": ("failed", "ENGINE_FAULT", 0)}
+        await on.begin(after="sleep 2")
+        assert await on.node.stop() == 0
+        await on.node.start()
+        assert await on.ended("after") == {"after": ("success", "COMPLETED", 0)}
 
 
 @pytest.mark.parametrize("then", ["true", "sleep 600"], ids=["ended", "still there"])

@@ -194,6 +194,17 @@ async def test_of_what_ended_before_the_first_look_a_former_engine_may_have_been
     assert engine.life.took(now_ended(255, long_ago))  # as one writes down that finds it gone
 
 
+async def test_what_ran_when_the_host_was_shut_down_did_not_end_by_itself(engine: Engine) -> None:
+    now = datetime.now(UTC)
+    minute = timedelta(minutes=1)
+    assert not engine.life.fell_with_the_host(ended_between(now - minute, now))
+    engine.life.host_stopped_at = now
+    assert engine.life.fell_with_the_host(ended_between(now - minute, now))
+    assert engine.life.fell_with_the_host(ended_between(now - minute, now + minute))
+    assert not engine.life.fell_with_the_host(ended_between(now - 2 * minute, now - minute)), "it had ended before"
+    assert not engine.life.fell_with_the_host(ended_between(now + minute, now + 2 * minute)), "it came after"
+
+
 async def test_of_a_container_that_had_another_engine_at_its_start_the_log_may_lack_something(engine: Engine) -> None:
     begun_at = datetime.now(UTC)
     assert engine.life.was_away(ended_between(begun_at - timedelta(minutes=1), begun_at))

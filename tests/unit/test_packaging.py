@@ -75,6 +75,12 @@ def test_no_worker_id_can_be_called_like_the_slice_of_the_service() -> None:
     assert own not in places.of_node()
 
 
+def test_no_slice_of_tasks_is_stopped_before_the_worker_and_the_engine_when_the_host_is() -> None:
+    """systemd stops what sits in a slice that it stops: tasks would end under the eyes of both, as if by themselves."""
+    for name in ("nodeservice.slice", "nodeservice-.slice.d/shutdown.conf"):
+        assert unit(name)["Unit"]["DefaultDependencies"] == ["no"]
+
+
 def test_what_the_kernel_keeps_for_the_worker_its_slice_has_too() -> None:
     """memory.min counts only as far as each ancestor has it."""
     service, above = unit("nodeservice.service")["Service"], unit("nodeserviced.slice")["Slice"]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nodeservice.service_manager import ServiceManager
+from nodeservice import service_manager
+from nodeservice.service_manager import ServiceManager, host_is_stopping
 
 
 class Listener:
@@ -141,3 +142,25 @@ async def test_nothing_is_told_after_the_block(listener: Listener) -> None:
     async with manager_of(listener, WATCHDOG_USEC="20000").watching(nothing, lambda: "well"):
         await listener.next()
     assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize(
+    ("script", "is_stopping"),
+    [("echo stopping; exit 1", True), ("echo running", False), ("echo offline; exit 1", False), (None, False)],
+)
+async def test_systemd_is_asked_whether_the_host_goes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, is_stopping: bool
+) -> None:
+    if script is not None:
+        (tmp_path / "systemctl").write_text(f"#!/bin/sh\n[ $1 = is-system-running ] || exit 2\n{script}\n")
+        (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert await host_is_stopping() is is_stopping
+
+
+async def test_a_systemd_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "systemctl").write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(service_manager, "_ANSWER_SECONDS", 0.05)
+    assert not await host_is_stopping()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(7200)]
 ANSIBLE = ROOT / "ansible"
 ADDRESS = "10.0.2.15"
 COUNT = "i=0; while true; do echo $i; i=$((i+1)); sleep 1; done"
+OBEYS = f"trap 'exit 0' TERM; {COUNT}".replace("sleep 1", "sleep 1 & wait $!")
+TASK = "submit --cpus 0.1 --memory 32m --disk 64m --pull never nodeservice/verify:1 --"
 CLIENT = (
     f"export NODESERVICE_MASTER={ADDRESS}:50051 NODESERVICE_TLS_CA=/etc/nodeservice/tls/ca.pem"
     " NODESERVICE_TLS_CERT=/etc/nodeservice/tls/node.pem NODESERVICE_TLS_KEY=/etc/nodeservice/tls/node.key\n"
@@ -56,6 +59,9 @@ class Site:
 
     def client(self, command: str) -> str:
         return self.machine.run(f"{CLIENT}nodeservice {command}").stdout.strip()
+
+    def story(self, task: str) -> Any:
+        return self.machine.json(f"{CLIENT}nodeservice show {task} --json")
 
 
 def build(version: str, target: Path) -> None:
@@ -108,12 +114,22 @@ def test_a_bare_machine_becomes_a_verified_worker_that_comes_back_and_is_upgrade
     again = site.play("site", "--check")
     assert (again.code, again.counts["changed"]) == (0, 0), again.output
 
+    before = site.client(f'{TASK} sh -c "echo done"')
+    site.machine.run(f"{CLIENT}nodeservice wait {before}")
+    running = [site.client(f'{TASK} sh -c "{command}"'.replace("$", r"\$")) for command in (COUNT, OBEYS)]
+    for task in running:
+        site.machine.run(f"{CLIENT}until nodeservice logs {task} | grep -q 3; do sleep 2; done")
     site.machine.restart()
+    for task in running:  # the master gives it to a node again, for that was not its own fault
+        site.machine.run(f"{CLIENT}until nodeservice logs {task} | grep -q 3; do sleep 2; done")
+        (first, second) = site.story(task)["attempts"]
+        assert (first["state"], first["reason"], second["state"]) == ("FAILED", "ENGINE_FAULT", "RUNNING"), first
+    assert [attempt["state"] for attempt in site.story(before)["attempts"]] == ["SUCCEEDED"]
+    site.client(f"cancel {running[1]}")
     proven = site.play("verify")
     assert (proven.code, proven.counts["changed"]) == (0, 0), proven.output
 
-    task = site.client(f"submit --cpus 0.1 --memory 32m --pull never nodeservice/verify:1 -- sh -c '{COUNT}'")
-    site.machine.run(f"{CLIENT}until nodeservice logs {task} | grep -q 3; do sleep 2; done")
+    task = running[0]
     upgraded = site.play("upgrade", version="0.1.1")
     assert upgraded.code == 0, upgraded.output
     assert site.machine.run("dpkg-query -W -f '${Version}' nodeservice").stdout == "0.1.1"
