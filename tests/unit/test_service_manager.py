@@ -158,7 +158,9 @@ async def test_systemd_is_asked_whether_the_host_goes_down(
     assert await host_is_stopping() is is_stopping
 
 
-async def test_a_systemd_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_systemd_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "systemctl").write_text("#!/bin/sh\nexec /bin/sleep 600\n")
     (tmp_path / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
