@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from opentelemetry import trace as otel
-from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.id_generator import IdGenerator
-from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 import nodeservice
 from nodeservice.core.model import Outcome, PhaseTiming, Reason, TaskRecord
@@ -37,6 +34,7 @@ _QUEUE_LENGTH = 4096
 _BATCH_LENGTH = 512
 _DELAY_SECONDS = 1.0
 _LONGEST_TEXT = 1000
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PHASE_OF_REASON = {Reason.COLLECT_FAILED: "collect", Reason.RESULTS_NOT_STORED: "upload"}
 
@@ -61,22 +59,14 @@ class OtlpTraceSink:
             max_export_batch_size=_BATCH_LENGTH,
             schedule_delay_millis=_DELAY_SECONDS * 1000,
         )
-        self._ids = _PresetIds()
-        self._lock = threading.Lock()
-        provider = TracerProvider(
-            sampler=ALWAYS_ON,
-            resource=Resource.create(
-                {
-                    "service.name": "nodeservice",
-                    "service.version": nodeservice.__version__,
-                    "service.instance.id": worker_id,
-                }
-            ),
-            id_generator=self._ids,
-            shutdown_on_exit=False,
+        self._resource = Resource.create(
+            {
+                "service.name": "nodeservice",
+                "service.version": nodeservice.__version__,
+                "service.instance.id": worker_id,
+            }
         )
-        provider.add_span_processor(self._processor)
-        self._tracer = provider.get_tracer("nodeservice", nodeservice.__version__)
+        self._scope = InstrumentationScope("nodeservice", nodeservice.__version__)
         self._worker_id = worker_id
 
     def phase_ended(self, record: TaskRecord, timing: PhaseTiming) -> None:
@@ -141,25 +131,29 @@ class OtlpTraceSink:
     ) -> None:
         if not record.trace.sampled:
             return
-        trace_id = int(record.trace.trace_id, 16)
-        context = Context()
+        trace_id, is_root = int(record.trace.trace_id, 16), name == "task"
+        parent = None
         if parent_span_id is not None:
-            parent = SpanContext(trace_id, int(parent_span_id, 16), is_remote=name == "task", trace_flags=TraceFlags(1))
-            context = otel.set_span_in_context(NonRecordingSpan(parent), context)
-        with self._lock:
-            self._ids.preset(trace_id, int(span_id, 16))
-            span = self._tracer.start_span(
-                name,
-                context=context,
-                kind=SpanKind.CONSUMER if name == "task" else SpanKind.INTERNAL,
-                attributes=attributes,
-                start_time=_nanoseconds(started_at),
-            )
+            parent = SpanContext(trace_id, int(parent_span_id, 16), is_remote=is_root, trace_flags=_SAMPLED)
+        status = Status(StatusCode.UNSET)
         if failed and record.verdict is not None:
-            span.set_status(
-                Status(StatusCode.ERROR, f"{record.verdict.reason}: {record.verdict.message}"[:_LONGEST_TEXT])
+            text = f"{record.verdict.reason}: {record.verdict.message}"[:_LONGEST_TEXT]
+            status = Status(StatusCode.ERROR, text)
+        # A tracer would begin it now and choose its id; this one has been, and its id follows from the record.
+        self._processor.on_end(
+            ReadableSpan(
+                name,
+                context=SpanContext(trace_id, int(span_id, 16), is_remote=False, trace_flags=_SAMPLED),
+                parent=parent,
+                resource=self._resource,
+                attributes=attributes,
+                kind=SpanKind.CONSUMER if is_root else SpanKind.INTERNAL,
+                status=status,
+                start_time=_nanoseconds(started_at),
+                end_time=_nanoseconds(ended_at),
+                instrumentation_scope=self._scope,
             )
-        span.end(end_time=_nanoseconds(ended_at))
+        )
 
     def _identity(self, record: TaskRecord) -> Attributes:
         return {
@@ -167,22 +161,6 @@ class OtlpTraceSink:
             "nodeservice.attempt": record.id.attempt,
             "nodeservice.worker_id": self._worker_id,
         }
-
-
-class _PresetIds(IdGenerator):
-    """Hands out the ids that the next span is to have. Its user holds a lock from `preset` to the span's start."""
-
-    def __init__(self) -> None:
-        self._trace_id = self._span_id = 0
-
-    def preset(self, trace_id: int, span_id: int) -> None:
-        self._trace_id, self._span_id = trace_id, span_id
-
-    def generate_span_id(self) -> int:
-        return self._span_id
-
-    def generate_trace_id(self) -> int:
-        return self._trace_id
 
 
 class _OutageExporter(SpanExporter):
