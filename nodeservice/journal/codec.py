@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from functools import cache
+from json.encoder import encode_basestring_ascii
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from nodeservice.core.model import TaskRecord
+from nodeservice.core.model import AttemptId, Phase, TaskRecord
 from nodeservice.errors import ConfigError, InvariantError, NodeFaultError
 
 VERSION = 1
@@ -26,14 +28,39 @@ CORRUPT_HINT = (
     "with an empty journal"
 )
 
+_REMEMBERED_ATTEMPTS = 1024
+_COMPACT = json.JSONEncoder(separators=(",", ":"))
+
 _UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """From version n to n+1, on the parsed record."""
 
 
 def encode_record(record: TaskRecord) -> str:
     """One line of ASCII JSON: `{"v": 1, "record": {…}}`. Raises InvariantError for what JSON cannot hold."""
+    return _encode(record, _Memory({}))
+
+
+class RecordWriter:
+    """Writes the records of attempts one after the other: what is the same object as the last time is not encoded again."""
+
+    def __init__(self) -> None:
+        self._parts: OrderedDict[AttemptId, _Parts] = OrderedDict()
+
+    def encode(self, record: TaskRecord) -> str:
+        """As `encode_record`."""
+        memory = _Memory(self._parts.pop(record.id, {}))
+        text = _encode(record, memory)
+        del memory.used[id(record)]  # it will not come again
+        if record.phase is not Phase.FINISHED:
+            self._parts[record.id] = memory.used
+            if len(self._parts) > _REMEMBERED_ATTEMPTS:
+                self._parts.popitem(last=False)
+        return text
+
+
+def _encode(record: TaskRecord, memory: _Memory) -> str:
     try:
-        return json.dumps({"v": VERSION, "record": _form(TaskRecord).encode(record)}, separators=(",", ":"))
+        return f'{{"v":{VERSION},"record":{_form(TaskRecord).encode(record, memory)}}}'
     except (TypeError, ValueError) as error:
         raise InvariantError(f"record of {record.id} cannot be written as JSON: {error}") from error
 
@@ -79,11 +106,32 @@ class _MalformedError(Exception):
         self.path: list[str] = []
 
 
+_Parts = dict[int, tuple[Any, str]]
+"""What an object was encoded as, by its id, beside the object itself: as long as it is held nothing else has that id."""
+
+
+class _Memory:
+    """The parts of the last record, and those of the one that is being written. Parts are never changed, only replaced."""
+
+    __slots__ = ("known", "used")
+
+    def __init__(self, known: _Parts) -> None:
+        self.known = known
+        self.used: _Parts = {}
+
+    def text(self, value: Any, make: Callable[[Any, _Memory], str]) -> str:
+        part = self.known.get(id(value))
+        if part is None:
+            part = (value, make(value, self))
+        self.used[id(value)] = part
+        return part[1]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """How one type is written and read. `Any` is unavoidable here: the types are known only through their hints."""
+    """How one type is written, as JSON, and read. `Any` is unavoidable: the types are known only through their hints."""
 
-    encode: Callable[[Any], Any]
+    encode: Callable[[Any, _Memory], str]
     decode: Callable[[Any], Any]
 
 
@@ -104,7 +152,7 @@ def _form(hint: Any) -> _Form:
     if origin is tuple:
         return _tuple_form(args)
     if origin is Mapping and args == (str, object):
-        return _Form(dict, _decode_mapping)
+        return _Form(lambda value, memory: memory.text(value, _encode_mapping), _decode_mapping)
     raise InvariantError(f"the journal has no form for the type {hint!r}")
 
 
@@ -119,13 +167,17 @@ def _plain(kind: type) -> _Form:
             raise _MalformedError(f"expected {kind.__name__}, found {_describe(value)}")
         return kind(value)
 
-    return _Form(lambda value: value, decode)
+    return _Form(_encode_plain, decode)
 
 
-def _encode_instant(value: datetime) -> str:
+def _encode_plain(value: Any, _memory: _Memory) -> str:
+    return encode_basestring_ascii(value) if type(value) is str else _COMPACT.encode(value)
+
+
+def _encode_instant(value: datetime, _memory: _Memory) -> str:
     if value.tzinfo is None:
         raise ValueError(f"instant {value!r} has no time zone")
-    return value.astimezone(UTC).isoformat(timespec="microseconds")
+    return f'"{value.astimezone(UTC).isoformat(timespec="microseconds")}"'
 
 
 def _decode_instant(value: Any) -> datetime:
@@ -136,6 +188,10 @@ def _decode_instant(value: Any) -> datetime:
     if instant.tzinfo is None:
         raise _MalformedError(f"instant {value} has no time zone")
     return instant
+
+
+def _encode_mapping(value: Mapping[str, object], _memory: _Memory) -> str:
+    return _COMPACT.encode(dict(value))
 
 
 def _decode_mapping(value: Any) -> dict[str, Any]:
@@ -151,7 +207,8 @@ def _enum_form(kind: type[StrEnum] | type[IntEnum]) -> _Form:
         except ValueError as error:
             raise _MalformedError(f"{_describe(value)} is no {kind.__name__}") from error
 
-    return _Form(lambda value: value.value, decode)
+    texts = {member: _COMPACT.encode(member.value) for member in kind}
+    return _Form(lambda value, _memory: texts[value], decode)
 
 
 def _optional_form(args: tuple[Any, ...]) -> _Form:
@@ -160,7 +217,7 @@ def _optional_form(args: tuple[Any, ...]) -> _Form:
         raise InvariantError(f"the journal has no form for the union {args!r}")
     inner = _form(others[0])
     return _Form(
-        lambda value: None if value is None else inner.encode(value),
+        lambda value, memory: "null" if value is None else inner.encode(value, memory),
         lambda value: None if value is None else inner.decode(value),
     )
 
@@ -169,10 +226,12 @@ def _tuple_form(args: tuple[Any, ...]) -> _Form:
     endless = len(args) == 2 and args[1] is Ellipsis
     forms = [_form(args[0])] if endless else [_form(arg) for arg in args]
 
-    def encode(value: tuple[Any, ...]) -> list[Any]:
+    def encode(value: tuple[Any, ...], memory: _Memory) -> str:
         if endless:
-            return [forms[0].encode(item) for item in value]
-        return [form.encode(item) for form, item in zip(forms, value, strict=True)]
+            texts = [forms[0].encode(item, memory) for item in value]
+        else:
+            texts = [form.encode(item, memory) for form, item in zip(forms, value, strict=True)]
+        return f"[{','.join(texts)}]"
 
     def decode(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or not (endless or len(value) == len(forms)):
@@ -191,8 +250,12 @@ def _dataclass_form(kind: type[Any]) -> _Form:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
 
-    def encode(value: Any) -> dict[str, Any]:
-        return {name: form.encode(getattr(value, name)) for name, form in fields.items()}
+    def write(value: Any, memory: _Memory) -> str:
+        texts = [f'"{name}":{form.encode(getattr(value, name), memory)}' for name, form in fields.items()]
+        return f"{{{','.join(texts)}}}"
+
+    def encode(value: Any, memory: _Memory) -> str:
+        return memory.text(value, write)
 
     def decode(value: Any) -> Any:
         if not isinstance(value, dict):

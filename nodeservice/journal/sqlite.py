@@ -19,7 +19,7 @@ import structlog
 
 from nodeservice.core.model import AttemptId, TaskRecord
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
-from nodeservice.journal.codec import CORRUPT_HINT, decode_record, encode_record
+from nodeservice.journal.codec import CORRUPT_HINT, RecordWriter, decode_record
 from nodeservice.journal.schema import migrate
 
 log = structlog.get_logger(__name__)
@@ -74,6 +74,7 @@ class SqliteJournal:
         self._path = path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-journal")
         self._connection: sqlite3.Connection | None = None
+        self._writer = RecordWriter()
         self._writes: deque[_Write] = deque()
         self._writes_lock = threading.Lock()
 
@@ -82,7 +83,7 @@ class SqliteJournal:
 
     async def save(self, records: Sequence[TaskRecord]) -> None:
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        await self._write(_SAVE, [_row(record, now) for record in records])
+        await self._write(_SAVE, [_row(record, self._writer.encode(record), now) for record in records])
 
     async def forget(self, ids: Sequence[AttemptId]) -> None:
         await self._write(_FORGET, [(id_.task_id, id_.attempt) for id_ in ids])
@@ -236,8 +237,8 @@ class SqliteJournal:
         )
 
 
-def _row(record: TaskRecord, now: str) -> Row:
-    text, phase = encode_record(record), record.phase.value
+def _row(record: TaskRecord, text: str, now: str) -> Row:
+    phase = record.phase.value
     return record.id.task_id, record.id.attempt, phase, now, text, _checksum(f"{record.id} {phase}", text.encode())
 
 

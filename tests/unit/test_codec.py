@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nodeservice.core import model
 from nodeservice.errors import ConfigError, InvariantError, NodeFaultError
-from nodeservice.journal.codec import VERSION, decode_record, encode_record
+from nodeservice.journal.codec import VERSION, RecordWriter, decode_record, encode_record
 
 NAIVE_MIN, NAIVE_MAX = (datetime(year, 1, 1, tzinfo=UTC).replace(tzinfo=None) for year in (1971, 2200))
 INSTANTS = st.datetimes(min_value=NAIVE_MIN, max_value=NAIVE_MAX, timezones=st.just(UTC))
@@ -67,6 +67,34 @@ def test_every_record_comes_back_equal_and_of_the_same_types(record: model.TaskR
     assert type(decoded.phase) is model.Phase
     assert type(decoded.spec.sla_multiplier) is float
     assert decoded.accepted_at.tzinfo is not None
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.lists(RECORDS, min_size=2, max_size=3), st.randoms(use_true_random=False))
+def test_records_of_an_attempt_that_share_parts_are_written_as_each_alone_would_be(
+    parents: list[model.TaskRecord], random: Any
+) -> None:
+    """Children of several parents: parts that are the same objects as in the last record, as in one before, and others."""
+    writer = RecordWriter()
+    names = [field.name for field in dataclasses.fields(model.TaskRecord) if field.name != "spec"]
+    for _ in range(8):
+        changes = {name: getattr(random.choice(parents), name) for name in names}
+        timings = random.choice(parents).timings
+        record = dataclasses.replace(
+            parents[0], **(changes | {"timings": (*timings, *parents[0].timings), "remarks": (str(random.random()),)})
+        )
+        assert writer.encode(record) == encode_record(record)
+        assert decode_record(writer.encode(record)) == record
+
+
+def test_the_writer_lets_go_of_attempts_that_are_over_and_of_too_many() -> None:
+    writer = RecordWriter()
+    for number in range(3000):
+        spec = dataclasses.replace(a_record().spec, id=model.AttemptId(f"task-{number}"))
+        writer.encode(a_record(spec=spec))
+        if number % 2:
+            writer.encode(a_record(spec=spec, phase=model.Phase.FINISHED))
+    assert 0 < len(writer._parts) <= 1024
 
 
 def test_the_text_is_one_line_of_ascii_whatever_the_strings_hold() -> None:
