@@ -26,10 +26,12 @@ from nodeservice.rpc.tls import channel_credentials, server_credentials
 from nodeservice.rpc.uplink import MasterLink
 from nodeservice.service_manager import ServiceManager, host_is_stopping
 from nodeservice.telemetry.tracing import new_trace_ids
+from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
 MASTER_NOTE = "master_address"
+_DEFAULT_THREADS = 6
 _STOP_SECONDS = 1.0
 """For calls that are under way at the end; followers of logs are cut off then and ask again."""
 
@@ -45,6 +47,7 @@ async def serve(
     stopping = asyncio.Event()
     stopped_at: list[datetime] = []
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(worker_pool(_DEFAULT_THREADS, "nodeservice-work"))
 
     def stop() -> None:
         stopping.set()

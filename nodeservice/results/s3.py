@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
 from nodeservice.results.s3_archive import MAX_FILE_BYTES
 from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
+from nodeservice.worker_threads import worker_pool
 
 if TYPE_CHECKING:
     from nodeservice.results.s3_client import BucketClient
@@ -53,8 +53,8 @@ class S3ResultStore:
 
     def __init__(self, access: S3Access) -> None:
         self._access = access
-        self._pool = ThreadPoolExecutor(max_workers=access.parallel_count, thread_name_prefix="results-s3")
-        self._light_pool = ThreadPoolExecutor(max_workers=LIGHT_COUNT, thread_name_prefix="results-s3-light")
+        self._pool = worker_pool(access.parallel_count, "results-s3")
+        self._light_pool = worker_pool(LIGHT_COUNT, "results-s3-light")
         self._client: BucketClient | None = None
         self._client_lock = threading.Lock()
 
@@ -202,7 +202,8 @@ def _finish(
 def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
     marker = f"{base}/{MANIFEST_NAME}"
     if client.keeps_what_is_there and any(file.entry.path == LOG_NAME for file in bundle.files):
-        with suppress(AlreadyThere):  # of an earlier try, or of somebody else: it has to be asked first
+        # It is of an earlier try, or of somebody else, or can't be read any more: then the store has to be asked first.
+        with suppress(AlreadyThere, NodeFaultError):
             return _put_new(client, bundle, base, stop)
     there = _There({}, list(bundle.files), is_marked=False)
     if client.has(marker):

@@ -14,7 +14,6 @@ import http.client
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -27,6 +26,7 @@ from nodeservice.ports import ContainerState
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import peer_pid
 from nodeservice.runtime.errors import engine_unavailable
+from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class EngineLife:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="engine-look")
+        self._threads = worker_pool(_THREADS, "engine-look")
         self._process: EngineStart | None = None
         self._first: EngineStart | None = None
         self._first_at: datetime | None = None
