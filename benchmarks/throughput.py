@@ -46,12 +46,12 @@ async def _all_counts(found: Finding, scale: Scale, service: Service, engine: Ba
     counts: tuple[int, ...] = scale.pick((1, 8), (1, 2, 4, 8, 16))
     for at_a_time in counts:
         cpu_milli = min(1000, 1000 * _cpu_count() // at_a_time)
-        task_count = scale.pick(max(5, 2 * at_a_time), max(20, 4 * at_a_time))
+        task_count = scale.pick(max(8, 3 * at_a_time), max(20, 4 * at_a_time))
         arms = _Arms(service, engine, cpu_milli, at_a_time)
         await arms.service_rate(at_a_time)  # warms up: threads, connections, caches
         await arms.engine_rate(at_a_time)
         rates: dict[str, list[float]] = {"service": [], "engine": [], "cli": []}
-        for number in range(scale.pick(3, 7)):
+        for number in range(scale.pick(5, 7)):
             order = [*rates][number % 3 :] + [*rates][: number % 3]
             for arm in order:
                 rates[arm].append(await getattr(arms, f"{arm}_rate")(task_count))

@@ -124,6 +124,9 @@ class SqliteJournal:
             return
 
         def work(connection: sqlite3.Connection) -> None:
+            if len(group) == 1 and len(group[0].rows) == 1:  # one statement is a transaction of its own
+                connection.execute(group[0].statement, group[0].rows[0])
+                return
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 for write in group:
