@@ -285,7 +285,7 @@ def _acknowledged(record: TaskRecord, event: ev.ReportAcknowledged) -> Step:
 def _cleaned(record: TaskRecord, event: ev.CleanedUp) -> Step:
     if record.retained:
         return _enter(record, Phase.RETAINING, event.at)
-    return _enter(replace(record, disk_released=True), Phase.FINISHED, event.at, fx.ReleaseDisk())
+    return _can_wait(_enter(replace(record, disk_released=True), Phase.FINISHED, event.at, fx.ReleaseDisk()))
 
 
 def _stored_late(record: TaskRecord, event: ev.ResultsStored) -> Step:

@@ -381,8 +381,8 @@ class Driver:
         with contextlib.suppress(TransientError):  # the journal is full or away: they are forgotten in a later round
             await self._journal.forget(old)
             for id_ in old:
-                del self._finished[id_]
-                del self._records[id_]
+                del self._finished[id_], self._records[id_]
+                self._deferred.pop(id_, None)
                 self._forget_attempt(id_)
                 for listener in self._forgotten:
                     listener(id_)

@@ -454,6 +454,7 @@ async def test_half_made_results_of_a_finished_attempt_go_and_those_of_others_st
     async with living(world) as node:
         await node.assign(spec())
         await node.until_finished(T)
+        await node.driver.settled()
     async with living(world) as node:
         await node.until(lambda: not ours.exists() and not removed.exists())
     assert anothers.exists()

@@ -306,7 +306,7 @@ async def _kill_at(world: World, writes: int | None, *, lost: bool, changes: int
         return died
 
 
-_WRITES, _CHANGES = 6, 10
+_WRITES, _CHANGES = 5, 10
 
 
 @pytest.mark.parametrize("writes", range(1, _WRITES + 1))
@@ -317,7 +317,7 @@ async def test_a_node_killed_at_any_journal_write_ends_every_task_in_one_report(
 ) -> None:
     assert await _kill_at(world, writes, lost=lost)
     # The one doubt that no node can remove: killed between the master's answer and the note of it, it reports again.
-    unsure = lost and writes == _WRITES - 1
+    unsure = lost and writes == _WRITES
     await _assert_taken_up(world, with_cancel=with_cancel, report_count=2 if unsure else 1)
 
 
