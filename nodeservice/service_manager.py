@@ -119,7 +119,8 @@ async def host_is_stopping() -> bool:
         async with asyncio.timeout(_ANSWER_SECONDS):
             said, _ = await asked.communicate()
     except TimeoutError:
-        asked.kill()
+        with contextlib.suppress(ProcessLookupError):
+            asked.kill()
         await asked.wait()
         return False
     return said.strip() == b"stopping"

@@ -6,9 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import datetime
-
-import structlog
 
 from nodeservice.capacity.source import HostCapacity
 from nodeservice.capacity.topology import read_cpus
@@ -19,7 +16,8 @@ from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
 from nodeservice.daemon.fault_points import armed
 from nodeservice.daemon.host_policy import reserve, sharing_policy
-from nodeservice.errors import ConfigError, TransientError
+from nodeservice.daemon.host_stops import HostStops
+from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
@@ -47,10 +45,6 @@ from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import open_trace_sink
 
-log = structlog.get_logger(__name__)
-
-_HOST_STOPPED_NOTE = "host_stopped_at"
-
 
 @dataclass(slots=True, kw_only=True)
 class Node:
@@ -68,16 +62,8 @@ class Node:
     driver: Driver
     logs: LogBook
     dirs: WorkDirs
+    host_stops: HostStops
     lock: StateDirLock
-
-    async def note_host_stopped(self, at: datetime) -> None:
-        """The host goes down, and the engine after us: what ends from `at` on is to be told from what ends by itself."""
-        try:
-            await self.journal.set_note(_HOST_STOPPED_NOTE, at.isoformat())
-        except TransientError as error:
-            log.error("host_stop.not_noted", error=str(error))
-        else:
-            log.info("host.stopping")
 
     async def close(self) -> None:
         """Give back everything that `build` took, in reverse order."""
@@ -142,11 +128,11 @@ async def build(config: NodeConfig) -> Node:
     mode = ModeKeeper(driver, journal, clock)
     await driver.open()
     await mode.open()
-    if (host_stopped_at := await journal.get_note(_HOST_STOPPED_NOTE)) is not None:
-        runtime.host_stopped(datetime.fromisoformat(host_stopped_at))
+    host_stops = HostStops(journal)
+    runtime.ended_with_the_host(await host_stops.ended())
     return Node(
         config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
-        driver=driver, logs=logs, dirs=dirs, lock=lock, keeper=keeper, mode=mode,
+        driver=driver, logs=logs, dirs=dirs, host_stops=host_stops, lock=lock, keeper=keeper, mode=mode,
     )  # fmt: skip
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
 
 import grpc
 import structlog
 
 from nodeservice import __version__
 from nodeservice.config import NodeConfig
+from nodeservice.core.model import Phase
 from nodeservice.core.retry import Backoff
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store, task_defaults
@@ -31,7 +32,6 @@ from nodeservice.worker_threads import worker_pool
 log = structlog.get_logger(__name__)
 
 MASTER_NOTE = "master_address"
-_DEFAULT_THREADS = 6
 _STOP_SECONDS = 1.0
 """For calls that are under way at the end; followers of logs are cut off then and ask again."""
 
@@ -45,29 +45,38 @@ async def serve(
     """
     manager = manager or ServiceManager()
     stopping = asyncio.Event()
-    stopped_at: list[datetime] = []
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(worker_pool(_DEFAULT_THREADS, "nodeservice-work"))
+    loop.set_default_executor(worker_pool(min(32, (os.cpu_count() or 1) + 4), "nodeservice-work"))
 
     def stop() -> None:
         stopping.set()
-        stopped_at.append(datetime.now(UTC))
         manager.stopping("stops; containers that run now run on")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     node = await build(config)
+    noting = asyncio.create_task(_note_stop_of_host(node, stopping), name="stop of the host")
     try:
         _credentials(config)  # what is wrong with them is not to be found only when the engine answers
         async with manager.watching(lambda: _come_round(node), lambda: standing(node)):
             facts = await _until(stopping, _engine(node, manager))
             if facts is not None:
                 await _serve(node, facts, stopping, manager, on_ready)
-        if stopped_at and await host_is_stopping():
-            await node.note_host_stopped(stopped_at[0])
     finally:
+        if not stopping.is_set():
+            noting.cancel()
+        await asyncio.gather(noting, return_exceptions=True)
         await node.close()
         log.info("node.stopped", worker_id=config.worker_id)
+
+
+async def _note_stop_of_host(node: Node, stopping: asyncio.Event) -> None:
+    """At once, beside all that is taken down: systemd gives a unit that stops so many seconds and no more."""
+    await stopping.wait()
+    at = node.clock.now()
+    if await host_is_stopping():
+        running = [record for record in node.driver.live() if record.phase <= Phase.RUNNING]
+        await node.host_stops.note(at, [record.container_id for record in running if record.container_id])
 
 
 async def _serve(

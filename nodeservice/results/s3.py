@@ -195,8 +195,13 @@ def _finish(
 ) -> None:
     if sent:
         _look_for(client, base, sent, stop)
-    if not there.is_marked:
-        client.upload_json(f"{base}/{MANIFEST_NAME}", bundle.manifest_bytes, stop)
+    if there.is_marked:
+        return
+    marker, only_new = f"{base}/{MANIFEST_NAME}", client.keeps_what_is_there
+    try:
+        client.upload_json(marker, bundle.manifest_bytes, stop, only_new=only_new)
+    except AlreadyThere:  # since we looked; RESULT_CONFLICT unless it is the same
+        _compare(client, bundle=bundle, base=base)
 
 
 def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:

@@ -200,6 +200,8 @@ class BucketClient:
             except NodeFaultError as error:
                 self._keeps = False
                 log.info("results.condition_refused", bucket=self._bucket, error=str(error))
+            except TransientError as error:  # it is tried again with the next results: these are stored
+                log.debug("results.condition_not_tried", bucket=self._bucket, error=str(error))
             else:
                 self._keeps = False
 
@@ -295,6 +297,8 @@ def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFa
         return RequestError(message, reason="RESULT_TOO_LARGE", hint="write smaller files")
     if code in _FULL_CODES or status == 507:
         return TransientError(message, reason="STORE_FULL", hint="make room in the store")
+    if code == "NotImplemented" or status == 501:
+        return NodeFaultError(message, reason="STORE_REFUSED")
     if code in _TRANSIENT_CODES or status >= 500 or status in (408, 429):
         return TransientError(message, reason="STORE_UNREACHABLE")
     return NodeFaultError(message, reason="STORE_REFUSED", hint=_HINTS.get(code))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -107,9 +107,9 @@ class DockerRuntime:
         """Why the engine did not answer when it was last asked; empty when it did."""
         return self._connection.trouble
 
-    def host_stopped(self, at: datetime) -> None:
-        """When this host was last shut down in order, as noted by who stopped with it."""
-        self._life.host_stopped_at = at
+    def ended_with_the_host(self, stops: Mapping[str, datetime]) -> None:
+        """Containers that ran when the host was shut down, each with when that began."""
+        self._life.host_stops = stops
 
     async def facts(self) -> EngineFacts:
         return (await self._profile(fresh=True)).facts

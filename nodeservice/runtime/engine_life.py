@@ -13,7 +13,7 @@ import asyncio
 import http.client
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -108,7 +108,8 @@ class EngineLife:
         self._watched: int | None = None
         self.live_restore = False
         """As the engine last said of itself."""
-        self.host_stopped_at: datetime | None = None
+        self.host_stops: Mapping[str, datetime] = {}
+        """Containers that ran when the host was shut down, each with when that began."""
 
     @property
     def is_known(self) -> bool:
@@ -147,10 +148,8 @@ class EngineLife:
 
         Then its exit code may be any: one that ends well when it is told to has not come to its end.
         """
-        started_at, finished_at, stopped_at = state.started_at, state.finished_at, self.host_stopped_at
-        if started_at is None or finished_at is None or stopped_at is None:
-            return False
-        return started_at < stopped_at <= finished_at
+        stopped_at = self.host_stops.get(state.id)
+        return stopped_at is not None and state.finished_at is not None and stopped_at <= state.finished_at
 
     def was_away(self, state: ContainerState) -> bool:
         """Whether this container, which has ended, had another engine at its start than after its end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from tests.conftest import remove_cgroup
 from tests.integration.docker_daemon import IMAGE, require_docker_daemon
 from tests.integration.node_process import NodeProcess
@@ -223,6 +225,7 @@ async def test_tasks_that_ran_when_the_host_was_shut_down_have_not_ended_by_them
         assert await on.node.stop() == 0
         await asyncio.to_thread(on.engine.stop)
         systemctl.unlink()
+        await _as_of_another_boot(tmp_path / "node/state")
         await asyncio.to_thread(on.engine.start)
         await on.node.start()
         ended = await on.ended("sleeps", "obeys")
@@ -231,6 +234,16 @@ async def test_tasks_that_ran_when_the_host_was_shut_down_have_not_ended_by_them
         assert await on.node.stop() == 0
         await on.node.start()
         assert await on.ended("after") == {"after": ("success", "COMPLETED", 0)}
+
+
+async def _as_of_another_boot(state_dir: Path) -> None:
+    """What the node noted when it stopped with the host."""
+    journal = SqliteJournal(state_dir / JOURNAL_NAME)
+    try:
+        (stop,) = json.loads(await journal.get_note("host_stops") or "[]")
+        await journal.set_note("host_stops", json.dumps([stop | {"boot_id": "of another boot"}]))
+    finally:
+        await journal.close()
 
 
 @pytest.mark.parametrize("then", ["true", "sleep 600"], ids=["ended", "still there"])

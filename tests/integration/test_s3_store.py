@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import secrets
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from minio import Minio
@@ -226,15 +228,70 @@ async def test_a_store_that_overlooks_the_condition_is_noticed_and_asked_each_ti
     assert refused.value.reason == "RESULT_CONFLICT"
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [{"X-Amz-Storage-Class": "NO_SUCH_CLASS"}, {"X-Amz-Server-Side-Encryption": "AES256"}],
+    ids=["400", "501, as a store says that does not know the condition"],
+)
 async def test_a_store_that_refuses_the_condition_is_asked_each_time(
-    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_store: OpenStore,
+    client: Minio,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: dict[str, str],
 ) -> None:
-    monkeypatch.setattr(s3_client, "_ONLY_NEW", {"X-Amz-Storage-Class": "NO_SUCH_CLASS"})
+    monkeypatch.setattr(s3_client, "_ONLY_NEW", refused)
     store = open_store()
     await _store_another_attempt(store, tmp_path)
     bundle = bundle_of(tmp_path / "one", {"a": b"1"})
     await store.put(bundle)
     assert client.get_object(bucket, f"{PREFIX}/manifest.json").data == bundle.manifest_bytes
+
+
+async def test_a_store_that_breaks_off_while_it_is_tried_has_the_results_all_the_same(
+    open_store: OpenStore,
+    proxy: FaultProxy,
+    client: Minio,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = s3_client.BucketClient.try_to_overwrite
+
+    def cut_off(*arguments: Any) -> None:
+        proxy.down()
+        tried(*arguments)
+
+    monkeypatch.setattr(s3_client.BucketClient, "try_to_overwrite", cut_off)
+    bundle = bundle_of(tmp_path, {"a": b"1"})
+    await open_store().put(bundle)
+    proxy.up()
+    assert_complete(client, bucket, bundle)
+
+
+async def test_results_that_another_node_marks_at_the_same_moment_are_a_conflict(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one found the log of the other, and no manifest yet."""
+    store, other = open_store(), open_store()
+    await _store_another_attempt(store, tmp_path)
+    theirs, ours = bundle_of(tmp_path / "theirs", {"a": b"1"}), bundle_of(tmp_path / "ours", {"a": b"2"})
+    has, marked = s3_client.BucketClient.has, threading.Event()
+
+    def has_not_yet(self: s3_client.BucketClient, key: str) -> bool:
+        found = has(self, key)
+        if not marked.is_set():
+            marked.set()
+            asyncio.run(other.put(theirs))
+        return found
+
+    client.put_object(bucket, f"{PREFIX}/stdout.log", io.BytesIO(b"log\n"), 4)
+    monkeypatch.setattr(s3_client.BucketClient, "has", has_not_yet)
+    with pytest.raises(NodeFaultError) as refused:
+        await store.put(ours)
+    assert refused.value.reason == "RESULT_CONFLICT"
+    assert client.get_object(bucket, f"{PREFIX}/manifest.json").data == theirs.manifest_bytes
 
 
 async def _store_another_attempt(store: S3ResultStore, tmp_path: Path) -> None:
@@ -425,8 +482,6 @@ async def test_objects_of_an_upload_that_broke_off_are_not_sent_again(
     await store.put(bundle)
     client.remove_object(bucket, f"{PREFIX}/manifest.json")
     client.remove_object(bucket, f"{PREFIX}/a")
-    import io
-
     client.put_object(bucket, f"{PREFIX}/stale", io.BytesIO(b"old"), 3)
     proxy.requests.clear()
     proxy.rename()

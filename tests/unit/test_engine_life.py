@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -197,12 +198,13 @@ async def test_of_what_ended_before_the_first_look_a_former_engine_may_have_been
 async def test_what_ran_when_the_host_was_shut_down_did_not_end_by_itself(engine: Engine) -> None:
     now = datetime.now(UTC)
     minute = timedelta(minutes=1)
-    assert not engine.life.fell_with_the_host(ended_between(now - minute, now))
-    engine.life.host_stopped_at = now
-    assert engine.life.fell_with_the_host(ended_between(now - minute, now))
-    assert engine.life.fell_with_the_host(ended_between(now - minute, now + minute))
-    assert not engine.life.fell_with_the_host(ended_between(now - 2 * minute, now - minute)), "it had ended before"
-    assert not engine.life.fell_with_the_host(ended_between(now + minute, now + 2 * minute)), "it came after"
+    ended = ended_between(now - minute, now)
+    assert not engine.life.fell_with_the_host(ended)
+    engine.life.host_stops = {ended.id: now}
+    assert engine.life.fell_with_the_host(ended)
+    assert engine.life.fell_with_the_host(replace(ended, finished_at=now + minute))
+    assert not engine.life.fell_with_the_host(replace(ended, finished_at=now - minute)), "it had ended before"
+    assert not engine.life.fell_with_the_host(replace(ended, id="another", finished_at=now + minute))
 
 
 async def test_of_a_container_that_had_another_engine_at_its_start_the_log_may_lack_something(engine: Engine) -> None:

@@ -121,7 +121,8 @@ def test_a_bare_machine_becomes_a_verified_worker_that_comes_back_and_is_upgrade
         site.machine.run(f"{CLIENT}until nodeservice logs {task} | grep -q 3; do sleep 2; done")
     site.machine.restart()
     for task in running:  # the master gives it to a node again, for that was not its own fault
-        site.machine.run(f"{CLIENT}until nodeservice logs {task} | grep -q 3; do sleep 2; done")
+        second = f"nodeservice show {task} --json | grep -q '\"attempt\": 2'"
+        site.machine.run(f"{CLIENT}until {second} && nodeservice logs {task} | grep -q 3; do sleep 2; done")
         (first, second) = site.story(task)["attempts"]
         assert (first["state"], first["reason"], second["state"]) == ("FAILED", "ENGINE_FAULT", "RUNNING"), first
     assert [attempt["state"] for attempt in site.story(before)["attempts"]] == ["SUCCEEDED"]
