@@ -311,13 +311,21 @@ async def test_a_process_in_a_nested_cgroup_that_is_named_like_the_neighbours_co
         nested = _memory_cgroup(b.pid("greedy")) / b.container("modest")["Id"]
         nested.mkdir()
         inside = psutil.Process(b.pid("greedy")).children(recursive=True)
-        (child,) = [one for one in inside if one.cmdline() == ["sleep", "600"]]
+        (child,) = [one for one in inside if _command(one) == ["sleep", "600"]]
         (nested / "cgroup.procs").write_text(str(child.pid))
         b.driver.add_process(gpu, child.pid, 5 * GIB, while_alive=True)
         assert (await b.master.reported("greedy")).reason == "GPU_MEMORY_LIMIT"
         assert b.master.report("modest") is None
         b.tell("modest")
         assert (await b.master.reported("modest")).reason == "COMPLETED"
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Empty for one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _memory_cgroup(pid: int) -> Path:
