@@ -26,6 +26,9 @@ class ForgetfulEngine(FakeRuntime):
         self.calls = deque(maxlen=1)  # type: ignore[assignment]
         self.specs = deque(maxlen=1)  # type: ignore[assignment]
 
+    def ended_with_the_host(self, _stops: object) -> None:
+        """It has no containers of before its start."""
+
     async def close(self) -> None:
         return None
 

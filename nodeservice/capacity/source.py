@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +32,6 @@ from nodeservice.ports import (
     NodeCapacity,
     UsageSample,
 )
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class HostCapacity:
         self._root = root
         self._affinity_count = affinity_count
         self._meter = CpuMeter(root)
-        self._thread = worker_pool(1, "nodeservice-capacity")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-capacity")
         self._last_sample = UsageSample(cpu_percent=0.0, memory_percent=0.0, disk_percent=0.0, gpu_percent=0.0)
 
     async def read(self) -> NodeCapacity:

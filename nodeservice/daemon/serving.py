@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Coroutine
 
@@ -27,7 +26,6 @@ from nodeservice.rpc.tls import channel_credentials, server_credentials
 from nodeservice.rpc.uplink import MasterLink
 from nodeservice.service_manager import ServiceManager, host_is_stopping
 from nodeservice.telemetry.tracing import new_trace_ids
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +44,6 @@ async def serve(
     manager = manager or ServiceManager()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(worker_pool(min(32, (os.cpu_count() or 1) + 4), "nodeservice-work"))
 
     def stop() -> None:
         stopping.set()

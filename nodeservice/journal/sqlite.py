@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,6 @@ from nodeservice.core.model import AttemptId, TaskRecord
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.journal.codec import CORRUPT_HINT, RecordWriter, decode_record
 from nodeservice.journal.schema import migrate
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +72,7 @@ class SqliteJournal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._thread = worker_pool(1, "nodeservice-journal")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-journal")
         self._connection: sqlite3.Connection | None = None
         self._writer = RecordWriter()
         self._writes: deque[_Write] = deque()

@@ -33,7 +33,6 @@ from nodeservice.ports import (
     TaskDisk,
     Uplink,
 )
-from nodeservice.worker_threads import worker_pool
 
 
 class ReceiptView(Protocol):
@@ -135,5 +134,7 @@ class Context:
     """Containers whose end was seen and that are not collected yet: the engine need not be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)
     """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
-    collecting: ThreadPoolExecutor = field(default_factory=lambda: worker_pool(2, "nodeservice-collect"))
+    collecting: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
+    )
     """Hashes for as long as there are results: apart from all short work, which would have to wait for it."""

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -28,7 +29,6 @@ from nodeservice.limits.tree import CgroupTree
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class KernelTaskCgroups:
     def __init__(self, *, places: Places, tree: CgroupTree) -> None:
         self._places = places
         self._tree = tree
-        self._thread = worker_pool(1, "nodeservice-cgroup")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-cgroup")
         self._warned: set[str] = set()
         self._fault: str | None = None
         self._share: CgroupLimits | None = None

@@ -12,6 +12,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,6 @@ from nodeservice.errors import NodeFaultError
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
 from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport, quota_support
 from nodeservice.ports import DiskBound, DiskUse, Enforcement
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class BoundedDisk:
         self._clock = clock
         self._attempts: dict[AttemptId, _Watched] = {}
         self._walking_count = 0
-        self._thread = worker_pool(1, "nodeservice-disk")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-disk")
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
         """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nodeservice.ports import Room
-from nodeservice.worker_threads import worker_pool
 
 
 class DirectoriesFreeSpace:
@@ -16,7 +16,7 @@ class DirectoriesFreeSpace:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = tuple(directories)
-        self._thread = worker_pool(1, "nodeservice-free-space")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-free-space")
 
     async def least(self) -> tuple[int, Path] | None:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._least)

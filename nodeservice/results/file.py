@@ -14,6 +14,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -24,7 +25,6 @@ from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.source import VerifiedReader
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +41,7 @@ class FileResultStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
-        self._pool = worker_pool(4, "results-file")
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="results-file")
         self._building: set[Path] = set()
         self._lock = threading.Lock()
 

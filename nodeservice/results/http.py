@@ -39,6 +39,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -47,7 +48,6 @@ from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.source import VerifiedReader
-from nodeservice.worker_threads import worker_pool
 
 if TYPE_CHECKING:
     import requests
@@ -76,7 +76,7 @@ class HttpResultStore:
         self._url = url
         self._limit_bytes = limit_bytes
         self._ca_file = ca_file
-        self._pool = worker_pool(2, "results-http")
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="results-http")
 
     async def put(self, bundle: ResultBundle) -> str:
         total = bundle.manifest.total_bytes + len(bundle.manifest_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
 from nodeservice.results.s3_archive import MAX_FILE_BYTES
 from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
-from nodeservice.worker_threads import worker_pool
 
 if TYPE_CHECKING:
     from nodeservice.results.s3_client import BucketClient
@@ -53,8 +53,8 @@ class S3ResultStore:
 
     def __init__(self, access: S3Access) -> None:
         self._access = access
-        self._pool = worker_pool(access.parallel_count, "results-s3")
-        self._light_pool = worker_pool(LIGHT_COUNT, "results-s3-light")
+        self._pool = ThreadPoolExecutor(max_workers=access.parallel_count, thread_name_prefix="results-s3")
+        self._light_pool = ThreadPoolExecutor(max_workers=LIGHT_COUNT, thread_name_prefix="results-s3-light")
         self._client: BucketClient | None = None
         self._client_lock = threading.Lock()
 

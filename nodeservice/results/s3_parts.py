@@ -7,7 +7,7 @@ import contextvars
 import threading
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import BinaryIO
 
 import structlog
@@ -15,8 +15,6 @@ from minio import Minio
 from minio.datatypes import Part
 from minio.error import MinioException
 from urllib3.exceptions import HTTPError
-
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +31,7 @@ class PartSender:
         self._minio = minio
         self._bucket = bucket
         self._room = threading.BoundedSemaphore(parallel_count)
-        self._pool = worker_pool(parallel_count, "results-s3-part")
+        self._pool = ThreadPoolExecutor(max_workers=parallel_count, thread_name_prefix="results-s3-part")
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -17,7 +18,6 @@ from nodeservice.results.source import VerifiedReader
 from nodeservice.rpc.calls import answered
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
-from nodeservice.worker_threads import worker_pool
 
 CHUNK_BYTES = 1024 * 1024
 """What masters expect in one chunk; gRPC's default limit for a message is 4 MiB."""
@@ -54,7 +54,7 @@ class MasterPushResultStore:
 
     def __init__(self, master: Callable[[], pb_grpc.MasterWorkerStub | None]) -> None:
         self._master = master
-        self._pool = worker_pool(2, "results-push")
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="results-push")
 
     async def put(self, bundle: ResultBundle) -> str:
         stub = self._master()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from nodeservice.errors import TransientError
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.errors import engine_unavailable, translate
 from nodeservice.runtime.streams import EngineStream
-from nodeservice.worker_threads import worker_pool
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -41,9 +41,9 @@ class EngineConnection:
         self._is_closed = False
         self.trouble = ""
         """Why the engine did not answer when it was last asked; empty when it did."""
-        self._calls = worker_pool(_CALL_THREADS, "engine-call")
-        self._signals = worker_pool(_SIGNAL_THREADS, "engine-signal")
-        self.readers = worker_pool(_READER_THREADS, "engine-log")
+        self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="engine-call")
+        self._signals = ThreadPoolExecutor(_SIGNAL_THREADS, thread_name_prefix="engine-signal")
+        self.readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="engine-log")
         """For what follows a container from its start to its end. Made when needed, and kept: a start of a thread is waited
         for."""
 

@@ -14,6 +14,7 @@ import http.client
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,7 +27,6 @@ from nodeservice.ports import ContainerState
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import peer_pid
 from nodeservice.runtime.errors import engine_unavailable
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class EngineLife:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._threads = worker_pool(_THREADS, "engine-look")
+        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="engine-look")
         self._process: EngineStart | None = None
         self._first: EngineStart | None = None
         self._first_at: datetime | None = None

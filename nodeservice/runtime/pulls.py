@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from nodeservice.runtime.errors import engine_unavailable, is_status, pull_error
 from nodeservice.runtime.images import ImageName, choose_digest, parse_image
 from nodeservice.runtime.local_images import list_images
 from nodeservice.runtime.streams import StreamRefusedError
-from nodeservice.worker_threads import worker_pool
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class ImagePulls:
         self._connection = connection
         self._total_timeout_seconds = total_timeout_seconds
         self._inactivity_timeout_seconds = inactivity_timeout_seconds
-        self._threads = worker_pool(_PULL_THREADS, "image-pull")
+        self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="image-pull")
         self._shared: dict[str, _SharedPull] = {}
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None) -> PulledImage:
