@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from nodeservice.errors import TransientError
+from nodeservice.errors import NodeServiceError
 from nodeservice.ports import Journal
 
 log = structlog.get_logger(__name__)
@@ -43,11 +43,11 @@ class HostStops:
         return found
 
     async def note(self, at: datetime, container_ids: Iterable[str]) -> None:
-        """Durable when it returns, unless the journal can't be written, which is logged."""
+        """Durable when it returns, unless the journal can't be read or written, which is logged."""
         stop = {"boot_id": self._boot_id, "at": at.isoformat(), "containers": sorted(container_ids)}
         try:
             await self._journal.set_note(_NOTE, json.dumps([*await self._noted(), stop][-_KEPT_COUNT:]))
-        except TransientError as error:
+        except NodeServiceError as error:
             log.error("host_stop.not_noted", error=str(error))
         else:
             log.info("host.stopping", containers=len(stop["containers"]))

@@ -107,8 +107,8 @@ class S3ResultStore:
         self, files: list[ResultFile], base: str, present: dict[str, StoredObject], stop: threading.Event
     ) -> list[_Sent]:
         """Send what is not there; some at a time, since one task per file would be many. Returns what was sent."""
-        light = [file for file in files if MAX_FILE_BYTES < file.entry.size_bytes <= MIB]
-        others = [file for file in files if not MAX_FILE_BYTES < file.entry.size_bytes <= MIB]
+        light = [file for file in files if _is_light(file)]
+        others = [file for file in files if not _is_light(file)]
         sent: list[_Sent] = []
 
         async def work(waiting: Iterator[ResultFile], turn_files: int, is_light: bool) -> None:
@@ -161,6 +161,11 @@ class _Sent:
     @property
     def key(self) -> str:
         return f"{self.base}/{self.file.entry.path}"
+
+
+def _is_light(file: ResultFile) -> bool:
+    """Smaller ones go together, in archives that are not light, where the store takes them."""
+    return MAX_FILE_BYTES < file.entry.size_bytes <= MIB
 
 
 def _is_small(bundle: ResultBundle) -> bool:
