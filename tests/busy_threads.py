@@ -14,5 +14,5 @@ def busy_threads(pool: str) -> list[str]:
         for thread in threading.enumerate()
         if thread.name.startswith(f"{pool}_")
         and (frame := frames.get(thread.ident or 0)) is not None
-        and frame.f_code.co_name != "_worker"
+        and frame.f_code.co_name != "_work"
     ]

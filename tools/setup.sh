@@ -17,6 +17,12 @@ is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/
 can_make_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
 
 python=
+# The Debian package runs on the system's own Python, so that is developed, tested and measured on where it will do. It is
+# also built with profiles, which one that somebody built by the way is not: a seventh less CPU time for the same work.
+system=/usr/bin/python3
+if [ -z "${PYTHON:-}" ] && is_new_enough $system && can_make_venv $system; then
+	PYTHON=$system
+fi
 for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
 	if is_new_enough "$candidate"; then
 		python=$candidate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def describe(home: Path) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": platform.release(),
         "system": _system(),
-        "python": platform.python_version(),
+        "python": _python(),
         "file_system": _file_system(home),
         "engine": _engine(),
         "virtual": _output("systemd-detect-virt") or "unknown",
@@ -47,6 +48,12 @@ def _system() -> str:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
         return platform.system()
+
+
+def _python() -> str:
+    """Whose build it is counts: one made without profiles, as pyenv does by default, needs a seventh more CPU time."""
+    whose = "the system's own" if Path(sys.base_prefix) == Path("/usr") else "another build"
+    return f"{platform.python_version()} ({whose})"
 
 
 def _file_system(home: Path) -> str:

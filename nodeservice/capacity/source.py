@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +30,7 @@ from nodeservice.ports import (
     NodeCapacity,
     UsageSample,
 )
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -77,7 +76,7 @@ class HostCapacity:
         self._root = root
         self._affinity_count = affinity_count
         self._meter = CpuMeter(root)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-capacity")
+        self._thread = Threads(1, name="nodeservice-capacity")
         self._last_sample = UsageSample(cpu_percent=0.0, memory_percent=0.0, disk_percent=0.0, gpu_percent=0.0)
 
     async def read(self) -> NodeCapacity:
@@ -100,10 +99,10 @@ class HostCapacity:
 
     async def close(self) -> None:
         """End the thread. The GPU provider belongs to whoever made it."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     async def _run(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        return await self._thread.run(call)
 
     def _sample(self, gpu_load: float) -> UsageSample:
         memory, disk = self._last_sample.memory_percent, self._last_sample.disk_percent

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sqlite3
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ from nodeservice.core.model import AttemptId, TaskRecord
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.journal.codec import CORRUPT_HINT, RecordWriter, decode_record
 from nodeservice.journal.schema import migrate
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -53,11 +53,11 @@ _WAL_LIMIT_BYTES = 16 * 1024**2
 """The write-ahead log is cut back to this after a checkpoint, so that a burst does not hold disk for ever."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Write:
     statement: str
     rows: list[Row]
-    done: Future[None] = field(default_factory=Future)
+    error: BaseException | None = None
 
 
 class SqliteJournal:
@@ -72,7 +72,7 @@ class SqliteJournal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-journal")
+        self._thread = Threads(1, name="nodeservice-journal")
         self._connection: sqlite3.Connection | None = None
         self._writer = RecordWriter()
         self._writes: deque[_Write] = deque()
@@ -96,12 +96,15 @@ class SqliteJournal:
 
     async def close(self) -> None:
         """Finish what waits, then close. Closing twice is success; any other use after it raises RuntimeError."""
-        await asyncio.to_thread(self._close)
+        with suppress(RuntimeError):  # closed before
+            await self._thread.run(self._disconnect)
+        self._thread.close()
+        await self._thread.ended()
 
     # ---- caller's side ----
 
     async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
+        return await self._thread.run(lambda: self._guarded(work))
 
     async def _write(self, statement: str, rows: list[Row]) -> None:
         if not rows:
@@ -109,15 +112,16 @@ class SqliteJournal:
         write = _Write(statement, rows)
         with self._writes_lock:
             self._writes.append(write)
-        self._thread.submit(self._flush)
-        await asyncio.wrap_future(write.done)
+        await self._thread.run(self._flush)  # or an earlier flush, which took it along, and has ended too
+        if write.error is not None:
+            raise write.error
 
     # ---- in the thread ----
 
     def _flush(self) -> None:
         """Write everything that waits in one transaction. Finding nothing is normal: an earlier flush took it along."""
         with self._writes_lock:
-            group = [write for write in self._writes if write.done.set_running_or_notify_cancel()]
+            group = list(self._writes)
             self._writes.clear()
         if not group:
             return
@@ -135,10 +139,7 @@ class SqliteJournal:
             self._guarded(work)
         except BaseException as error:
             for write in group:
-                write.done.set_exception(error)
-            return
-        for write in group:
-            write.done.set_result(None)
+                write.error = error
 
     def _guarded(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -208,13 +209,6 @@ class SqliteJournal:
                 connection.close()
             except sqlite3.Error as error:
                 log.debug("journal.close_failed", error=str(error))
-
-    def _close(self) -> None:
-        try:
-            self._thread.submit(self._disconnect)
-        except RuntimeError:
-            return  # closed before
-        self._thread.shutdown(wait=True)
 
     # ---- errors ----
 

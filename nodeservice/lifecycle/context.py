@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +32,7 @@ from nodeservice.ports import (
     TaskDisk,
     Uplink,
 )
+from nodeservice.threads import Threads
 
 
 class ReceiptView(Protocol):
@@ -134,7 +134,7 @@ class Context:
     """Containers whose end was seen and that are not collected yet: the engine need not be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)
     """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
-    collecting: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=2, thread_name_prefix="nodeservice-collect")
-    )
+    collecting: Threads = field(default_factory=lambda: Threads(2, name="nodeservice-collect"))
     """Hashes for as long as there are results: apart from all short work, which would have to wait for it."""
+    filing: Threads = field(default_factory=lambda: Threads(4, name="nodeservice-files"))
+    """For short work on directories."""

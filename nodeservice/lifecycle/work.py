@@ -50,4 +50,5 @@ async def at_work(
         await asyncio.gather(*tasks, return_exceptions=True)
         await timekeeper.close()
         await runner.close()
-        context.collecting.shutdown(wait=False, cancel_futures=True)
+        context.collecting.close()
+        context.filing.close()

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -29,6 +28,7 @@ from nodeservice.limits.tree import CgroupTree
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class KernelTaskCgroups:
     def __init__(self, *, places: Places, tree: CgroupTree) -> None:
         self._places = places
         self._tree = tree
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-cgroup")
+        self._thread = Threads(1, name="nodeservice-cgroup")
         self._warned: set[str] = set()
         self._fault: str | None = None
         self._share: CgroupLimits | None = None
@@ -219,7 +219,7 @@ class KernelTaskCgroups:
 
     async def close(self) -> None:
         await self._run(self._tree.close)
-        self._thread.shutdown(wait=False)
+        self._thread.close()
 
     async def _look(self, id_: AttemptId, call: Callable[[str], T], otherwise: T) -> T:
         place = self._places.of_task(id_)
@@ -247,7 +247,7 @@ class KernelTaskCgroups:
         return await self._run(make)
 
     async def _run(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        return await self._thread.run(call)
 
     async def _discard(self, place: str) -> None:
         try:

@@ -12,7 +12,6 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from nodeservice.errors import NodeFaultError
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
 from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport, quota_support
 from nodeservice.ports import DiskBound, DiskUse, Enforcement
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class BoundedDisk:
         self._clock = clock
         self._attempts: dict[AttemptId, _Watched] = {}
         self._walking_count = 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-disk")
+        self._thread = Threads(1, name="nodeservice-disk")
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
         """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers."""
@@ -196,7 +196,7 @@ class BoundedDisk:
             await self._run(lambda: quotas.lift(project), doing="lift the disk quota")
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class BoundedDisk:
 
     async def _run(self, call: Callable[[], T], *, doing: str) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+            return await self._thread.run(call)
         except OSError as error:
             raise NodeFaultError(
                 f"this node could not {doing}: {error}",

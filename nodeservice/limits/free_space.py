@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nodeservice.ports import Room
+from nodeservice.threads import Threads
 
 
 class DirectoriesFreeSpace:
@@ -16,16 +15,16 @@ class DirectoriesFreeSpace:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         self._directories = tuple(directories)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nodeservice-free-space")
+        self._thread = Threads(1, name="nodeservice-free-space")
 
     async def least(self) -> tuple[int, Path] | None:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._least)
+        return await self._thread.run(self._least)
 
     async def of(self, place: Path) -> Room | None:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _room, place)
+        return await self._thread.run(lambda: _room(place))
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     def _least(self) -> tuple[int, Path] | None:
         found = []

@@ -6,7 +6,6 @@ reader sees either nothing or everything. Files are copied, never linked: the wo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -14,7 +13,6 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -25,6 +23,7 @@ from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.source import VerifiedReader
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -41,14 +40,14 @@ class FileResultStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="results-file")
+        self._pool = Threads(4, name="results-file")
         self._building: set[Path] = set()
         self._lock = threading.Lock()
 
     async def put(self, bundle: ResultBundle) -> str:
         stop = threading.Event()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._put, bundle, stop)
+            return await self._pool.run(lambda: self._put(bundle, stop))
         finally:
             stop.set()
 
@@ -57,7 +56,8 @@ class FileResultStore:
         return 0
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        self._pool.close()
+        await self._pool.ended()
 
     def _put(self, bundle: ResultBundle, stop: threading.Event) -> str:
         target = self._root.joinpath(*bundle.prefix.split("/"))

@@ -35,11 +35,9 @@ Response: `200` with JSON `{"success": true, "location": "<url or path>"}` once 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -48,6 +46,7 @@ from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.source import VerifiedReader
+from nodeservice.threads import Threads
 
 if TYPE_CHECKING:
     import requests
@@ -76,7 +75,7 @@ class HttpResultStore:
         self._url = url
         self._limit_bytes = limit_bytes
         self._ca_file = ca_file
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="results-http")
+        self._pool = Threads(2, name="results-http")
 
     async def put(self, bundle: ResultBundle) -> str:
         total = bundle.manifest.total_bytes + len(bundle.manifest_bytes)
@@ -84,7 +83,7 @@ class HttpResultStore:
             raise self._too_large(f"results of {bundle.spec.id} have {total} bytes, more than {self._limit_bytes}")
         stop = threading.Event()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._post, bundle, stop)
+            return await self._pool.run(lambda: self._post(bundle, stop))
         finally:
             stop.set()
 
@@ -93,7 +92,8 @@ class HttpResultStore:
         return 0
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        self._pool.close()
+        await self._pool.ended()
 
     def _post(self, bundle: ResultBundle, stop: threading.Event) -> str:
         import requests

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME
 from nodeservice.results.manifest import sha256_of
 from nodeservice.results.s3_archive import MAX_FILE_BYTES
 from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
+from nodeservice.threads import Threads
 
 if TYPE_CHECKING:
     from nodeservice.results.s3_client import BucketClient
@@ -53,8 +53,8 @@ class S3ResultStore:
 
     def __init__(self, access: S3Access) -> None:
         self._access = access
-        self._pool = ThreadPoolExecutor(max_workers=access.parallel_count, thread_name_prefix="results-s3")
-        self._light_pool = ThreadPoolExecutor(max_workers=LIGHT_COUNT, thread_name_prefix="results-s3-light")
+        self._pool = Threads(access.parallel_count, name="results-s3")
+        self._light_pool = Threads(LIGHT_COUNT, name="results-s3-light")
         self._client: BucketClient | None = None
         self._client_lock = threading.Lock()
 
@@ -83,7 +83,8 @@ class S3ResultStore:
 
     async def close(self) -> None:
         for pool in (self._pool, self._light_pool):
-            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
+            pool.close()
+            await pool.ended()
         if self._client is not None:
             self._client.close()
 
@@ -129,7 +130,7 @@ class S3ResultStore:
     async def _run(self, action: Callable[[BucketClient], _T], *, is_light: bool = False) -> _T:
         """In a thread. What is light holds a megabyte or two in memory, all else up to a part."""
         pool = self._light_pool if is_light else self._pool
-        return await asyncio.get_running_loop().run_in_executor(pool, lambda: action(self._connected()))
+        return await pool.run(lambda: action(self._connected()))
 
     def _connected(self) -> BucketClient:
         with self._client_lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -16,6 +15,7 @@ from nodeservice.ports import ResultBundle
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.source import VerifiedReader
 from nodeservice.rpc.calls import answered
+from nodeservice.threads import Threads
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
@@ -54,7 +54,7 @@ class MasterPushResultStore:
 
     def __init__(self, master: Callable[[], pb_grpc.MasterWorkerStub | None]) -> None:
         self._master = master
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="results-push")
+        self._pool = Threads(2, name="results-push")
 
     async def put(self, bundle: ResultBundle) -> str:
         stub = self._master()
@@ -82,7 +82,8 @@ class MasterPushResultStore:
         return 0
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        self._pool.close()
+        await self._pool.ended()
 
     async def _send(
         self, call: grpc.aio.StreamUnaryCall[pb.FileChunk, pb.FileUploadAck], bundle: ResultBundle
@@ -125,7 +126,6 @@ class MasterPushResultStore:
         return error
 
     async def _chunks(self, bundle: ResultBundle) -> AsyncGenerator[pb.FileChunk, None]:
-        loop = asyncio.get_running_loop()
         head = pb.FileChunk(
             task_id=bundle.spec.id.task_id,
             user_id=bundle.spec.user_id,
@@ -137,7 +137,7 @@ class MasterPushResultStore:
         for file in bundle.files:
             with VerifiedReader(file) as reader:
                 while True:
-                    data = await loop.run_in_executor(self._pool, reader.read, CHUNK_BYTES)
+                    data = await self._pool.run(lambda: reader.read(CHUNK_BYTES))
                     yield _chunk(head, file.entry.path, data, is_last=reader.len == 0)
                     if reader.len == 0:
                         break

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from nodeservice.errors import TransientError
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.errors import engine_unavailable, translate
 from nodeservice.runtime.streams import EngineStream
+from nodeservice.threads import Threads
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -41,9 +41,9 @@ class EngineConnection:
         self._is_closed = False
         self.trouble = ""
         """Why the engine did not answer when it was last asked; empty when it did."""
-        self._calls = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="engine-call")
-        self._signals = ThreadPoolExecutor(_SIGNAL_THREADS, thread_name_prefix="engine-signal")
-        self.readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="engine-log")
+        self._calls = Threads(_CALL_THREADS, name="engine-call")
+        self._signals = Threads(_SIGNAL_THREADS, name="engine-signal")
+        self.readers = Threads(_READER_THREADS, name="engine-log")
         """For what follows a container from its start to its end. Made when needed, and kept: a start of a thread is waited
         for."""
 
@@ -70,7 +70,7 @@ class EngineConnection:
         Cancelling the caller does not stop the work: the engine may still do it.
         """
         pool = self._signals if urgent else self._calls
-        return await asyncio.get_running_loop().run_in_executor(pool, self._run, work, doing)
+        return await pool.run(lambda: self._run(work, doing))
 
     async def call_to_end(self, work: Callable[[APIClient], T], *, doing: str) -> T:
         """As `call`, but a cancelled caller waits until the work has ended, so nothing appears behind its back."""
@@ -86,9 +86,9 @@ class EngineConnection:
     async def close(self) -> None:
         """Let running calls end on their own; nothing new is taken. Waits for no engine."""
         self._is_closed = True
-        self._calls.shutdown(wait=False, cancel_futures=True)
-        self._signals.shutdown(wait=False, cancel_futures=True)
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        self._calls.close()
+        self._signals.close()
+        self.readers.close()
         if self._client is not None:
             self._client.close()
 

@@ -14,7 +14,6 @@ import http.client
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -27,6 +26,7 @@ from nodeservice.ports import ContainerState
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import peer_pid
 from nodeservice.runtime.errors import engine_unavailable
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class EngineLife:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="engine-look")
+        self._threads = Threads(_THREADS, name="engine-look")
         self._process: EngineStart | None = None
         self._first: EngineStart | None = None
         self._first_at: datetime | None = None
@@ -126,7 +126,7 @@ class EngineLife:
         """
         asked_at = _now()
         try:
-            process, status, body = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, path)
+            process, status, body = await self._threads.run(lambda: self._ask(path))
         except TimeoutError as error:
             self._silent_at = self._silent_at or asked_at
             raise TransientError("the container engine does not answer", reason="ENGINE_TIMEOUT") from error
@@ -170,7 +170,7 @@ class EngineLife:
 
     def close(self) -> None:
         self._unwatch()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     def _took_unseen(self, state: ContainerState) -> bool:
         """It had ended when we first looked, perhaps with an engine before the one that we found."""

@@ -11,18 +11,18 @@ import io
 import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import Executor
 from pathlib import Path
 
 from nodeservice.errors import NodeServiceError, TransientError
 from nodeservice.runtime.hand_over import HandOver
+from nodeservice.threads import Threads
 
 _READ_BYTES = 256 * 1024
 _LOOK_SECONDS = 0.1
 
 
 async def read_log_file(
-    path: Path, threads: Executor, *, until_end: Callable[[], Awaitable[object]] | None
+    path: Path, threads: Threads, *, until_end: Callable[[], Awaitable[object]] | None
 ) -> AsyncGenerator[bytes, None]:
     """See `ports.ContainerRuntime.read_log`. With `until_end`, which returns once the container has ended, follow to then.
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.client
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from nodeservice.runtime.errors import engine_unavailable, is_status, pull_error
 from nodeservice.runtime.images import ImageName, choose_digest, parse_image
 from nodeservice.runtime.local_images import list_images
 from nodeservice.runtime.streams import StreamRefusedError
+from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class ImagePulls:
         self._connection = connection
         self._total_timeout_seconds = total_timeout_seconds
         self._inactivity_timeout_seconds = inactivity_timeout_seconds
-        self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="image-pull")
+        self._threads = Threads(_PULL_THREADS, name="image-pull")
         self._shared: dict[str, _SharedPull] = {}
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None) -> PulledImage:
@@ -64,7 +64,7 @@ class ImagePulls:
             if shared.task is not None:
                 shared.task.cancel()
                 await asyncio.wait({shared.task}, timeout=_ABORT_SECONDS)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def _wait(self, shared: _SharedPull, on_progress: PullProgress | None) -> PulledImage:
         assert shared.task is not None
@@ -107,7 +107,7 @@ class ImagePulls:
 
     async def _watch(self, transfer: _Transfer, image: str) -> None:
         """Run the transfer in its thread, and cut it when it is silent for too long, lasts too long, or is not wanted."""
-        work = asyncio.get_running_loop().run_in_executor(self._threads, transfer.run)
+        work = asyncio.ensure_future(self._threads.run(transfer.run))
         try:
             while not work.done():
                 now = time.monotonic()

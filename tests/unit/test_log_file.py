@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nodeservice.errors import TransientError
 from nodeservice.runtime.log_file import read_log_file, take_records
+from nodeservice.threads import Threads
 from tests.busy_threads import busy_threads
 
 
 @pytest.fixture
-def readers() -> Iterator[Executor]:
-    with ThreadPoolExecutor(4, thread_name_prefix="engine-log") as threads:
-        yield threads
+def readers() -> Iterator[Threads]:
+    threads = Threads(4, name="engine-log")
+    yield threads
+    threads.close()
 
 
 def record(text: bytes, kind: bytes = b"F") -> bytes:
@@ -30,7 +31,7 @@ def test_records_of_a_log_file_give_back_the_bytes_that_were_written() -> None:
     assert take_records(b"2026-01-") == (b"", b"2026-01-")
 
 
-async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path: Path, readers: Executor) -> None:
+async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path: Path, readers: Threads) -> None:
     path, ended = tmp_path / "ctr.log", asyncio.Event()
     pieces = read_log_file(path, readers, until_end=ended.wait)
     path.write_bytes(record(b"one") + record(b"two")[:-5])
@@ -49,7 +50,7 @@ async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path
     assert [piece async for piece in read_log_file(tmp_path / "none", readers, until_end=None)] == []
 
 
-async def test_a_reader_that_leaves_a_log_file_takes_its_thread_with_it(tmp_path: Path, readers: Executor) -> None:
+async def test_a_reader_that_leaves_a_log_file_takes_its_thread_with_it(tmp_path: Path, readers: Threads) -> None:
     path = tmp_path / "ctr.log"
     path.write_bytes(record(b"one"))
     pieces = read_log_file(path, readers, until_end=asyncio.Event().wait)
@@ -60,7 +61,7 @@ async def test_a_reader_that_leaves_a_log_file_takes_its_thread_with_it(tmp_path
             await asyncio.sleep(0.01)
 
 
-async def test_a_log_file_that_cannot_be_read_is_a_broken_stream(tmp_path: Path, readers: Executor) -> None:
+async def test_a_log_file_that_cannot_be_read_is_a_broken_stream(tmp_path: Path, readers: Threads) -> None:
     with pytest.raises(TransientError) as caught:
         await anext(read_log_file(tmp_path, readers, until_end=None))
     assert caught.value.reason == "LOG_STREAM_BROKEN"

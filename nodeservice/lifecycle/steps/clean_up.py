@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.lifecycle.context import Context
@@ -21,7 +19,7 @@ async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
     await context.disk.remove(record.id)
     context.gpus.forget(record.id)
     if record.collected is None:  # what could not be collected is not thrown away either
-        await asyncio.to_thread(context.dirs.salvage, record.id)
+        await context.filing.run(lambda: context.dirs.salvage(record.id))
     else:
-        await asyncio.to_thread(context.dirs.remove, record.id)
+        await context.filing.run(lambda: context.dirs.remove(record.id))
     return ev.CleanedUp(at=context.clock.now())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ log = structlog.get_logger(__name__)
 async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
     if record.id not in context.ended:  # whatever happened to it before a restart
-        await asyncio.to_thread(context.dirs.prepare, record.id)
+        await context.filing.run(lambda: context.dirs.prepare(record.id))
     container, counted = await make_sure_it_ended(context, driver, record.id)
     if record.lease.gpu_uuids and container is not None and container.has_run:
         await context.gpus.returned(record)
@@ -70,16 +69,11 @@ async def _bill(context: Context, record: TaskRecord, counted: Usage) -> Usage:
 
 async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
     """Collect, and try again for a while: a full disk may be freed, and giving up loses results."""
+    root, log_path = context.dirs.root(record.id), context.dirs.log(record.id)
     failures = 0
     while True:
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                context.collecting,
-                context.bundles.collect,
-                record.spec,
-                context.dirs.root(record.id),
-                context.dirs.log(record.id),
-            )
+            return await context.collecting.run(lambda: context.bundles.collect(record.spec, root, log_path))
         except NodeServiceError as error:
             failures += 1
             log.error("results.collect_failed", task_id=record.id.task_id, failures=failures, error=str(error))

@@ -35,7 +35,7 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     if record.lease.gpu_uuids and (why := await context.gpus.ready(record)):
         message = f"A GPU of the task could not be made ready: {why}"
         return ev.StepFailed(at=context.clock.now(), reason=Reason.GPU_FAULT, message=message)
-    await asyncio.to_thread(context.dirs.prepare, id_)
+    await context.filing.run(lambda: context.dirs.prepare(id_))
     await _bound_disk(context, record)
     try:
         # What passes (TransientError) is no failure of the task: the whole step is tried again.
