@@ -117,10 +117,12 @@ def send_kill(pids: Iterable[int]) -> None:
 
 def remove_tree(directory: Path, rmdir: DirectoryCall) -> bool:
     """Remove bottom up. True when it is gone, False when a process or a cgroup in it keeps it (EBUSY)."""
+    if _rmdir(directory, rmdir):  # the engine has mostly taken away what was below
+        return True
     gone = True
     for child in children_of(directory):
         gone = remove_tree(child, rmdir) and gone
-    return _rmdir(directory, rmdir) and gone
+    return gone and _rmdir(directory, rmdir)
 
 
 def prune_parents(top: Path, place: str, rmdir: DirectoryCall) -> None:

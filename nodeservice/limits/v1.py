@@ -47,6 +47,7 @@ class V1CgroupTree:
         self._bases = {name: _base(mounts, name) for name in _CONTROLLERS}
         with suppress(OSError):
             self._bases["blkio"] = _base(mounts, "blkio")
+        self._memory_top = self._bases["memory"] / "memory"
         self._disks = disks
         # Everywhere that the engine may make directories: every v1 hierarchy, named ones, and the unified one beside them.
         self._tops = tuple(
@@ -151,6 +152,9 @@ class V1CgroupTree:
         )
 
     def processes(self, place: str) -> list[int]:
+        # To list them the kernel makes a copy of each list and keeps it for a second; mostly there are none.
+        if _read(self._node("pids", place).controller, "current") == 0:
+            return []
         return processes_in(self._memory(place))
 
     def kill(self, place: str) -> None:
@@ -165,13 +169,11 @@ class V1CgroupTree:
         self._oom.forget(self._memory(place))
         for key in [key for key in self._nodes if key[1] == place or key[1].startswith(f"{place}/")]:
             del self._nodes[key]
-        gone = True
-        for top in self._tops:
-            if remove_tree(top / place, os.rmdir):
+        gone = [remove_tree(top / place, os.rmdir) for top in self._tops]
+        if next(children_of(self._memory(place).parent), None) is None:  # it was the last there
+            for top in self._tops:
                 prune_parents(top, place, os.rmdir)
-            else:
-                gone = False
-        return gone
+        return all(gone)
 
     def close(self) -> None:
         self._oom.close()
@@ -284,7 +286,7 @@ class V1CgroupTree:
         return found
 
     def _memory(self, place: str) -> Path:
-        return self._bases["memory"] / "memory" / place
+        return self._memory_top / place
 
     def _node(self, controller: str, place: str = "") -> Any:
         """A node holds a path and nothing of what lies there, so it stays right; to make one costs more than a read."""
