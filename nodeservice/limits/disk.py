@@ -235,7 +235,7 @@ class BoundedDisk:
             least_bytes=watched.least_bytes,
         )
         walk = partial(self._timed, scan)
-        busy_seconds = 0.0
+        busy_seconds, found = 0.0, None
         self._walking_count += 1
         try:
             while True:
@@ -248,8 +248,9 @@ class BoundedDisk:
                 await asyncio.sleep(seconds * (self._walking_count / _MOST_BUSY - 1))
         finally:
             self._walking_count -= 1
-            with suppress(RuntimeError):  # the thread has ended
-                self._thread.submit(scan.close)
+            if found is None:
+                with suppress(RuntimeError):  # the thread has ended
+                    self._thread.submit(scan.close)
         watched.walked_at = self._clock()
         watched.next_walk_at = watched.walked_at + busy_seconds * len(self._attempts) / _MOST_BUSY
         return watched.note(found)

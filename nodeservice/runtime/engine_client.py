@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import io
 import select
 import socket
 from collections import deque
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 import requests
 from docker import APIClient
 
+from nodeservice.runtime.http_wire import Head, read_body, read_head, send_request
+
 _LOCAL = "http+docker://localhost"
+_READ_BYTES = 65536
 _PLAIN = frozenset({"params", "data", "headers", "timeout"})
 
 
@@ -58,11 +62,14 @@ class EngineClient(APIClient):
             path += "?" + urlencode([(name, value) for name, value in params.items() if value is not None], doseq=True)
         body = data.encode() if isinstance(data, str) else data
         fields = {"User-Agent": str(self.headers["User-Agent"]), **(headers or {})}
-        connection = self._connection(timeout)
         try:
-            connection.request(method, path, body=body, headers=fields)
-            answer = connection.getresponse()
-            content = answer.read()
+            connection = self._connection(timeout)
+        except OSError as error:
+            raise requests.exceptions.ConnectionError(error) from error
+        try:
+            send_request(connection.socket, method, path, fields=fields, body=body or b"")
+            head = read_head(connection.reader)
+            content = read_body(connection.reader, head)
         except BaseException as error:
             connection.close()
             if isinstance(error, TimeoutError):
@@ -70,49 +77,54 @@ class EngineClient(APIClient):
             if isinstance(error, http.client.HTTPException | OSError):
                 raise requests.exceptions.ConnectionError(error) from error
             raise
-        if answer.will_close:
-            connection.close()
-        else:
+        if head.keeps_open:
             self._idle.append(connection)
-        return _response(url, answer, content)
+        else:
+            connection.close()
+        return _response(url, head, content)
 
     def _connection(self, timeout: float) -> _LocalConnection:
-        """One that is idle and still open, else a new one, which connects with its first request."""
+        """One that is idle and still open, else a new one. Raises OSError."""
         while self._idle:
             try:
                 connection = self._idle.pop()
             except IndexError:  # another thread took the last
                 break
             if connection.is_open():
-                connection.sock.settimeout(timeout)
+                connection.socket.settimeout(timeout)
                 return connection
             connection.close()
         assert self._socket_path is not None
         return _LocalConnection(self._socket_path, timeout)
 
 
-class _LocalConnection(http.client.HTTPConnection):
+class _LocalConnection:
     def __init__(self, socket_path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._socket_path = socket_path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._socket_path)
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(timeout)
+        try:
+            self.socket.connect(socket_path)
+        except OSError:
+            self.socket.close()
+            raise
+        self.reader = cast("io.BufferedReader", self.socket.makefile("rb", buffering=_READ_BYTES))
 
     def is_open(self) -> bool:
         """An engine has nothing to say on an idle connection but that it is over."""
         poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
+        poll.register(self.socket, select.POLLIN)
         return not poll.poll(0)
 
+    def close(self) -> None:
+        self.reader.close()
+        self.socket.close()
 
-def _response(url: str, answer: http.client.HTTPResponse, content: bytes) -> requests.Response:
+
+def _response(url: str, head: Head, content: bytes) -> requests.Response:
     """What docker-py reads of one: status, reason, headers and contents."""
     response = requests.Response()
-    response.status_code, response.reason, response.url = answer.status, answer.reason, url
-    response.headers.update(answer.getheaders())
+    response.status_code, response.reason, response.url = head.status, head.reason, url
+    response.headers.update(head.fields)
     response.encoding = "utf-8"
     response._content = content  # noqa: SLF001 (there is no other way to give it contents that were read)
     return response

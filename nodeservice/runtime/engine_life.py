@@ -14,7 +14,7 @@ import http.client
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from nodeservice.ports import ContainerState
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import peer_pid
 from nodeservice.runtime.errors import engine_unavailable
+from nodeservice.runtime.http_wire import read_body, read_head, send_request
 from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
@@ -234,14 +235,13 @@ class EngineLife:
         target = path()
         with self._endpoint.connect(timeout_seconds=_ANSWER_SECONDS) as connection:
             connection.settimeout(_ANSWER_SECONDS)
-            with closing(http.client.HTTPConnection("localhost")) as exchange:
-                exchange.sock = connection.dup()  # closed with the answer, while the other end is still to be asked for
-                exchange.request("GET", target, headers={"Connection": "close"})
-                answer = exchange.getresponse()
-                body = answer.read()
+            send_request(connection, "GET", target, fields={"Connection": "close"})
+            with connection.makefile("rb") as reader:
+                head = read_head(reader)
+                body = read_body(reader, head)
             pid = None if self._endpoint.socket_path is None else peer_pid(connection)
             # The process that answers now may have been started by this very question.
-            return None if pid is None else read_start(pid), answer.status, body
+            return None if pid is None else read_start(pid), head.status, body
 
 
 def read_start(pid: int, *, root: Path = Path("/")) -> EngineStart | None:

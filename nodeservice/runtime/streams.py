@@ -18,6 +18,7 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 from nodeservice.runtime.endpoint import Endpoint
+from nodeservice.runtime.http_wire import read_head, send_request
 
 _READ_BYTES = 65536
 _MAX_ERROR_BYTES = 65536
@@ -65,16 +66,16 @@ class EngineStream:
                 raise ConnectionAbortedError("the stream was aborted")
             self._socket = connection
         target = f"{path}?{urlencode(query)}" if query else path
-        fields = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **(headers or {})}
+        fields = {"Connection": "close", **(headers or {})}
         if body:
             fields["Content-Type"] = "application/json"
-        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-        connection.sendall("\r\n".join(lines).encode("ascii") + body)
+        send_request(connection, method, target, fields=fields, body=body)
         reader = cast("io.BufferedReader", connection.makefile("rb", buffering=_READ_BYTES))
         self._reader = reader
-        status = self._read_head(reader)
-        if status >= 400:
-            raise StreamRefusedError(status, _message_of(b"".join(self.chunks())[:_MAX_ERROR_BYTES]))
+        head = read_head(reader)
+        self._is_chunked, self._length_bytes = head.is_chunked, head.length_bytes
+        if head.status >= 400:
+            raise StreamRefusedError(head.status, _message_of(b"".join(self.chunks())[:_MAX_ERROR_BYTES]))
 
     def chunks(self) -> Iterator[bytes]:
         """Bytes as they come, until the proper end of the answer."""
@@ -122,16 +123,6 @@ class EngineStream:
         assert self._reader is not None, "open the stream first"
         while piece := self._reader.read1(_READ_BYTES):
             yield piece
-
-    def _read_head(self, reader: io.BufferedReader) -> int:
-        words = reader.readline(_READ_BYTES).split(None, 2)
-        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            raise http.client.BadStatusLine("the engine closed the connection" if not words else repr(words[0]))
-        fields = http.client.parse_headers(reader)
-        self._is_chunked = fields.get("Transfer-Encoding", "").lower() == "chunked"
-        length = fields.get("Content-Length", "")
-        self._length_bytes = int(length) if length.isdigit() else None
-        return int(words[1])
 
 
 def dechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, lab
 log = structlog.get_logger(__name__)
 _STUCK_LOOK_SECONDS = 1.0
 _IMAGE_ATTEMPTS = 3
-_LOG_PAUSE_SECONDS = 0.05
+_ALONE_SECONDS = 0.05
 _INSIDE_SECONDS = 10.0
 """For a program of the driver's: its first call on an idle GPU takes seconds."""
 
@@ -185,24 +185,35 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
     if record.lease.gpu_uuids:
         await _follow_gpus(context, record)
     observed = _Observed(record.usage)
-    following = asyncio.Event()
-    follower = asyncio.create_task(_follow_log(context, id_, container_id, following), name=f"log {id_}")
-    aside = [
-        asyncio.create_task(_keep_disk_bound(context, driver, record), name=f"disk {id_}"),
-        asyncio.create_task(_observe(context, record, observed), name=f"observe {id_}"),
-    ]
+    beside: list[asyncio.Task[None]] = []
+
+    def accompany() -> None:
+        follow = context.logs.follow_until_end(id_, container_id, context.dirs.log(id_))
+        beside.extend(
+            [
+                asyncio.create_task(follow, name=f"log {id_}"),
+                asyncio.create_task(_keep_disk_bound(context, driver, record), name=f"disk {id_}"),
+                asyncio.create_task(_observe(context, record, observed), name=f"observe {id_}"),
+            ]
+        )
+
+    # A task that ends at once needs none of it: its log is read in one piece, when results are collected.
+    timer = asyncio.get_running_loop().call_later(_ALONE_SECONDS, accompany)
     try:
         state = await context.runtime.wait_exited(container_id)
-        for task in aside:
-            task.cancel()
-        if following.is_set():
+        timer.cancel()
+        if beside:
+            follower, *others = beside
+            for task in others:
+                task.cancel()
             with contextlib.suppress(TimeoutError):  # what is left is drained when results are collected
                 async with asyncio.timeout(context.settings.log_drain_seconds):
                     await follower
     finally:
-        for task in (follower, *aside):
+        timer.cancel()
+        for task in beside:
             task.cancel()
-        await asyncio.gather(follower, *aside, return_exceptions=True)
+        await asyncio.gather(*beside, return_exceptions=True)
     now = context.clock.now()
     if state is None:
         return ev.ContainerLost(at=now, message="the container was removed from the engine while it ran")
@@ -228,13 +239,6 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         by_engine=state.ended_by_engine,
         engine_was_away=state.engine_was_away,
     )
-
-
-async def _follow_log(context: Context, id_: AttemptId, container_id: str, following: asyncio.Event) -> None:
-    """The log of a task that ends at once is read in one piece, when results are collected."""
-    await asyncio.sleep(_LOG_PAUSE_SECONDS)
-    following.set()
-    await context.logs.follow_until_end(id_, container_id, context.dirs.log(id_))
 
 
 async def _follow_gpus(context: Context, record: TaskRecord) -> None:

@@ -1,0 +1,117 @@
+"""As much of HTTP/1.1 as is spoken with an engine on this host: a request, the head of its answer, its body (RFC 9112).
+
+`http.client` reads a head with the parser for e-mail and opens the socket anew as a file for each answer, which is most of
+what a short call costs.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_MAX_LINE_BYTES = 65536
+_MAX_FIELDS = 100
+_BODILESS = frozenset({204, 304})
+
+
+class Head(NamedTuple):
+    """Of an answer. The names of `fields` are in small letters; of one that comes twice both values stand, with a comma."""
+
+    status: int
+    reason: str
+    fields: Mapping[str, str]
+
+    @property
+    def is_chunked(self) -> bool:
+        return self.fields.get("transfer-encoding", "").lower() == "chunked"
+
+    @property
+    def length_bytes(self) -> int | None:
+        """None where only the end of the connection, or the last chunk, ends the body."""
+        if self.status in _BODILESS:
+            return 0
+        length = self.fields.get("content-length", "")
+        return int(length) if length.isdecimal() and not self.is_chunked else None
+
+    @property
+    def keeps_open(self) -> bool:
+        """Whether the connection serves another request after this body."""
+        ends_by_itself = self.is_chunked or self.length_bytes is not None
+        return ends_by_itself and self.fields.get("connection", "").lower() != "close"
+
+
+def send_request(
+    connection: socket.socket, method: str, target: str, *, fields: Mapping[str, str] | None = None, body: bytes = b""
+) -> None:
+    """Raises OSError, and ValueError for what would not be one request."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in (fields or {}).items()]
+    if any("\r" in line or "\n" in line for line in lines) or " " in target:
+        raise ValueError(f"cannot be asked of the engine: {method} {target!r}")
+    connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + body)
+
+
+def read_head(reader: io.BufferedReader) -> Head:
+    """Blocks until it is there. Raises OSError, or http.client.HTTPException for one that is none."""
+    while True:
+        words = _line(reader).split(None, 2)
+        if not words:
+            raise http.client.RemoteDisconnected("the engine closed the connection")
+        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+            raise http.client.BadStatusLine(repr(words[0]))
+        fields = _fields(reader)
+        status = int(words[1])
+        if status >= 200:
+            return Head(status, words[2].decode("latin-1") if len(words) > 2 else "", fields)
+
+
+def read_body(reader: io.BufferedReader, head: Head) -> bytes:
+    """All of it. Raises OSError, or http.client.HTTPException (IncompleteRead) for one that breaks off."""
+    if head.is_chunked:
+        return _read_chunks(reader)
+    if head.length_bytes is None:
+        return reader.read()
+    return _read(reader, head.length_bytes)
+
+
+def _line(reader: io.BufferedReader) -> bytes:
+    line = reader.readline(_MAX_LINE_BYTES + 1)
+    if len(line) > _MAX_LINE_BYTES:
+        raise http.client.LineTooLong("head of the engine's answer")
+    return line.rstrip(b"\r\n")
+
+
+def _fields(reader: io.BufferedReader) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for _ in range(_MAX_FIELDS):
+        line = _line(reader)
+        if not line:
+            return fields
+        name, _, value = line.decode("latin-1").partition(":")
+        name, value = name.strip().lower(), value.strip()
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    raise http.client.HTTPException(f"the engine's answer has more than {_MAX_FIELDS} fields")
+
+
+def _read_chunks(reader: io.BufferedReader) -> bytes:
+    found: list[bytes] = []
+    while True:
+        try:
+            size = int(_line(reader).partition(b";")[0], 16)
+        except ValueError as error:
+            raise http.client.IncompleteRead(b"".join(found)) from error
+        if size == 0:
+            _fields(reader)  # those that may follow the last chunk
+            return b"".join(found)
+        found.append(_read(reader, size))
+        _line(reader)
+
+
+def _read(reader: io.BufferedReader, size: int) -> bytes:
+    data = reader.read(size)
+    if len(data) < size:
+        raise http.client.IncompleteRead(data, size - len(data))
+    return data

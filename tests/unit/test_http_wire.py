@@ -1,0 +1,107 @@
+"""HTTP with an engine, byte by byte."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+
+import pytest
+
+from nodeservice.runtime.http_wire import read_body, read_head, send_request
+
+
+def reader(*parts: bytes) -> io.BufferedReader:
+    return io.BufferedReader(io.BytesIO(b"".join(parts)))
+
+
+def test_a_head_and_a_body_of_known_length() -> None:
+    answer = reader(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\ncontent-LENGTH:  5 \r\n\r\nhello", b"the next")
+    head = read_head(answer)
+    assert (head.status, head.reason) == (200, "OK")
+    assert head.fields["content-type"] == "text/plain"
+    assert head.keeps_open
+    assert read_body(answer, head) == b"hello"
+    assert answer.read() == b"the next", "nothing is read that is not ours"
+
+
+def test_a_body_in_chunks_with_extensions_and_a_trailer() -> None:
+    answer = reader(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n", b"3;a=b\r\nabc\r\nA\r\n0123456789\r\n",
+        b"0\r\nX-Sum: 1\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n",
+    )  # fmt: skip
+    head = read_head(answer)
+    assert head.keeps_open
+    assert read_body(answer, head) == b"abc0123456789"
+    head = read_head(answer)
+    assert head.status == 204
+    assert head.keeps_open
+    assert read_body(answer, head) == b""
+
+
+def test_a_body_that_the_end_of_the_connection_ends() -> None:
+    answer = reader(b"HTTP/1.0 200\r\n\r\nall of it")
+    head = read_head(answer)
+    assert head.reason == ""
+    assert not head.keeps_open
+    assert read_body(answer, head) == b"all of it"
+
+
+def test_a_connection_that_is_closed_is_not_kept() -> None:
+    head = read_head(reader(b"HTTP/1.1 200 OK\r\nConnection: Close\r\nContent-Length: 0\r\n\r\n"))
+    assert not head.keeps_open
+
+
+def test_what_comes_before_the_answer_is_passed_over_and_fields_add_up() -> None:
+    head = read_head(reader(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 201 Created\r\nWarning: a\r\nwarning: b\r\n\r\n"))
+    assert head.status == 201
+    assert head.fields["warning"] == "a, b"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", http.client.RemoteDisconnected),
+        (b"SSH-2.0-OpenSSH\r\n", http.client.BadStatusLine),
+        (b"HTTP/1.1 many\r\n\r\n", http.client.BadStatusLine),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, http.client.LineTooLong),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, http.client.HTTPException),
+    ],
+)
+def test_what_is_no_answer_is_an_error(answer: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        read_head(reader(answer))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhel\r\n",
+    ],
+)
+def test_a_body_that_breaks_off_is_never_taken_for_whole(answer: bytes) -> None:
+    whole = reader(answer)
+    with pytest.raises(http.client.IncompleteRead):
+        read_body(whole, read_head(whole))
+
+
+def test_a_request_as_it_goes_out() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        send_request(ours, "POST", "/v1/create?name=a", fields={"X-One": "1"}, body=b"{}")
+        assert theirs.recv(1000) == (
+            b"POST /v1/create?name=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nX-One: 1\r\n\r\n{}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("target", "fields"),
+    [("/a\r\nX: y", {}), ("/a b", {}), ("/a", {"X": "1\r\nY: 2"})],
+)
+def test_what_would_be_two_requests_is_none(target: str, fields: dict[str, str]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(ValueError, match="cannot be asked"):
+        send_request(ours, "GET", target, fields=fields)
