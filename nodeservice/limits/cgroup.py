@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -170,9 +170,9 @@ class KernelTaskCgroups:
     async def kill(self, id_: AttemptId) -> None:
         await self._look(id_, self._tree.kill, None)
 
-    async def processes(self, id_: AttemptId) -> Sequence[int]:
-        nobody: list[int] = []
-        return await self._look(id_, self._tree.processes, nobody)
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        places = {id_: self._places.of_task(id_) for id_ in ids}
+        return await self._run(lambda: {id_: self._processes_in(place) for id_, place in places.items()})
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
@@ -228,6 +228,13 @@ class KernelTaskCgroups:
         except OSError as error:
             log.warning("cgroup.unreadable", path=place, error=str(error))
             return otherwise
+
+    def _processes_in(self, place: str) -> Sequence[int]:
+        try:
+            return self._tree.processes(place)
+        except OSError as error:
+            log.warning("cgroup.unreadable", path=place, error=str(error))
+            return ()
 
     def _make_room(self, place: str, *, again: bool = False) -> None:
         """The cgroup above all tasks; it goes with the last of them."""
@@ -297,8 +304,8 @@ class NoTaskCgroups:
     async def kill(self, id_: AttemptId) -> None:
         """The engine alone knows what belongs to it."""
 
-    async def processes(self, id_: AttemptId) -> Sequence[int]:
-        return ()
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        return {}
 
     async def remove(self, id_: AttemptId) -> None:
         """Nothing was made."""

@@ -9,11 +9,9 @@ its project (ioctl_xfs_fsgetxattr(2)), and no engine's filter of system calls st
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +20,8 @@ import structlog
 
 from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError
-from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
+from nodeservice.limits.disk_rounds import MOST_BUSY, PIECE_SECONDS, DiskRounds, Processes, Watched
+from nodeservice.limits.disk_scan import Measured, Scan, measure
 from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport, quota_support
 from nodeservice.ports import DiskBound, DiskUse, Enforcement
 from nodeservice.threads import Threads
@@ -30,65 +29,9 @@ from nodeservice.threads import Threads
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-Processes = Callable[[AttemptId], Awaitable[Sequence[int]]]
 
-_LOOK_SECONDS = 0.5
-"""Between two looks at the free space, which cost nothing."""
-_WALK_SECONDS = 1.0
-"""The longest without a walk: what others delete hides what a task writes."""
-_HARD_WALK_SECONDS = 5.0
-"""The same where the kernel keeps the bound, so that only a breach of it is looked for."""
-_MOST_BUSY = 0.25
-"""The part of its time that the thread walks at most. With many files it is late rather than in the way."""
-_PIECE_SECONDS = 0.02
-"""Of walking, before others have their turn."""
-_SLACK_BYTES = 16 * LEAST_BYTES
-"""What the few files take that every container and every task has at its birth."""
-_BREACH = 1.1
-"""What the files of an attempt take past its quota before that is called a breach: the log lies beside it."""
-
-
-@dataclass(slots=True)
-class _Watched:
-    """One attempt. `layer` is what the container writes beside its work directory, volumes and the engine's files too."""
-
-    limit_bytes: int
-    work: Path
-    log: Path
-    layer: tuple[Path, ...] = ()
-    joined: tuple[Path, ...] = ()
-    project: int | None = None
-    used: DiskUse = field(default_factory=lambda: DiskUse(bytes=0, file_count=0, peak_bytes=0))
-    walked_at: float = float("-inf")
-    next_walk_at: float = float("-inf")
-    free_bytes: int = 0
-
-    @property
-    def walked(self) -> tuple[Path, ...]:
-        return (self.work, self.log, *self.layer)
-
-    @property
-    def is_hard(self) -> bool:
-        """Whether the kernel bounds all that the container itself can write to."""
-        return bool(self.layer) and set(self.layer) <= set(self.joined)
-
-    @property
-    def most_bytes(self) -> int:
-        return int(self.limit_bytes * (_BREACH if self.is_hard else 1)) + _SLACK_BYTES
-
-    @property
-    def least_bytes(self) -> int:
-        """What a file counts at least. A quota bounds their number by itself, and counts an empty one as nothing."""
-        return 1 if self.is_hard else LEAST_BYTES
-
-    def note(self, found: Measured) -> DiskUse:
-        peak_bytes = max(self.used.peak_bytes, found.bytes)
-        self.used = DiskUse(bytes=found.bytes, file_count=found.file_count, peak_bytes=peak_bytes)
-        return self.used
-
-
-async def _no_processes(_id: AttemptId) -> Sequence[int]:
-    return ()
+async def _no_processes(_ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+    return {}
 
 
 class BoundedDisk:
@@ -104,18 +47,18 @@ class BoundedDisk:
     ) -> None:
         self._quotas = quotas
         self._why_watched = why_watched
-        self._processes = processes
         self._clock = clock
-        self._attempts: dict[AttemptId, _Watched] = {}
-        self._walking_count = 0
+        self._attempts: dict[AttemptId, Watched] = {}
+        self._measuring_count = 0
         self._thread = Threads(1, name="nodeservice-disk")
+        self._rounds = DiskRounds(self._attempts, self._thread, processes=processes, clock=clock)
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
         """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers."""
         known = self._attempts.get(id_)
         if known is not None and known.limit_bytes == limit_bytes:
             return
-        watched = _Watched(limit_bytes, work, log)
+        watched = Watched(limit_bytes, work, log)
         if self._quotas is not None:
             quotas = self._quotas
             watched.project = await self._run(lambda: quotas.bind([work], limit_bytes), doing="set the disk quota")
@@ -165,14 +108,7 @@ class BoundedDisk:
         )
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)  # many tasks have ended by then
-            watched = self._attempts.get(id_)
-            if watched is not None and await self._run(partial(self._is_due, watched), doing="look at the free space"):
-                pids = await self._processes(id_)
-                used = await self._measure(watched, pids, stop_above_bytes=watched.most_bytes)
-                if used.bytes > watched.most_bytes:
-                    return used
+        return await self._rounds.crossed(id_)
 
     async def use(self, id_: AttemptId) -> DiskUse | None:
         watched = self._attempts.get(id_)
@@ -182,7 +118,7 @@ class BoundedDisk:
             counted = await self._run(lambda: self._count(watched), doing="read what a task wrote")
             if counted is not None:
                 return watched.note(counted)
-        return await self._measure(watched, ())
+        return await self._measure(watched)
 
     def seen(self, id_: AttemptId) -> DiskUse | None:
         watched = self._attempts.get(id_)
@@ -196,25 +132,12 @@ class BoundedDisk:
             await self._run(lambda: quotas.lift(project), doing="lift the disk quota")
 
     async def close(self) -> None:
+        await self._rounds.close()
         self._thread.close()
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
-    def _is_due(self, watched: _Watched) -> bool:
-        """Walk only where that may find something: the disk lost as much as the task has left, or time has passed."""
-        now = self._clock()
-        if now < watched.next_walk_at:
-            return False
-        free = _free_bytes(watched.work)
-        since = now - watched.walked_at
-        if watched.is_hard:
-            return since >= _HARD_WALK_SECONDS
-        if since < _WALK_SECONDS and watched.free_bytes - free < watched.limit_bytes - watched.used.bytes:
-            return False
-        watched.free_bytes = free
-        return True
-
-    def _count(self, watched: _Watched) -> Measured | None:
+    def _count(self, watched: Watched) -> Measured | None:
         """What the kernel counted, and the log beside it."""
         if self._quotas is None or watched.project is None:
             return None
@@ -226,17 +149,12 @@ class BoundedDisk:
 
     # ---- piece by piece ---------------------------------------------------------------------------------------------
 
-    async def _measure(self, watched: _Watched, pids: Sequence[int], *, stop_above_bytes: int | None = None) -> DiskUse:
+    async def _measure(self, watched: Watched) -> DiskUse:
         """Others have their turn between the pieces, and all walks together their part of the time."""
-        scan = Scan(
-            watched.walked,
-            pids=pids,
-            stop_above_bytes=stop_above_bytes,
-            least_bytes=watched.least_bytes,
-        )
+        scan = Scan(watched.walked, least_bytes=watched.least_bytes)
         walk = partial(self._timed, scan)
         busy_seconds, found = 0.0, None
-        self._walking_count += 1
+        self._measuring_count += 1
         try:
             while True:
                 found, seconds = await self._run(walk, doing="measure what a task wrote")
@@ -245,19 +163,18 @@ class BoundedDisk:
                     break
                 if scan.so_far.bytes > watched.used.bytes:
                     watched.note(scan.so_far)
-                await asyncio.sleep(seconds * (self._walking_count / _MOST_BUSY - 1))
+                walking_count = self._measuring_count + self._rounds.is_walking
+                await asyncio.sleep(seconds * (walking_count / MOST_BUSY - 1))
         finally:
-            self._walking_count -= 1
+            self._measuring_count -= 1
             if found is None:
                 with suppress(RuntimeError):  # the thread has ended
                     self._thread.submit(scan.close)
-        watched.walked_at = self._clock()
-        watched.next_walk_at = watched.walked_at + busy_seconds * len(self._attempts) / _MOST_BUSY
-        return watched.note(found)
+        return watched.note_walk(found, at=self._clock(), busy_seconds=busy_seconds, attempt_count=len(self._attempts))
 
     def _timed(self, scan: Scan) -> tuple[Measured | None, float]:
         began = self._clock()
-        found = scan.step(_PIECE_SECONDS)
+        found = scan.step(PIECE_SECONDS)
         return found, self._clock() - began
 
     async def _run(self, call: Callable[[], T], *, doing: str) -> T:
@@ -293,8 +210,3 @@ def _why_layers_are_watched(support: QuotaSupport, quotas: ProjectQuotas) -> str
         f"the work directory is held by the quota of {support.filesystem} at {support.mount_point}, the container's layer "
         "is not: for that put the engine's root and state_dir on one XFS, mounted with pquota"
     )
-
-
-def _free_bytes(place: Path) -> int:
-    status = os.statvfs(place)
-    return status.f_bavail * status.f_frsize

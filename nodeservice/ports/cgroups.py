@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -100,8 +100,8 @@ class TaskCgroups(Protocol):
         """Send SIGKILL to everything in it, also to what left the container's process tree."""
         ...
 
-    async def processes(self, id_: AttemptId) -> Sequence[int]:
-        """Those in it and below; empty where there is no such cgroup."""
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        """Those in each and below; empty where there is no such cgroup."""
         ...
 
     async def remove(self, id_: AttemptId) -> None:

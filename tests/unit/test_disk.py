@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ MIB = 1024**2
 ME, OTHER = AttemptId("me"), AttemptId("other")
 
 
-async def own_process(_id: AttemptId) -> Sequence[int]:
-    return (os.getpid(),)
+async def own_process(ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+    return dict.fromkeys(ids, (os.getpid(),))
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ async def test_what_the_engine_made_for_the_container_counts_too(disk: BoundedDi
     assert crossed.bytes > 10 * MIB
 
 
-async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
-    disk: BoundedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory whose walk never ends."""
     endless = tmp_path / str(ME)
 
     class Slow(Scan):
@@ -128,6 +128,13 @@ async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
             return None if self.never_ends else super().step(seconds)
 
     monkeypatch.setattr("nodeservice.limits.disk.Scan", Slow)
+    monkeypatch.setattr("nodeservice.limits.disk_rounds.Scan", Slow)
+    return endless
+
+
+async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
+    disk: BoundedDisk, tmp_path: Path, endless: Path
+) -> None:
     for id_ in (ME, OTHER):
         (tmp_path / str(id_)).mkdir()
         await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
@@ -139,3 +146,45 @@ async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
     for task in slow:
         task.cancel()
     await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_a_crossing_is_told_though_another_walk_takes_for_ever(
+    disk: BoundedDisk, tmp_path: Path, endless: Path
+) -> None:
+    for id_ in (ME, OTHER):
+        (tmp_path / str(id_)).mkdir()
+        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    waiting = [asyncio.create_task(disk.crossed(id_)) for id_ in (ME, OTHER)]
+    await asyncio.sleep(1)
+    (tmp_path / str(OTHER) / "much").write_bytes(b"x" * 2 * MIB)
+    used = await asyncio.wait_for(waiting[1], 60)
+    assert 2 * MIB <= used.bytes < 3 * MIB
+    assert not waiting[0].done()
+    waiting[0].cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_one_look_serves_all_and_one_that_fails_is_made_good(tmp_path: Path) -> None:
+    asked: list[Collection[AttemptId]] = []
+
+    async def processes(ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        asked.append(ids)
+        if len(asked) == 1:
+            raise ValueError("unforeseen")
+        return {}
+
+    disk = BoundedDisk(quotas=None, processes=processes)
+    ids = [AttemptId(f"task-{number}") for number in range(40)]
+    for id_ in ids:
+        (tmp_path / str(id_)).mkdir()
+        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    (tmp_path / str(ids[7]) / "much").write_bytes(b"x" * 2 * MIB)
+    (tmp_path / str(ids[3])).rmdir()  # somebody's mistake
+    waiting = {id_: asyncio.create_task(disk.crossed(id_)) for id_ in ids}
+    assert (await asyncio.wait_for(waiting[ids[7]], 60)).bytes >= 2 * MIB
+    assert [len(some) for some in asked[:2]] == [39, 39]
+    assert sum(task.done() for task in waiting.values()) == 1
+    await disk.close()
+    for task in waiting.values():
+        task.cancel()
+    await asyncio.gather(*waiting.values(), return_exceptions=True)
