@@ -8,7 +8,8 @@ import time
 
 import psutil
 
-from benchmarks.rig.finding import Finding
+from benchmarks.rig.cpu import seconds_on_cpu
+from benchmarks.rig.finding import Finding, Target
 from benchmarks.rig.scale import Scale
 from benchmarks.rig.service import MIB, Service, need_image, running_service
 
@@ -17,6 +18,7 @@ ABOUT = (
     "tasks are real containers that sleep. Finished ones ran on the fake engine (benchmarks/rig/node_on_fake_engine.py): "
     "everything but the containers is real, at a few hundred tasks per second; the node remembers 2,000 of them."
 )
+REMEMBERED_COUNT = 2_000
 
 
 async def measure(scale: Scale) -> Finding:
@@ -41,7 +43,16 @@ async def _running(found: Finding, service: Service, scale: Scale) -> None:
             names += batch
         await _until_started(service, count)
         await asyncio.sleep(scale.pick(2, 10))
-        await _look(found, process, "tasks running", f"{count} running", count, scale.pick(5.0, 30.0))
+        looked_seconds = scale.pick(10.0 if count == 0 else 5.0, 30.0)
+        rss, cpu_percent = await _look(found, process, "tasks running", f"{count} running", count, looked_seconds)
+        if count == 0:
+            found.targets += [
+                Target(name="idle CPU, % of a core", measured=cpu_percent, bound=0.5, kind="at most"),
+                Target(name="idle resident memory, MiB", measured=rss, bound=90, kind="at most"),
+            ]
+    found.targets.append(
+        Target(name="resident memory with tasks, MiB", measured=rss, bound=150, kind="at most", case=f"{count} running")
+    )
     from nodeservice.wire import master_worker_pb2 as pb
 
     for name in names:
@@ -54,18 +65,22 @@ async def _until_started(service: Service, count: int) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _look(found: Finding, process: psutil.Process, kind: str, case: str, x: int, seconds: float) -> None:
-    before, began = process.cpu_times(), time.monotonic()
+async def _look(
+    found: Finding, process: psutil.Process, kind: str, case: str, x: int, seconds: float
+) -> tuple[float, float]:
+    """Resident memory in MiB, and CPU time in per cent of a core."""
+    before, began = seconds_on_cpu(process.pid), time.monotonic()
     await asyncio.sleep(seconds)
-    after, took = process.cpu_times(), time.monotonic() - began
-    cpu = after.user + after.system - before.user - before.system
+    cpu_percent = 100 * (seconds_on_cpu(process.pid) - before) / (time.monotonic() - began)
+    rss = process.memory_info().rss / MIB
     for what, unit, value in (
-        ("resident memory", "MiB", process.memory_info().rss / MIB),
-        ("CPU", "% of a core", 100 * cpu / took),
+        ("resident memory", "MiB", rss),
+        ("CPU", "% of a core", cpu_percent),
         ("threads", "", process.num_threads()),
         ("descriptors", "", process.num_fds()),
     ):
         found.add(f"{what}, {kind}", unit, case, "service", [value], x=x)
+    return rss, cpu_percent
 
 
 async def _finished(found: Finding, service: Service, scale: Scale) -> None:
@@ -92,7 +107,13 @@ async def _finished(found: Finding, service: Service, scale: Scale) -> None:
             found.add("CPU per task on the fake engine", "ms", f"{count:,} finished", "service",
                       [1000 * spent / (count - done)], x=count)  # fmt: skip
         done = count
-        await _look(found, process, "tasks finished", f"{count:,} finished", count, 3.0)
-        rss.append(process.memory_info().rss / MIB)
-    found.ratios["rss_growth_mib_per_1000_finished"] = (rss[-1] - rss[1]) / (counts[-1] - counts[1]) * 1000
-    found.ratios["rss_growth_mib_first_1000_finished"] = (rss[1] - rss[0]) / (counts[1] - counts[0]) * 1000
+        rss.append((await _look(found, process, "tasks finished", f"{count:,} finished", count, 3.0))[0])
+    found.ratios["rss_growth_mib_first_1000_finished"] = rss[counts.index(1000)] - rss[0]
+    if counts[-1] > REMEMBERED_COUNT + step:
+        first = counts.index(REMEMBERED_COUNT + step)
+        growth = 1000 * (rss[-1] - rss[first]) / (counts[-1] - counts[first])
+        found.ratios["rss_growth_mib_per_1000_finished"] = growth
+        found.targets.append(
+            Target(name="growth per 1,000 finished, MiB", measured=growth, bound=0.5, kind="at most",
+                   case=f"{counts[first]:,} to {counts[-1]:,}")
+        )  # fmt: skip
