@@ -89,6 +89,10 @@ class ImageKeeper:
             return  # somebody else's
         await self._write()
 
+    def forget(self, id_: AttemptId) -> None:
+        """The attempt needs its image no more. Repeating is harmless."""
+        self._claims.pop(id_, None)
+
     async def make_room(self, live: Callable[[], Iterable[TaskRecord]]) -> None:
         """Remove images while the disk is used above the high mark, down to the low one. `live`: all unfinished attempts.
 

@@ -6,16 +6,19 @@ Whoever makes one of them larger says why, here. How long it all takes is measur
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import tarfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, ValuesView
 from pathlib import Path
+from types import FrameType, FunctionType, ModuleType
 
 import docker
 import pytest
 from minio import Minio
 
+from nodeservice.core.model import AttemptId
 from nodeservice.results.file import FileResultStore
 from nodeservice.results.s3 import S3ResultStore
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
@@ -104,6 +107,37 @@ async def test_synced_journal_writes_of_a_task(tmp_path: Path) -> None:
         await node.assign(spec("t"))
         await node.until_finished(spec("t").id)
         assert node.journal.write_count - before == 5
+
+
+async def test_nothing_of_a_task_is_kept_once_it_is_forgotten(tmp_path: Path) -> None:
+    """A node runs for months: what it keeps of each task, were it a few bytes, would fill it."""
+    runtime = FakeRuntime(images={"demo": FakeImage(output=b"done\n")})
+    world = World(tmp_path, runtime=runtime, finished_retention_count=3)
+    async with living(world) as node:
+        for number in range(10):
+            await node.assign(spec(f"task-{number}"))
+            await node.until_finished(spec(f"task-{number}").id)
+        remembered = {record.id.task_id for record in node.driver.finished()}
+        assert remembered == {"task-7", "task-8", "task-9"}
+        # What stands for the world around the node may remember what it likes.
+        fakes = [vars(world).values(), world.journal, node.journal]
+        kept = {id_.task_id for id_ in _reachable(node, AttemptId, without=fakes)}
+    assert kept - remembered == set()
+
+
+def _reachable(root: object, kind: type[AttemptId], *, without: list[object]) -> list[AttemptId]:
+    seen = {id(one) for some in without for one in (some if isinstance(some, ValuesView) else (some,))}
+    waiting, found = [root], []
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, type | ModuleType | FrameType):
+            continue
+        seen.add(id(one))
+        if isinstance(one, kind):
+            found.append(one)
+        # Of a function only what it closes over: its globals are those of a module.
+        waiting += one.__closure__ or () if isinstance(one, FunctionType) else gc.get_referents(one)
+    return found
 
 
 @pytest.mark.minio

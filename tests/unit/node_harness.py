@@ -138,6 +138,7 @@ class World:
     results_retention_seconds: float | None = None
     salvage_retention_seconds: float | None = None
     dry_run: bool = False
+    finished_retention_count: int = 2_000
     keeps_in_the_store: bool = False
     """The results directory of this host is the store."""
 
@@ -154,6 +155,7 @@ class LiveNode:
             ledger=Ledger(NODE, gpu_sharing_allowed=world.gpu_policy.allowed),
             clock=self.clock,
             traces=NoTraceSink(),
+            finished_retention_count=world.finished_retention_count,
         )
         self.dirs = WorkDirs(world.path / "state")
         self.logs = LogBook(world.runtime, max_bytes=world.log_max_bytes, tail_bytes=100, resume_seconds=0.01)
