@@ -31,8 +31,8 @@ class Threads:
         self._most = most
         self._name = name
         self._waiting: SimpleQueue[_Item | None] = SimpleQueue()
-        self._idle: deque[None] = deque()
-        """One for each thread that waits for work and that none is on its way to."""
+        self._free: deque[None] = deque(maxlen=most)
+        """One for each thread that no work is meant for: what comes takes one, and gives it back when it is done."""
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._is_closed = False
@@ -40,14 +40,14 @@ class Threads:
     async def run(self, work: Callable[[], T]) -> T:
         """What it returns or raises. Cancelled, what has not begun is left out, and what has begun ends unheard.
 
-        Raises RuntimeError after `close`.
+        Raises RuntimeError after `close`, and where not even one thread can be started.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._put((work, future))
         return await future
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Begin it, and never hear of it again; what it raises is logged. Raises RuntimeError after `close`."""
+        """Begin it, and never hear of it again; what it raises is logged. Raises as `run` does."""
         self._put((work, None))
 
     def close(self) -> None:
@@ -70,30 +70,31 @@ class Threads:
     def _put(self, item: _Item) -> None:
         if self._is_closed:
             raise RuntimeError(f"{self._name}: closed, takes no more work")
-        self._waiting.put(item)
         try:
-            self._idle.pop()
+            self._free.pop()
         except IndexError:
             self._add_thread()
+        self._waiting.put(item)
 
     def _add_thread(self) -> None:
         with self._lock:
-            if len(self._threads) < self._most and not self._is_closed:
-                thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
+            if len(self._threads) == self._most or self._is_closed:
+                return
+            thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
+            try:
                 thread.start()
+            except RuntimeError as error:  # of processes there are no more to be had: those that are there must do
+                if not self._threads:
+                    raise
+                log.warning("thread.not_started", threads=self._name, error=str(error))
+            else:
+                self._threads.append(thread)
 
     def _work(self) -> None:
-        while True:
-            try:
-                item = self._waiting.get_nowait()
-            except Empty:
-                self._idle.append(None)
-                item = self._waiting.get()
-            if item is None:
-                return
+        while (item := self._waiting.get()) is not None:
             _do(*item)
             del item  # what was done must not live on while there is nothing to do
+            self._free.append(None)
 
 
 def _do(work: Callable[[], Any], future: asyncio.Future[Any] | None) -> None:

@@ -32,7 +32,7 @@ class CpuMeter:
 
 
 def seconds_on_cpu(pid: int) -> float:
-    """Of all threads that live now, to the nanosecond; `cpu_times` counts in ticks of 10 ms.
+    """Of all threads that live now, to the nanosecond, without those that have ended; `cpu_times` counts in ticks of 10 ms.
 
     Source: Documentation/scheduler/sched-stats.rst.
     """
@@ -40,6 +40,8 @@ def seconds_on_cpu(pid: int) -> float:
     for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with suppress(OSError):  # the thread has ended
             found += int(path.read_text().split()[0])
+    if not found:
+        raise RuntimeError(f"no CPU time of process {pid} is to be read in /proc/{pid}/task/*/schedstat")
     return found / 1e9
 
 

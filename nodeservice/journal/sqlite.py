@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import threading
@@ -53,7 +54,7 @@ _WAL_LIMIT_BYTES = 16 * 1024**2
 """The write-ahead log is cut back to this after a checkpoint, so that a burst does not hold disk for ever."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Write:
     statement: str
     rows: list[Row]
@@ -77,6 +78,7 @@ class SqliteJournal:
         self._writer = RecordWriter()
         self._writes: deque[_Write] = deque()
         self._writes_lock = threading.Lock()
+        self._is_closed = False
 
     async def load(self) -> Sequence[TaskRecord]:
         return await self._call(self._load)
@@ -96,7 +98,8 @@ class SqliteJournal:
 
     async def close(self) -> None:
         """Finish what waits, then close. Closing twice is success; any other use after it raises RuntimeError."""
-        with suppress(RuntimeError):  # closed before
+        if not self._is_closed:
+            self._is_closed = True
             await self._thread.run(self._disconnect)
         self._thread.close()
         await self._thread.ended()
@@ -104,17 +107,28 @@ class SqliteJournal:
     # ---- caller's side ----
 
     async def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        self._refuse_when_closed()
         return await self._thread.run(lambda: self._guarded(work))
 
     async def _write(self, statement: str, rows: list[Row]) -> None:
         if not rows:
             return
+        self._refuse_when_closed()
         write = _Write(statement, rows)
         with self._writes_lock:
             self._writes.append(write)
-        await self._thread.run(self._flush)  # or an earlier flush, which took it along, and has ended too
+        try:
+            await self._thread.run(self._flush)  # or an earlier flush, which took it along, and has ended too
+        except asyncio.CancelledError:
+            with self._writes_lock, suppress(ValueError):  # it is under way, or made
+                self._writes.remove(write)
+            raise
         if write.error is not None:
             raise write.error
+
+    def _refuse_when_closed(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"journal {self._path} is closed")
 
     # ---- in the thread ----
 

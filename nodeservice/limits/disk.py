@@ -20,7 +20,7 @@ import structlog
 
 from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeFaultError
-from nodeservice.limits.disk_rounds import MOST_BUSY, PIECE_SECONDS, DiskRounds, Processes, Watched
+from nodeservice.limits.disk_rounds import PIECE_SECONDS, DiskRounds, Processes, Watched
 from nodeservice.limits.disk_scan import Measured, Scan, measure
 from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport, quota_support
 from nodeservice.ports import DiskBound, DiskUse, Enforcement
@@ -49,7 +49,6 @@ class BoundedDisk:
         self._why_watched = why_watched
         self._clock = clock
         self._attempts: dict[AttemptId, Watched] = {}
-        self._measuring_count = 0
         self._thread = Threads(1, name="nodeservice-disk")
         self._rounds = DiskRounds(self._attempts, self._thread, processes=processes, clock=clock)
 
@@ -150,11 +149,11 @@ class BoundedDisk:
     # ---- piece by piece ---------------------------------------------------------------------------------------------
 
     async def _measure(self, watched: Watched) -> DiskUse:
-        """Others have their turn between the pieces, and all walks together their part of the time."""
+        """Others have their turn between the pieces, and all long walks together their part of the time."""
         scan = Scan(watched.walked, least_bytes=watched.least_bytes)
         walk = partial(self._timed, scan)
         busy_seconds, found = 0.0, None
-        self._measuring_count += 1
+        self._rounds.measuring_count += 1
         try:
             while True:
                 found, seconds = await self._run(walk, doing="measure what a task wrote")
@@ -163,10 +162,9 @@ class BoundedDisk:
                     break
                 if scan.so_far.bytes > watched.used.bytes:
                     watched.note(scan.so_far)
-                walking_count = self._measuring_count + self._rounds.is_walking
-                await asyncio.sleep(seconds * (walking_count / MOST_BUSY - 1))
+                await asyncio.sleep(self._rounds.rest_seconds(seconds))
         finally:
-            self._measuring_count -= 1
+            self._rounds.measuring_count -= 1
             if found is None:
                 with suppress(RuntimeError):  # the thread has ended
                     self._thread.submit(scan.close)

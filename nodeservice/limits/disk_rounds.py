@@ -1,7 +1,8 @@
 """Looks, in rounds, for the attempt that wrote more than it may.
 
-One look serves all attempts, and all walks together take a part of one thread's time: what is watched costs a turn of a
-thread each, and hundreds of idle tasks would keep a CPU busy. Walks take turns, so that a large tree holds up no small one.
+One look serves all attempts: with a turn through a thread for each, hundreds of idle tasks would keep a CPU busy. Walks take
+turns in one thread. Those that have just begun come first, and most end there; the others, of large trees, take a part of
+its time altogether, and hold up no small one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ log = structlog.get_logger(__name__)
 Processes = Callable[[Collection[AttemptId]], Awaitable[Mapping[AttemptId, Sequence[int]]]]
 
 MOST_BUSY = 0.25
-"""The part of its time that the thread walks at most. With many files it is late rather than in the way."""
+"""The part of its time that the thread walks through large trees at most: it is late rather than in the way."""
 PIECE_SECONDS = 0.02
 """Of walking, before others have their turn."""
+_FIRST_SECONDS = 0.005
+"""For the first piece of a walk, which is all of it where a task wrote some hundred files."""
 _LOOK_SECONDS = 0.5
 """Between two looks at the free space, which cost nothing."""
 _WALK_SECONDS = 1.0
@@ -90,7 +93,10 @@ class Watched:
         since = now - self.walked_at
         if self.is_hard:
             return since >= _HARD_WALK_SECONDS
-        free_bytes = _free_bytes(self.work)
+        try:
+            free_bytes = _free_bytes(self.work)
+        except OSError:  # its directory is gone, say; there are other places
+            return since >= _WALK_SECONDS
         if since < _WALK_SECONDS and self.free_bytes - free_bytes < self.limit_bytes - self.used.bytes:
             return False
         self.free_bytes = free_bytes
@@ -125,14 +131,17 @@ class DiskRounds:
         self._processes = processes
         self._clock = clock
         self._crossings: dict[AttemptId, asyncio.Future[DiskUse]] = {}
-        self._walks: deque[_Walk] = deque()
+        self._new: deque[_Walk] = deque()
+        self._long: deque[_Walk] = deque()
         self._under_way: set[AttemptId] = set()
         self._rounds: asyncio.Task[None] | None = None
         self._walking: asyncio.Task[None] | None = None
+        self.measuring_count = 0
+        """Walks of others in the same thread, who share the part of its time."""
 
-    @property
-    def is_walking(self) -> bool:
-        return bool(self._walks)
+    def rest_seconds(self, worked_seconds: float) -> float:
+        """For how long one who walked so long lets the thread rest."""
+        return worked_seconds * ((self.measuring_count + bool(self._long)) / MOST_BUSY - 1)
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
         crossing: asyncio.Future[DiskUse] = asyncio.get_running_loop().create_future()
@@ -147,9 +156,13 @@ class DiskRounds:
 
     async def close(self) -> None:
         running = [task for task in (self._rounds, self._walking) if task is not None]
+        for crossing in self._crossings.values():
+            crossing.cancel()
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+        for walk in (*self._new, *self._long):
+            self._thread.submit(walk.scan.close)
 
     async def _go_round(self) -> None:
         while self._crossings:
@@ -162,7 +175,7 @@ class DiskRounds:
     async def _look(self) -> None:
         resting = [id_ for id_ in self._crossings if id_ not in self._under_way and id_ in self._attempts]
         watched = {id_: self._attempts[id_] for id_ in resting}
-        due = await self._thread.run(lambda: [id_ for id_ in watched if self._is_due(watched[id_])])
+        due = await self._thread.run(lambda: [id_ for id_ in watched if watched[id_].is_due(self._clock())])
         pids = await self._processes(due) if due else {}
         for id_ in due:
             crossing = self._crossings.get(id_)
@@ -176,28 +189,28 @@ class DiskRounds:
                 least_bytes=seen.least_bytes,
             )
             self._under_way.add(id_)
-            self._walks.append(_Walk(id_, seen, scan, crossing))
-        if self._walks and (self._walking is None or self._walking.done()):
-            self._walking = asyncio.create_task(self._walk(), name="disk walk")
+            self._new.append(_Walk(id_, seen, scan, crossing))
+        while self._new:
+            await self._go_on(self._new, _FIRST_SECONDS)
+        if self._long and (self._walking is None or self._walking.done()):
+            self._walking = asyncio.create_task(self._walk_long(), name="disk walk")
 
-    def _is_due(self, watched: Watched) -> bool:
-        try:
-            return watched.is_due(self._clock())
-        except OSError as error:  # its directory is gone, say
-            log.debug("disk.not_looked_at", path=str(watched.work), error=str(error))
-            return False
-
-    async def _walk(self) -> None:
-        """Until all that are under way have ended."""
-        while self._walks:
-            ended, seconds = await self._thread.run(self._piece)
-            for walk in ended:
-                self._under_way.discard(walk.id)
-                self._note(walk)
-            for walk in self._walks:
+    async def _walk_long(self) -> None:
+        """Until all have ended."""
+        while self._long:
+            worked_seconds = await self._go_on(self._long, PIECE_SECONDS)
+            for walk in tuple(self._long):  # at once: the thread may add one
                 if walk.scan.so_far.bytes > walk.watched.used.bytes:
                     walk.watched.note(walk.scan.so_far)
-            await asyncio.sleep(seconds * (1 / MOST_BUSY - 1))
+            await asyncio.sleep(self.rest_seconds(worked_seconds))
+
+    async def _go_on(self, walks: deque[_Walk], most_seconds: float) -> float:
+        """Walk for a piece of time, none for longer than `most_seconds`; for how long it was."""
+        ended, worked_seconds = await self._thread.run(lambda: self._piece(walks, most_seconds))
+        for walk in ended:
+            self._under_way.discard(walk.id)
+            self._note(walk)
+        return worked_seconds
 
     def _note(self, walk: _Walk) -> None:
         if walk.found is None:  # nobody waits any more, or it failed
@@ -210,28 +223,28 @@ class DiskRounds:
 
     # ---- in the thread ----
 
-    def _piece(self) -> tuple[list[_Walk], float]:
+    def _piece(self, walks: deque[_Walk], most_seconds: float) -> tuple[list[_Walk], float]:
         """Go on with each in turn, for a piece altogether: those that ended, and how long it took."""
         began = self._clock()
         ended = []
-        for _ in range(len(self._walks)):
+        for _ in range(len(walks)):
             at = self._clock()
             left_seconds = began + PIECE_SECONDS - at
             if left_seconds <= 0:
                 break
-            walk = self._walks.popleft()
+            walk = walks.popleft()
             if walk.crossing.done():
                 walk.scan.close()
                 ended.append(walk)
                 continue
             try:
-                walk.found = walk.scan.step(left_seconds)
+                walk.found = walk.scan.step(min(left_seconds, most_seconds))
             except Exception as error:  # then the next round looks again
                 log.exception("disk.walk_failed", path=str(walk.watched.work), error=str(error))
                 ended.append(walk)
                 continue
             walk.busy_seconds += self._clock() - at
-            (self._walks if walk.found is None else ended).append(walk)
+            (self._long if walk.found is None else ended).append(walk)
         return ended, self._clock() - began
 
 

@@ -84,7 +84,7 @@ class EngineConnection:
             raise
 
     async def close(self) -> None:
-        """Let running calls end on their own; nothing new is taken. Waits for no engine."""
+        """Take nothing new. Running calls go on for as long as the process does: no engine is waited for."""
         self._is_closed = True
         self._calls.close()
         self._signals.close()

@@ -6,6 +6,7 @@ what a short call costs.
 
 from __future__ import annotations
 
+import http
 import http.client
 import io
 import socket
@@ -63,8 +64,10 @@ def read_head(reader: io.BufferedReader) -> Head:
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
             raise http.client.BadStatusLine(repr(words[0]))
         fields = _fields(reader)
+        if words[0] == b"HTTP/1.0":
+            fields.setdefault("connection", "close")
         status = int(words[1])
-        if status >= 200:
+        if status >= 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
             return Head(status, words[2].decode("latin-1") if len(words) > 2 else "", fields)
 
 
@@ -103,6 +106,8 @@ def _read_chunks(reader: io.BufferedReader) -> bytes:
             size = int(_line(reader).partition(b";")[0], 16)
         except ValueError as error:
             raise http.client.IncompleteRead(b"".join(found)) from error
+        if size < 0:
+            raise http.client.HTTPException(f"a chunk of the engine's answer has {size} bytes")
         if size == 0:
             _fields(reader)  # those that may follow the last chunk
             return b"".join(found)

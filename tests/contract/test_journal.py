@@ -248,6 +248,39 @@ async def test_closing_twice_is_success_and_ends_the_thread(tmp_path: Path) -> N
         await journal.save([a_record()])
 
 
+async def test_a_write_that_was_cancelled_while_it_waited_is_not_made_later(tmp_path: Path) -> None:
+    journal = SqliteJournal(tmp_path / "journal.db")
+    await journal.set_note("first", "1")
+    gate = threading.Event()
+    journal._thread.submit(lambda: gate.wait(60) and None)
+    try:
+        write = asyncio.create_task(journal.set_note("cancelled", "2"))
+        await asyncio.sleep(0)
+        write.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await write
+    finally:
+        gate.set()
+    await journal.set_note("after", "3")
+    assert await journal.get_note("cancelled") is None
+    assert await journal.get_note("after") == "3"
+    await journal.close()
+
+
+async def test_what_comes_while_it_is_closed_is_refused_and_what_came_before_is_written(tmp_path: Path) -> None:
+    journal = SqliteJournal(tmp_path / "journal.db")
+    before = [asyncio.create_task(journal.set_note(f"before-{number}", "x")) for number in range(20)]
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(journal.close())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="is closed"):
+        await journal.set_note("late", "x")
+    await asyncio.gather(closing, *before)
+    again = SqliteJournal(tmp_path / "journal.db")
+    assert [await again.get_note(f"before-{number}") for number in range(20)] == ["x"] * 20
+    await again.close()
+
+
 FILL_AND_FREE = """
 import asyncio, resource, sys
 sys.path.insert(0, sys.argv[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,9 +183,49 @@ async def test_one_look_serves_all_and_one_that_fails_is_made_good(tmp_path: Pat
     (tmp_path / str(ids[3])).rmdir()  # somebody's mistake
     waiting = {id_: asyncio.create_task(disk.crossed(id_)) for id_ in ids}
     assert (await asyncio.wait_for(waiting[ids[7]], 60)).bytes >= 2 * MIB
-    assert [len(some) for some in asked[:2]] == [39, 39]
+    assert [len(some) for some in asked[:2]] == [40, 40], "also the one whose directory is gone: it has other places"
     assert sum(task.done() for task in waiting.values()) == 1
     await disk.close()
+    for task in waiting.values():
+        task.cancel()
+    await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+
+async def test_many_large_trees_hold_up_no_small_one(
+    disk: BoundedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each piece of a large one takes all of its time."""
+    turns: list[str] = []
+
+    class Busy(Scan):
+        def __init__(self, places: Sequence[Path], **options: Any) -> None:
+            super().__init__(places, **options)
+            self.name = next(iter(places)).name
+
+        def step(self, seconds: float | None = None) -> Measured | None:
+            turns.append(self.name)
+            if self.name.startswith("large"):
+                time.sleep(seconds or 0)
+                return None
+            return super().step(seconds)
+
+    monkeypatch.setattr("nodeservice.limits.disk_rounds.Scan", Busy)
+    ids = [AttemptId(f"large-{number}") for number in range(30)]
+    waiting = {}
+    for id_ in (*ids, ME):
+        (tmp_path / str(id_)).mkdir()
+        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    for id_ in ids:
+        waiting[id_] = asyncio.create_task(disk.crossed(id_))
+    while len(turns) < 60:  # all are under way
+        await asyncio.sleep(0.01)
+    waiting[ME] = asyncio.create_task(disk.crossed(ME))
+    await asyncio.sleep(0)
+    turns.clear()
+    (tmp_path / str(ME) / "much").write_bytes(b"x" * 2 * MIB)
+    await asyncio.wait_for(waiting[ME], 60)
+    # It came as soon as it was due, not after a piece and a rest for each of the others.
+    assert len(turns) < 30
     for task in waiting.values():
         task.cancel()
     await asyncio.gather(*waiting.values(), return_exceptions=True)

@@ -48,6 +48,7 @@ def test_a_body_that_the_end_of_the_connection_ends() -> None:
 
 
 def test_a_connection_that_is_closed_is_not_kept() -> None:
+    assert not read_head(reader(b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n")).keeps_open
     head = read_head(reader(b"HTTP/1.1 200 OK\r\nConnection: Close\r\nContent-Length: 0\r\n\r\n"))
     assert not head.keeps_open
 
@@ -80,11 +81,12 @@ def test_what_is_no_answer_is_an_error(answer: bytes, error: type[Exception]) ->
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhel\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
     ],
 )
 def test_a_body_that_breaks_off_is_never_taken_for_whole(answer: bytes) -> None:
     whole = reader(answer)
-    with pytest.raises(http.client.IncompleteRead):
+    with pytest.raises(http.client.HTTPException):
         read_body(whole, read_head(whole))
 
 

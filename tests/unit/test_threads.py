@@ -65,6 +65,46 @@ async def test_no_more_threads_than_allowed_and_none_before_there_is_work(gate: 
     assert not _named("counted")
 
 
+async def test_where_no_thread_is_to_be_had_those_that_are_there_do_the_work(
+    monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    threads = Threads(3, name="scarce")
+    start = threading.Thread.start
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        await threads.run(lambda: "too early")
+    monkeypatch.setattr(threading.Thread, "start", start)
+    first = asyncio.ensure_future(threads.run(gate.wait))
+    await until_busy("scarce")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    second = asyncio.ensure_future(threads.run(lambda: "second"))
+    await asyncio.sleep(0)
+    assert not second.done()
+    gate.set()
+    assert await first
+    assert await second == "second"
+    monkeypatch.setattr(threading.Thread, "start", start)
+    threads.close()
+    await threads.ended()
+
+
+async def test_work_never_waits_behind_other_work_while_there_may_be_more_threads(gate: threading.Event) -> None:
+    threads = Threads(64, name="many")
+    for _ in range(200):  # threads end and take up work at every moment
+        await asyncio.gather(*(threads.run(lambda: None) for _ in range(5)))
+    blocked = [asyncio.ensure_future(threads.run(gate.wait)) for _ in range(30)]
+    async with asyncio.timeout(30):
+        assert await threads.run(lambda: "at once") == "at once"
+    gate.set()
+    await asyncio.gather(*blocked)
+    threads.close()
+    await threads.ended()
+
+
 async def test_what_is_cancelled_before_it_began_is_left_out(gate: threading.Event) -> None:
     threads = Threads(1, name="cancelled")
     first = asyncio.ensure_future(threads.run(gate.wait))

@@ -197,8 +197,10 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
             ]
         )
 
-    # A task that ends at once needs none of it: its log is read in one piece, when results are collected.
-    timer = asyncio.get_running_loop().call_later(_ALONE_SECONDS, accompany)
+    # A task that ends at once needs none of it: its log is read in one piece, when results are collected. After a restart
+    # its disk is to be bound again, whatever comes.
+    is_known = context.disk.seen(id_) is not None
+    timer = asyncio.get_running_loop().call_later(_ALONE_SECONDS if is_known else 0, accompany)
     try:
         state = await context.runtime.wait_exited(container_id)
         timer.cancel()
