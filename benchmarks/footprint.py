@@ -16,7 +16,7 @@ from benchmarks.rig.service import MIB, Service, need_image, running_service
 ABOUT = (
     "Of the node's process alone, heartbeat every 5 s, traces on. The row with 0 running tasks is the baseline. Running "
     "tasks are real containers that sleep. Finished ones ran on the fake engine (benchmarks/rig/node_on_fake_engine.py): "
-    "everything but the containers is real, at a few hundred tasks per second; the node remembers 2,000 of them."
+    "everything but the containers is real, 16 tasks at a time; the node remembers 2,000 of them."
 )
 REMEMBERED_COUNT = 2_000
 

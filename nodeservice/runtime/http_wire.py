@@ -10,7 +10,7 @@ import http
 import http.client
 import io
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 _MAX_LINE_BYTES = 65536
@@ -58,11 +58,10 @@ def send_request(
 def read_head(reader: io.BufferedReader) -> Head:
     """Blocks until it is there. Raises OSError, or http.client.HTTPException for one that is none."""
     while True:
-        words = _line(reader).split(None, 2)
-        if not words:
-            raise http.client.RemoteDisconnected("the engine closed the connection")
+        line = _line(reader)
+        words = line.split(None, 2)
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            raise http.client.BadStatusLine(repr(words[0]))
+            raise http.client.BadStatusLine(repr(line[:80]))
         fields = _fields(reader)
         if words[0] == b"HTTP/1.0":
             fields.setdefault("connection", "close")
@@ -80,10 +79,49 @@ def read_body(reader: io.BufferedReader, head: Head) -> bytes:
     return _read(reader, head.length_bytes)
 
 
+def dechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The payload of a chunked body (RFC 9112, 7.1), joined per piece. Raises IncompleteRead when its end is missing.
+
+    The engine sends a chunk for every line of a log: `read_body`, which reads chunk by chunk, would need several times as
+    long. In return this one may leave the end of the body unread, so that the connection serves no other answer.
+    """
+    data, position, left, is_first = b"", 0, 0, True
+    for piece in pieces:
+        data, position = data[position:] + piece, 0
+        payload: list[bytes] = []
+        while True:
+            if left:
+                part = data[position : position + left]
+                if not part:
+                    break
+                payload.append(part)
+                position += len(part)
+                left -= len(part)
+                continue
+            start = position if is_first else position + 2  # the line end after the chunk before
+            end = data.find(b"\r\n", start)
+            if end < 0:
+                break
+            try:
+                left = int(data[start:end].partition(b";")[0], 16)
+            except ValueError as error:
+                raise http.client.HTTPException("the engine's answer is garbled") from error
+            position, is_first = end + 2, False
+            if left == 0:
+                if payload:
+                    yield b"".join(payload)
+                return
+        if payload:
+            yield b"".join(payload)
+    raise http.client.IncompleteRead(b"")
+
+
 def _line(reader: io.BufferedReader) -> bytes:
     line = reader.readline(_MAX_LINE_BYTES + 1)
     if len(line) > _MAX_LINE_BYTES:
         raise http.client.LineTooLong("head of the engine's answer")
+    if not line.endswith(b"\n"):
+        raise http.client.RemoteDisconnected("the engine closed the connection")
     return line.rstrip(b"\r\n")
 
 

@@ -13,12 +13,12 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import urlencode
 
 from nodeservice.runtime.endpoint import Endpoint
-from nodeservice.runtime.http_wire import read_head, send_request
+from nodeservice.runtime.http_wire import dechunk, read_head, send_request
 
 _READ_BYTES = 65536
 _MAX_ERROR_BYTES = 65536
@@ -123,42 +123,6 @@ class EngineStream:
         assert self._reader is not None, "open the stream first"
         while piece := self._reader.read1(_READ_BYTES):
             yield piece
-
-
-def dechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The payload of a chunked body (RFC 9112, 7.1), joined per piece. Raises IncompleteRead when its end is missing.
-
-    The engine sends a chunk for every line of a log; the standard library's reader needs several times as long for that.
-    """
-    data, position, left, is_first = b"", 0, 0, True
-    for piece in pieces:
-        data, position = data[position:] + piece, 0
-        payload: list[bytes] = []
-        while True:
-            if left:
-                part = data[position : position + left]
-                if not part:
-                    break
-                payload.append(part)
-                position += len(part)
-                left -= len(part)
-                continue
-            start = position if is_first else position + 2  # the line end after the chunk before
-            end = data.find(b"\r\n", start)
-            if end < 0:
-                break
-            try:
-                left = int(data[start:end].partition(b";")[0], 16)
-            except ValueError as error:
-                raise http.client.HTTPException("the engine's answer is garbled") from error
-            position, is_first = end + 2, False
-            if left == 0:
-                if payload:
-                    yield b"".join(payload)
-                return
-        if payload:
-            yield b"".join(payload)
-    raise http.client.IncompleteRead(b"")
 
 
 def _objects(line: bytes) -> Iterator[dict[str, Any]]:

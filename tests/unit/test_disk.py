@@ -31,6 +31,13 @@ async def disk() -> AsyncIterator[BoundedDisk]:
     await disk.close()
 
 
+async def prepare(disk: BoundedDisk, path: Path, *ids: AttemptId) -> None:
+    """Each with a directory of its name, and a limit of one MiB."""
+    for id_ in ids:
+        (path / str(id_)).mkdir()
+        await disk.prepare(id_, MIB, work=path / str(id_), log=path / "log")
+
+
 def test_tiny_and_empty_files_count_a_block_and_links_count_once(tmp_path: Path) -> None:
     empty = measure([tmp_path]).bytes
     for n in range(10):
@@ -136,9 +143,7 @@ def endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
     disk: BoundedDisk, tmp_path: Path, endless: Path
 ) -> None:
-    for id_ in (ME, OTHER):
-        (tmp_path / str(id_)).mkdir()
-        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    await prepare(disk, tmp_path, ME, OTHER)
     slow = [asyncio.create_task(disk.use(ME)) for _ in range(3)]
     await asyncio.sleep(0)
     for _ in range(10):
@@ -152,9 +157,7 @@ async def test_a_tree_that_takes_for_ever_does_not_hold_up_the_others(
 async def test_a_crossing_is_told_though_another_walk_takes_for_ever(
     disk: BoundedDisk, tmp_path: Path, endless: Path
 ) -> None:
-    for id_ in (ME, OTHER):
-        (tmp_path / str(id_)).mkdir()
-        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    await prepare(disk, tmp_path, ME, OTHER)
     waiting = [asyncio.create_task(disk.crossed(id_)) for id_ in (ME, OTHER)]
     await asyncio.sleep(1)
     (tmp_path / str(OTHER) / "much").write_bytes(b"x" * 2 * MIB)
@@ -176,9 +179,7 @@ async def test_one_look_serves_all_and_one_that_fails_is_made_good(tmp_path: Pat
 
     disk = BoundedDisk(quotas=None, processes=processes)
     ids = [AttemptId(f"task-{number}") for number in range(40)]
-    for id_ in ids:
-        (tmp_path / str(id_)).mkdir()
-        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    await prepare(disk, tmp_path, *ids)
     (tmp_path / str(ids[7]) / "much").write_bytes(b"x" * 2 * MIB)
     (tmp_path / str(ids[3])).rmdir()  # somebody's mistake
     waiting = {id_: asyncio.create_task(disk.crossed(id_)) for id_ in ids}
@@ -212,9 +213,7 @@ async def test_many_large_trees_hold_up_no_small_one(
     monkeypatch.setattr("nodeservice.limits.disk_rounds.Scan", Busy)
     ids = [AttemptId(f"large-{number}") for number in range(30)]
     waiting = {}
-    for id_ in (*ids, ME):
-        (tmp_path / str(id_)).mkdir()
-        await disk.prepare(id_, MIB, work=tmp_path / str(id_), log=tmp_path / "log")
+    await prepare(disk, tmp_path, *ids, ME)
     for id_ in ids:
         waiting[id_] = asyncio.create_task(disk.crossed(id_))
     while len(turns) < 60:  # all are under way

@@ -23,9 +23,9 @@ from nodeservice.runtime.docker_state import init_failure, read_instant, read_st
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.errors import create_error, pull_error, start_error, translate
 from nodeservice.runtime.frames import Reread, read_frames
+from nodeservice.runtime.http_wire import dechunk
 from nodeservice.runtime.images import choose_digest, parse_image
 from nodeservice.runtime.profile import EngineProfile, read_profile
-from nodeservice.runtime.streams import dechunk
 
 DIGEST = "sha256:" + "a" * 64
 OTHER_DIGEST = "sha256:" + "b" * 64

@@ -63,6 +63,9 @@ def test_what_comes_before_the_answer_is_passed_over_and_fields_add_up() -> None
     ("answer", "error"),
     [
         (b"", http.client.RemoteDisconnected),
+        (b"HTTP/1.1 200 OK\r\n", http.client.RemoteDisconnected),
+        (b"HTTP/1.1 200 OK\r\nContent-Len", http.client.RemoteDisconnected),
+        (b"\r\n", http.client.BadStatusLine),
         (b"SSH-2.0-OpenSSH\r\n", http.client.BadStatusLine),
         (b"HTTP/1.1 many\r\n\r\n", http.client.BadStatusLine),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, http.client.LineTooLong),
