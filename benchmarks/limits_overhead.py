@@ -98,8 +98,7 @@ class Bench:
         assert not made.mismatches, made.mismatches
         await self.runtime.wait_exited(container)
         with watch.part("bill"):
-            await self.cgroups.oom(id_)
-            usage = await self.cgroups.usage(id_)
+            _kills, usage = await self.cgroups.at_end(id_)
             written = await self.disk.use(id_)
         assert usage is not None
         assert usage.memory_peak_bytes, "nothing was billed"

@@ -42,9 +42,13 @@ class Threads:
 
         Raises RuntimeError after `close`, and where not even one thread can be started.
         """
+        return await self.begin(work)
+
+    def begin(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """As `run`, for who has something to do meanwhile. Raises RuntimeError at once."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._put((work, future))
-        return await future
+        return future
 
     def submit(self, work: Callable[[], None]) -> None:
         """Begin it, and never hear of it again; what it raises is logged. Raises as `run` does."""

@@ -120,13 +120,13 @@ def resume(record: TaskRecord, *, at: datetime) -> Step:
 # ---- moves ------------------------------------------------------------------------------------------------------------
 
 
-def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect) -> Step:
-    """Rise to `phase`: close the running timing, open the next, and look up what to do."""
+def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect, **changes: Any) -> Step:
+    """Rise to `phase`: close the running timing, open the next, and look up what to do. `changes` are to the record."""
     *earlier, running = record.timings
     timings = (*earlier, replace(running, ended_at=max(at, running.started_at)))
     if phase is not Phase.FINISHED:
         timings = (*timings, PhaseTiming(name=PHASE_NAMES[phase], started_at=max(at, running.started_at)))
-    return Step(replace(record, phase=phase, timings=timings), (*before, *ENTRY[phase]))
+    return Step(replace(record, phase=phase, timings=timings, **changes), (*before, *ENTRY[phase]))
 
 
 def _can_wait(step: Step) -> Step:
@@ -135,8 +135,7 @@ def _can_wait(step: Step) -> Step:
 
 def _give_up(record: TaskRecord, at: datetime, verdict: Verdict, *before: fx.Effect) -> Step:
     """The run is over before or without an exit: collect what exists."""
-    settled = replace(record, verdict=verdicts.first_failure(record.verdict, verdict))
-    return _enter(settled, Phase.COLLECTING, at, *before)
+    return _enter(record, Phase.COLLECTING, at, *before, verdict=verdicts.first_failure(record.verdict, verdict))
 
 
 # ---- handlers: one per kind of event ----------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def _stop_while_running(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 
 def _pulled(record: TaskRecord, event: ev.ImagePulled) -> Step:
-    return _can_wait(_enter(replace(record, image_digest=event.digest), Phase.CREATING, event.at))
+    return _can_wait(_enter(record, Phase.CREATING, event.at, image_digest=event.digest))
 
 
 def _step_failed(record: TaskRecord, event: ev.StepFailed) -> Step:
@@ -171,24 +170,29 @@ def _step_failed(record: TaskRecord, event: ev.StepFailed) -> Step:
 
 
 def _created(record: TaskRecord, event: ev.ContainerCreated) -> Step:
-    created = replace(record, container_id=event.container_id)
     if record.stop is not None:
+        created = replace(record, container_id=event.container_id)
         return _give_up(created, event.at, verdicts.of_stop(record.stop))
-    return _can_wait(_enter(created, Phase.STARTING, event.at))
+    return _can_wait(_enter(record, Phase.STARTING, event.at, container_id=event.container_id))
 
 
 def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
     timeout = record.spec.timeout_seconds
     deadline = None if timeout is None else event.started_at + timedelta(seconds=timeout)
-    started = replace(
-        record, started_at=event.started_at, deadline_at=deadline, limits={**record.limits, **event.limits}
-    )
-    if event.not_enforced and record.stop is None:
+    stop = record.stop
+    if event.not_enforced and stop is None:
         message = f"Killed, because a limit does not hold: {'; '.join(event.not_enforced)}."
         stop = StopRequest(cause=StopCause.LIMIT_NOT_ENFORCED, requested_at=event.started_at, message=message)
-        started = replace(started, stop=stop)
-    step = _enter(started, Phase.RUNNING, event.at)
-    if started.stop is not None:
+    step = _enter(
+        record,
+        Phase.RUNNING,
+        event.at,
+        started_at=event.started_at,
+        deadline_at=deadline,
+        limits={**record.limits, **event.limits},
+        stop=stop,
+    )
+    if stop is not None:
         return replace(step, effects=(*step.effects, fx.StopContainer()))
     return step
 
@@ -206,8 +210,15 @@ def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
         engine_was_away=event.engine_was_away,
     )
     remarks = (*record.remarks, *verdicts.exit_remarks(facts))
-    ended = replace(record, verdict=verdicts.of_exit(facts), remarks=remarks, usage=event.observed, stuck=False)
-    return _enter(ended, Phase.COLLECTING, event.at)
+    return _enter(
+        record,
+        Phase.COLLECTING,
+        event.at,
+        verdict=verdicts.of_exit(facts),
+        remarks=remarks,
+        usage=event.observed,
+        stuck=False,
+    )
 
 
 def _lost(record: TaskRecord, event: ev.ContainerLost) -> Step:
@@ -237,60 +248,73 @@ def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
         remarks = (*remarks, what)
     if event.collected.log_error:
         remarks = (*remarks, f"the log may lack its end: {event.collected.log_error}")
-    collected = replace(
+    step = _enter(
         record,
+        Phase.UPLOADING,
+        event.at,
+        fx.ReleaseCompute(),
         collected=event.collected,
         remarks=remarks,
         usage=event.usage,
         stuck=False,
         compute_released=True,
     )
-    return _can_wait(_enter(collected, Phase.UPLOADING, event.at, fx.ReleaseCompute()))
+    return _can_wait(step)
 
 
 def _collect_failed(record: TaskRecord, event: ev.CollectFailed) -> Step:
     failure = verdicts.of_failure(Reason.COLLECT_FAILED, event.message)
-    settled = replace(
+    return _enter(
         record,
+        Phase.REPORTING,
+        event.at,
+        fx.ReleaseCompute(),
         verdict=verdicts.first_failure(record.verdict, failure),
         remarks=(*record.remarks, event.message),
         usage=event.usage,
         stuck=False,
         compute_released=True,
     )
-    return _enter(settled, Phase.REPORTING, event.at, fx.ReleaseCompute())
 
 
 def _stored(record: TaskRecord, event: ev.ResultsStored) -> Step:
-    return _enter(replace(record, result_location=event.location), Phase.REPORTING, event.at)
+    return _enter(record, Phase.REPORTING, event.at, result_location=event.location)
 
 
 def _retained(record: TaskRecord, event: ev.ResultsRetained) -> Step:
     """A success whose results are not where they belong is none; the exit code stays beside it."""
     failure = verdicts.of_failure(Reason.RESULTS_NOT_STORED, event.message)
-    kept = replace(
+    return _enter(
         record,
+        Phase.REPORTING,
+        event.at,
         verdict=verdicts.first_failure(record.verdict, failure),
         remarks=(*record.remarks, event.message),
         result_location=event.location,
         retained=event.will_retry,
     )
-    return _enter(kept, Phase.REPORTING, event.at)
 
 
 def _acknowledged(record: TaskRecord, event: ev.ReportAcknowledged) -> Step:
-    return _enter(replace(record, reported=True), Phase.CLEANING, event.at)
+    return _enter(record, Phase.CLEANING, event.at, reported=True)
 
 
 def _cleaned(record: TaskRecord, event: ev.CleanedUp) -> Step:
     if record.retained:
         return _enter(record, Phase.RETAINING, event.at)
-    return _can_wait(_enter(replace(record, disk_released=True), Phase.FINISHED, event.at, fx.ReleaseDisk()))
+    return _can_wait(_enter(record, Phase.FINISHED, event.at, fx.ReleaseDisk(), disk_released=True))
 
 
 def _stored_late(record: TaskRecord, event: ev.ResultsStored) -> Step:
-    stored = replace(record, result_location=event.location, retained=False, disk_released=True)
-    return _enter(stored, Phase.FINISHED, event.at, fx.ReleaseDisk())
+    return _enter(
+        record,
+        Phase.FINISHED,
+        event.at,
+        fx.ReleaseDisk(),
+        result_location=event.location,
+        retained=False,
+        disk_released=True,
+    )
 
 
 def _abandoned(record: TaskRecord, event: ev.TaskAbandoned) -> Step:

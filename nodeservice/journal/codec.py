@@ -171,7 +171,10 @@ def _plain(kind: type) -> _Form:
 
 
 def _encode_plain(value: Any, _memory: _Memory) -> str:
-    return encode_basestring_ascii(value) if type(value) is str else _COMPACT.encode(value)
+    kind = type(value)
+    if kind is str:
+        return encode_basestring_ascii(value)
+    return str(value) if kind is int else _COMPACT.encode(value)
 
 
 def _encode_instant(value: datetime, _memory: _Memory) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec
+from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec, Usage
 from nodeservice.core.retry import Backoff
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.image_keeper import ImageKeeper
@@ -103,6 +103,14 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A container whose end was seen, and what the kernel had counted then; `usage` is None if a process was left."""
+
+    container: ContainerState
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     runtime: ContainerRuntime
     cgroups: TaskCgroups
@@ -130,8 +138,8 @@ class Context:
     """Called when this node has more or less for tasks than it had."""
     gpu_nodes: Callable[[], Sequence[GpuNodes]] = tuple
     """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
-    ended: dict[AttemptId, ContainerState] = field(default_factory=dict)
-    """Containers whose end was seen and that are not collected yet: the engine need not be asked again."""
+    ended: dict[AttemptId, Ended] = field(default_factory=dict)
+    """Those that are not collected yet: neither the engine nor the kernel need be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)
     """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
     collecting: Threads = field(default_factory=lambda: Threads(2, name="nodeservice-collect"))

@@ -159,20 +159,24 @@ class KernelTaskCgroups:
             await self._look(id_, self._tree.hold_together, None)
 
     async def usage(self, id_: AttemptId) -> Usage | None:
-        def look(place: str) -> Usage | None:
-            return None if self._tree.processes(place) else self._tree.usage(place)
+        return await self._look(id_, self._usage_in, Usage())
 
-        return await self._look(id_, look, Usage())
+    async def at_end(self, id_: AttemptId) -> tuple[OomFacts, Usage | None]:
+        def look(place: str) -> tuple[OomFacts, Usage | None]:
+            nothing: Usage | None = Usage()
+            return self._or_else(place, self._tree.oom, OomFacts()), self._or_else(place, self._usage_in, nothing)
 
-    async def oom(self, id_: AttemptId) -> OomFacts:
-        return await self._look(id_, self._tree.oom, OomFacts())
+        return await self._run(lambda: look(self._places.of_task(id_)))
 
     async def kill(self, id_: AttemptId) -> None:
         await self._look(id_, self._tree.kill, None)
 
     async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
         places = {id_: self._places.of_task(id_) for id_ in ids}
-        return await self._run(lambda: {id_: self._processes_in(place) for id_, place in places.items()})
+        nobody: Sequence[int] = ()
+        return await self._run(
+            lambda: {id_: self._or_else(place, self._tree.processes, nobody) for id_, place in places.items()}
+        )
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
@@ -222,19 +226,17 @@ class KernelTaskCgroups:
         self._thread.close()
 
     async def _look(self, id_: AttemptId, call: Callable[[str], T], otherwise: T) -> T:
-        place = self._places.of_task(id_)
+        return await self._run(lambda: self._or_else(self._places.of_task(id_), call, otherwise))
+
+    def _or_else(self, place: str, call: Callable[[str], T], otherwise: T) -> T:
         try:
-            return await self._run(lambda: call(place))
+            return call(place)
         except OSError as error:
             log.warning("cgroup.unreadable", path=place, error=str(error))
             return otherwise
 
-    def _processes_in(self, place: str) -> Sequence[int]:
-        try:
-            return self._tree.processes(place)
-        except OSError as error:
-            log.warning("cgroup.unreadable", path=place, error=str(error))
-            return ()
+    def _usage_in(self, place: str) -> Usage | None:
+        return None if self._tree.processes(place) else self._tree.usage(place)
 
     def _make_room(self, place: str, *, again: bool = False) -> None:
         """The cgroup above all tasks; it goes with the last of them."""
@@ -298,8 +300,8 @@ class NoTaskCgroups:
     async def usage(self, id_: AttemptId) -> Usage | None:
         return Usage()
 
-    async def oom(self, id_: AttemptId) -> OomFacts:
-        return OomFacts()
+    async def at_end(self, id_: AttemptId) -> tuple[OomFacts, Usage | None]:
+        return OomFacts(), Usage()
 
     async def kill(self, id_: AttemptId) -> None:
         """The engine alone knows what belongs to it."""

@@ -94,7 +94,9 @@ class TaskCgroups(Protocol):
         """
         ...
 
-    async def oom(self, id_: AttemptId) -> OomFacts: ...
+    async def at_end(self, id_: AttemptId) -> tuple[OomFacts, Usage | None]:
+        """What the kernel says once the container has ended: of kills, and as `usage`."""
+        ...
 
     async def kill(self, id_: AttemptId) -> None:
         """Send SIGKILL to everything in it, also to what left the container's process tree."""

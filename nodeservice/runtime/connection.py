@@ -74,7 +74,7 @@ class EngineConnection:
 
     async def call_to_end(self, work: Callable[[APIClient], T], *, doing: str) -> T:
         """As `call`, but a cancelled caller waits until the work has ended, so nothing appears behind its back."""
-        call = asyncio.ensure_future(self.call(work, doing=doing))
+        call = self._calls.begin(lambda: self._run(work, doing))
         try:
             return await asyncio.shield(call)
         except asyncio.CancelledError:

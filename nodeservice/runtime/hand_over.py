@@ -12,10 +12,15 @@ _BUFFER_BYTES = 1024 * 1024
 
 
 class HandOver:
-    """One thread puts, one coroutine takes; either may go first. The thread waits while the other is 1 MiB behind."""
+    """One thread puts, one coroutine takes; either may go first. The thread waits while the other is 1 MiB behind.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    The other is woken for `least_bytes`, and for the end.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, least_bytes: int = 1) -> None:
+        assert least_bytes <= _BUFFER_BYTES
         self._loop = loop
+        self._least_bytes = least_bytes
         self._ready = asyncio.Event()
         self._changed = threading.Condition()
         self._pieces: list[bytes] = []
@@ -30,9 +35,10 @@ class HandOver:
             self._changed.wait_for(lambda: self._closed or self._size_bytes < _BUFFER_BYTES)
             if self._closed:
                 return False
+            before_bytes = self._size_bytes
             self._pieces.append(data)
             self._size_bytes += len(data)
-            if len(self._pieces) == 1:
+            if before_bytes < self._least_bytes <= self._size_bytes:
                 self._wake()
             return True
 

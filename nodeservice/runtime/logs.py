@@ -13,6 +13,8 @@ from nodeservice.runtime.frames import Reread, read_frames
 from nodeservice.runtime.hand_over import HandOver
 from nodeservice.runtime.streams import EngineStream, StreamRefusedError
 
+_AT_ONCE_BYTES = 256 * 1024
+
 
 async def read_log(
     connection: EngineConnection, container_id: str, *, follow: bool, mends_lines: bool
@@ -25,7 +27,8 @@ async def read_log(
     small logs), and what was missed is added; only for a log that outgrew its bound in the engine that is not possible.
     For `mends_lines` see `frames.read_frames`.
     """
-    buffer = HandOver(asyncio.get_running_loop())
+    # What is not followed is read at once: to begin with its first line would only cost another turn.
+    buffer = HandOver(asyncio.get_running_loop(), least_bytes=1 if follow else _AT_ONCE_BYTES)
     stream = connection.stream()
     reading = _Reading(connection, container_id, follow=follow, mends_lines=mends_lines, stream=stream, buffer=buffer)
     connection.readers.submit(reading.run)

@@ -12,7 +12,7 @@ from nodeservice.core import events as ev
 from nodeservice.core.model import AttemptId, PullPolicy, Reason, StopCause, StopRequest, TaskRecord, Usage
 from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
-from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import gpus, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of
@@ -35,13 +35,15 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     if record.lease.gpu_uuids and (why := await context.gpus.ready(record)):
         message = f"A GPU of the task could not be made ready: {why}"
         return ev.StepFailed(at=context.clock.now(), reason=Reason.GPU_FAULT, message=message)
-    await context.filing.run(lambda: context.dirs.prepare(id_))
-    await _bound_disk(context, record)
+    directories = context.filing.begin(lambda: context.dirs.prepare(id_))
     try:
         # What passes (TransientError) is no failure of the task: the whole step is tried again.
         cgroup_parent = await context.cgroups.prepare(spec, record.lease.cpu_ids)
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
+    finally:
+        await directories
+    await _bound_disk(context, record)
     try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
         container_id = await _create(context, record, wanted)
@@ -78,6 +80,7 @@ async def _bound_disk(context: Context, record: TaskRecord) -> None:
 def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | None) -> ContainerSpec:
     """All that the container is made from, its label story included."""
     spec, id_ = record.spec, record.id
+    is_throttled = spec.read_bytes_per_second is not None or spec.write_bytes_per_second is not None
     results = context.dirs.results(id_)
     env = (
         *spec.env,
@@ -112,7 +115,7 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
         cpu_ids=record.lease.cpu_ids,
         read_bytes_per_second=spec.read_bytes_per_second,
         write_bytes_per_second=spec.write_bytes_per_second,
-        rate_devices=tuple(context.cgroups.rate_devices()),
+        rate_devices=tuple(context.cgroups.rate_devices()) if is_throttled else (),
     )
 
 
@@ -223,10 +226,10 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         return ev.ContainerLost(
             at=now, message=f"the engine lost the container's exit status ({state.status} {state.error})"
         )
-    context.ended[id_] = state
     if record.lease.gpu_uuids:
         await context.gpus.ended(id_, well=state.exit_code == 0)
-    kills = await context.cgroups.oom(id_)
+    kills, usage = await context.cgroups.at_end(id_)
+    context.ended[id_] = Ended(container=state, usage=usage)
     # The kernel's word on whose limit it was counts more than the engine's, which knows only that there was a kill.
     host_oom_killed = bool(kills.outside) and not kills.own_limit
     return ev.ContainerExited(
@@ -329,7 +332,10 @@ async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -
 
     None where there is no container. Takes as long as it takes: what cannot be ended keeps its lease.
     """
-    found = context.ended.pop(id_, None)
+    ended = context.ended.pop(id_, None)
+    if ended is not None and ended.usage is not None:
+        return ended.container, ended.usage
+    found = ended.container if ended is not None else None
     while True:
         try:
             async with asyncio.timeout(context.settings.kill_patience_seconds):
