@@ -6,7 +6,6 @@ Imported only by nodes that store to S3, since `minio` and `urllib3` cost about 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import hashlib
 import io
 import threading
@@ -24,9 +23,10 @@ from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results import s3_archive
 from nodeservice.results.access import LIGHT_COUNT, BucketMissing, S3Access
+from nodeservice.results.s3_http import BlockwisePool, stopped_by
 from nodeservice.results.s3_object import AlreadyThere, Standing, StoredObject
 from nodeservice.results.s3_parts import PartSender
-from nodeservice.results.source import PutStopped, VerifiedReader
+from nodeservice.results.source import VerifiedReader
 
 log = structlog.get_logger(__name__)
 
@@ -61,8 +61,6 @@ _HINTS = {
     "PermanentRedirect": "set the bucket's region",
 }
 
-_stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("results_s3_stop", default=None)
-
 
 class BucketClient:
     """Blocking operations on one bucket, for any thread. None retries: the lifecycle does, with backoff.
@@ -74,7 +72,7 @@ class BucketClient:
     def __init__(self, access: S3Access) -> None:
         self._access = access
         self._bucket = access.bucket
-        self._http = _BlockwisePool(
+        self._http = BlockwisePool(
             timeout=urllib3.Timeout(connect=min(5.0, access.timeout_seconds), read=access.timeout_seconds),
             maxsize=2 * access.parallel_count + LIGHT_COUNT,  # of objects and of parts, and of what is light
             retries=False,
@@ -167,7 +165,7 @@ class BucketClient:
         archive, etags = s3_archive.pack(files, [_headers(file.entry.sha256) for file in files], stop)
         key = f"{base}.tar"  # no attempt is called so; it is there only if nobody unpacked it
         try:
-            with _stopped_by(stop), self._translated(f"upload {len(files)} files below {base}"):
+            with stopped_by(stop), self._translated(f"upload {len(files)} files below {base}"):
                 self._minio._put_object(self._bucket, key, archive, s3_archive.headers(base))  # noqa: SLF001
         except NodeFaultError as error:
             log.info("results.not_unpacked", bucket=self._bucket, error=str(error))
@@ -247,7 +245,7 @@ class BucketClient:
     ) -> tuple[str, Standing]:
         """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
         stream = cast(BinaryIO, data)
-        with _stopped_by(stop), self._translated(f"upload {key}"):
+        with stopped_by(stop), self._translated(f"upload {key}"):
             if part_bytes is not None and size_bytes > part_bytes:
                 return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes), Standing.TAKEN
             body = stream.read(size_bytes)
@@ -304,16 +302,6 @@ def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFa
     return NodeFaultError(message, reason="STORE_REFUSED", hint=_HINTS.get(code))
 
 
-@contextlib.contextmanager
-def _stopped_by(stop: threading.Event) -> Iterator[None]:
-    """What is sent within stops between two blocks once the event is set."""
-    token = _stop.set(stop)
-    try:
-        yield
-    finally:
-        _stop.reset(token)
-
-
 class _HashedOnce(Minio):
     """Signs a body over plain HTTP with the sha256 that the headers say, instead of hashing it for the second time."""
 
@@ -325,32 +313,3 @@ class _HashedOnce(Minio):
             return super()._build_headers(host, headers, body, creds)
         built, at = super()._build_headers(host, headers, None, creds)
         return built | {"Content-Length": str(len(body)), _CONTENT_SHA256: known}, at
-
-
-class _Body(io.BytesIO):
-    """A request body that is sent in blocks and stops between two of them."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        stop = _stop.get()
-        if stop is not None and stop.is_set():
-            raise PutStopped
-        return super().read(size)
-
-
-class _BlockwisePool(urllib3.PoolManager):
-    """Sends bodies block by block.
-
-    A body of type bytes goes out in one `sendall`, whose time limit covers the whole body (socket.sendall since Python
-    3.5), so a slow but living link would time out. A file-like body gets the limit for each block.
-    """
-
-    is_minio = False
-    """Whether the last answer says that it is from one. Other stores would keep an archive as it is."""
-
-    def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
-        body = kw.get("body")
-        if isinstance(body, bytes) and body:
-            kw["body"] = _Body(body)
-        response = super().urlopen(method, url, redirect, **kw)
-        self.is_minio = response.headers.get("Server") == "MinIO"
-        return response
