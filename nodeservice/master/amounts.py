@@ -45,6 +45,13 @@ class Amounts:
 
         A resource of which nothing is asked is never lacking, even where more than everything is taken.
         """
+        if (
+            request.cpu_milli <= self.cpu_milli
+            and request.memory_bytes <= self.memory_bytes
+            and request.disk_bytes <= self.disk_bytes
+            and request.gpu_count <= self.gpu_count
+        ):
+            return ()
         return tuple(name for name in LABELS if request.of(name) > max(0, self.of(name)))
 
 

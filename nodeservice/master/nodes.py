@@ -24,11 +24,13 @@ log = structlog.get_logger(__name__)
 
 _LARGEST = 2**60
 _ABSENT_SECONDS = 2.5
+_NOTICE_SECONDS = 1.0
 _GPU_DRIVER = "GPU_DRIVER"
 """The warning of a node whose GPU driver does not work, which may then not know what GPUs it has."""
 
 Assigned = Mapping[str, Mapping[Key, Request]]
 """By node and attempt, what is asked for."""
+_NOTHING: Mapping[Key, Request] = {}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +59,9 @@ class Node:
     """Whether its last heartbeat told anything that may let a task move. Most do not."""
     unsettled: bool = False
     """It was given up, or is known from an earlier run of the master: it gets nothing until it has told what it holds."""
+    offer: Offer | None = None
+    """As it was made last; None once it has news. `offered_of` is what was assigned to it then."""
+    offered_of: Mapping[Key, Request] = field(default_factory=dict)
 
     @property
     def draining(self) -> bool:
@@ -99,6 +104,7 @@ class NodeRegistry:
         self._gone_after_seconds = gone_after_seconds
         self._nodes: dict[str, Node] = {}
         self._ran_at = clock.monotonic()
+        self._noticed_at = -math.inf
 
     async def load(self) -> None:
         for row in await self._store.load_nodes():
@@ -147,7 +153,8 @@ class NodeRegistry:
             was_active=True,
         )
         if before is not None:
-            node.heartbeat, node.ended, node.unsettled = before.heartbeat, before.ended, before.unsettled
+            node.heartbeat, node.ended = before.heartbeat, before.ended
+            node.unsettled = before.unsettled or self._silent_for_good(before)
         node.tell_gpus(info.gpus, info.warnings)
         self._nodes[info.worker_id] = node
         if before is None or before.address != address:
@@ -162,6 +169,8 @@ class NodeRegistry:
         if node is None:
             return None
         before, had_ends = _for_placement(node), bool(node.ended)
+        self._allow_for_absence()
+        node.unsettled |= self._silent_for_good(node)
         if not node.was_active:
             log.info("node.active", worker_id=node.worker_id)
         node.heard_at, node.heard_at_ms, node.was_active = self._clock.monotonic(), self._clock.unix_ms(), True
@@ -170,6 +179,8 @@ class NodeRegistry:
             node.allocatable = from_message(beat.allocatable)
             node.tell_gpus(beat.gpus, beat.warnings)
         node.has_news = had_ends or node.unsettled or _for_placement(node) != before
+        if node.has_news:
+            node.offer = None
         return node
 
     def settled(self, worker_id: str) -> None:
@@ -181,20 +192,34 @@ class NodeRegistry:
         node = self._nodes.get(worker_id)
         if node is not None:
             node.ended.add(key)
+            node.offer = None
 
     # ---- for the scheduler ----------------------------------------------------------------------------------------------
 
     def offers(self, assigned: Assigned) -> list[Offer]:
-        return [
-            Offer(
+        return [self._offer(node, assigned.get(node.worker_id, _NOTHING)) for node in self._nodes.values()]
+
+    def _offer(self, node: Node, given: Mapping[Key, Request]) -> Offer:
+        """Most nodes have nothing new from one pass of the scheduler to the next."""
+        known, blocked = node.offer, self._blocked(node)
+        if known is None or known.blocked != blocked or node.offered_of != given:
+            known = Offer(
                 worker_id=node.worker_id,
                 allocatable=node.allocatable,
-                assigned=_sum(assigned, node),
-                blocked=self._blocked(node),
-                gpus=node.room(assigned.get(node.worker_id, {})),
+                assigned=_sum(given),
+                blocked=blocked,
+                gpus=node.room(given),
             )
+            node.offer, node.offered_of = known, dict(given)
+        return known
+
+    def could_hold(self, request: Request, target: str = "") -> bool:
+        """Whether some node, or the target, has enough for it when nothing else is there. Looks no further than to that."""
+        return any(
+            not Offer(worker_id=node.worker_id, allocatable=node.allocatable, gpus=node.room({})).lacking_ever(request)
             for node in self._nodes.values()
-        ]
+            if not target or node.worker_id == target
+        )
 
     def running(self, worker_id: str, key: Key) -> pb.RunningTask | None:
         """The attempt as the node listed it last."""
@@ -216,14 +241,17 @@ class NodeRegistry:
         node = self._nodes.get(worker_id)
         if node is None:
             return True
-        since = node.known_since if node.heard_at is None else node.heard_at
-        return self._clock.monotonic() - since > self._gone_after_seconds
+        return self._silent_for_good(node)
 
     def notice_silence(self) -> None:
-        """Say once in the log of each node that it fell silent."""
+        """Say once in the log of each node that it fell silent. Looks at all of them, once a second at most."""
         self._allow_for_absence()
+        now = self._clock.monotonic()
+        if now - self._noticed_at < _NOTICE_SECONDS:
+            return
+        self._noticed_at = now
         for node in self._nodes.values():
-            node.unsettled |= self.is_gone(node.worker_id)
+            node.unsettled |= self._silent_for_good(node)
             if node.was_active and not self._active(node):
                 node.was_active = False
                 log.warning("node.inactive", worker_id=node.worker_id, timeout_seconds=self._timeout_seconds)
@@ -231,7 +259,7 @@ class NodeRegistry:
     def views(self, assigned: Assigned) -> list[tuple[Node, bool, Amounts]]:
         """Each node with whether it is active and what is assigned to it, by name."""
         nodes = sorted(self._nodes.values(), key=lambda node: node.worker_id)
-        return [(node, self._active(node), _sum(assigned, node)) for node in nodes]
+        return [(node, self._active(node), _sum(assigned.get(node.worker_id, _NOTHING))) for node in nodes]
 
     async def run(self) -> None:
         """Keep watch over our own time until cancelled."""
@@ -250,6 +278,10 @@ class NodeRegistry:
             node.known_since = min(now, node.known_since + absent_seconds)
             if node.heard_at is not None:
                 node.heard_at = min(now, node.heard_at + absent_seconds)
+
+    def _silent_for_good(self, node: Node) -> bool:
+        since = node.known_since if node.heard_at is None else node.heard_at
+        return self._clock.monotonic() - since > self._gone_after_seconds
 
     def _active(self, node: Node) -> bool:
         return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds
@@ -276,9 +308,9 @@ def _for_placement(node: Node) -> tuple[object, ...]:
     return node.was_active, node.allocatable, node.units, node.warnings, node.draining, conditions, held
 
 
-def _sum(assigned: Assigned, node: Node) -> Amounts:
+def _sum(given: Mapping[Key, Request]) -> Amounts:
     total = Amounts()
-    for request in assigned.get(node.worker_id, {}).values():
+    for request in given.values():
         total = total.plus(request.amounts)
     return total
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nodeservice.master.amounts import LABELS, Amounts, describe, shortage_reason
@@ -25,10 +25,10 @@ class Offer:
     assigned: Amounts = field(default_factory=Amounts)
     blocked: str = ""
     gpus: GpuRoom | None = None
+    free: Amounts = field(init=False, compare=False)
 
-    @property
-    def free(self) -> Amounts:
-        return self.allocatable.minus(self.assigned)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "free", self.allocatable.minus(self.assigned))
 
     def lacking_ever(self, request: Request) -> tuple[str, ...]:
         """Which resources (keys of `LABELS`) are too small here even with nothing assigned; empty when it fits."""
@@ -104,7 +104,12 @@ def place(
     """
     if not offers:
         return Waiting("NO_NODE", "no node has registered yet")
-    candidates = [offer for offer in offers if not target or offer.worker_id == target]
+    kept, failed_on = frozenset(reserved), frozenset(avoid)
+    barred = kept.union(excluded)
+    willing = [offer for offer in offers if can_take(request, offer, target=target, barred=barred)]
+    if willing:
+        return Choice(min(willing, key=lambda offer: rank(request, offer, failed_on)).worker_id)
+    candidates = [offer for offer in offers if offer.worker_id == target] if target else offers
     if not candidates:
         return Waiting("TARGET_UNKNOWN", f"the target node {target} has not registered")
     able = [offer for offer in candidates if not offer.lacking_ever(request)]
@@ -116,19 +121,29 @@ def place(
     roomy = [offer for offer in awake if not offer.lacking_now(request)]
     if not roomy:
         return _busy(request, awake)
-    barred, kept = set(excluded), set(reserved)
     fitting = [offer for offer in roomy if offer.worker_id not in kept]
     if not fitting:
         return Waiting("RESERVED", "the room there is is kept for a task that has waited longer")
-    willing = [offer for offer in fitting if offer.worker_id not in barred]
-    if not willing:
-        return Waiting("NODE_REFUSED", f"node {fitting[0].worker_id} refused it a moment ago; it is asked again")
-    failed_on = frozenset(avoid)
-    return Choice(min(willing, key=lambda offer: (offer.worker_id in failed_on, _waste(request, offer))).worker_id)
+    return Waiting("NODE_REFUSED", f"node {fitting[0].worker_id} refused it a moment ago; it is asked again")
+
+
+def can_take(request: Request, offer: Offer, *, target: str = "", barred: Collection[str] = ()) -> bool:
+    """Whether the node has room for it now, and nothing speaks against it."""
+    if (target and offer.worker_id != target) or offer.blocked or offer.worker_id in barred:
+        return False
+    return not offer.lacking_now(request)
+
+
+def rank(request: Request, offer: Offer, failed_on: Collection[str]) -> tuple[object, ...]:
+    """Sort key of the nodes that can take it, the best first; no two nodes have the same."""
+    return offer.worker_id in failed_on, *_waste(request, offer)
 
 
 def _lacking(have: Amounts, request: Request, has_gpus: bool) -> tuple[str, ...]:
-    others = tuple(name for name in have.lacking(request.amounts) if name != _GPUS)
+    lacking = have.lacking(request.amounts)
+    if has_gpus and not lacking:
+        return ()
+    others = tuple(name for name in lacking if name != _GPUS)
     return others if has_gpus else (*others, _GPUS)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from nodeservice.master.amounts import Amounts
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.request import Request
 from nodeservice.wire import master_worker_pb2 as pb
 
 
@@ -63,3 +65,40 @@ async def test_a_node_that_was_given_up_gets_nothing_before_it_told_what_it_hold
     assert nodes.offers({})[0].blocked
     nodes.settled("w")
     assert not nodes.offers({})[0].blocked
+
+
+async def test_a_node_that_comes_back_between_two_looks_at_the_silence_has_to_tell_what_it_holds_too() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    for _ in range(600):
+        clock.now += 1
+        nodes.notice_silence()
+    clock.now += 0.5
+    assert nodes.is_gone("w")
+    assert nodes.heartbeat(pb.Heartbeat(worker_id="w")) is not None
+    assert "has not told yet" in nodes.offers({})[0].blocked
+
+
+async def test_an_offer_that_is_kept_follows_what_is_given_to_the_node_and_what_it_tells() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    nodes.heartbeat(pb.Heartbeat(worker_id="w"))
+    asked = Request(amounts=Amounts(cpu_milli=400))
+    assert nodes.offers({})[0].free.cpu_milli == 1000
+    assert nodes.offers({"w": {("t", 1): asked}})[0].free.cpu_milli == 600
+    assert nodes.offers({})[0].free.cpu_milli == 1000
+    nodes.heartbeat(pb.Heartbeat(worker_id="w", allocatable=pb.Resources(cpu_milli=300)))
+    assert nodes.offers({})[0].free.cpu_milli == 300
+    nodes.heartbeat(pb.Heartbeat(worker_id="w", draining=True))
+    assert nodes.offers({})[0].blocked
+    clock.now += 31
+    assert "silent" in nodes.offers({})[0].blocked
+
+
+async def test_what_a_node_could_hold_is_asked_of_the_target_alone() -> None:
+    nodes = await registry(Hours())
+    asked, more = Request(amounts=Amounts(cpu_milli=1000)), Request(amounts=Amounts(cpu_milli=1001))
+    assert nodes.could_hold(asked)
+    assert nodes.could_hold(asked, "w")
+    assert not nodes.could_hold(asked, "x")
+    assert not nodes.could_hold(more)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeservice.master import placement, plan
 from nodeservice.master.amounts import GIB, Amounts
-from nodeservice.master.placement import Choice, NeverFits, Offer, Waiting, place
+from nodeservice.master.placement import Choice, NeverFits, Offer, Waiting, can_take, place
 from nodeservice.master.plan import Candidate, make_plan
 from nodeservice.master.request import GpuWish, Request
 
@@ -102,32 +105,32 @@ def candidate(name: str, request: Amounts, waited: float = 0.0) -> Candidate:
 
 def test_a_task_that_does_not_fit_now_is_skipped_and_smaller_ones_go_first() -> None:
     node = offer("a", assigned=Amounts(cpu_milli=2000))
-    plan = make_plan([candidate("big", NODE), candidate("small", SMALL)], [node], patience_seconds=60)
-    assert plan.assign == ((("small", 1), "a"),)
-    assert plan.waiting["big", 1].reason == "INSUFFICIENT_CPU"
+    made = make_plan([candidate("big", NODE), candidate("small", SMALL)], [node], patience_seconds=60)
+    assert made.assign == ((("small", 1), "a"),)
+    assert made.waiting["big", 1].reason == "INSUFFICIENT_CPU"
 
 
 def test_a_task_that_has_waited_too_long_gets_a_node_kept_for_it() -> None:
     node = offer("a", assigned=Amounts(cpu_milli=2000))
-    plan = make_plan([candidate("big", NODE, waited=61), candidate("small", SMALL)], [node], patience_seconds=60)
-    assert plan.assign == ()
-    assert plan.waiting["small", 1].reason == "RESERVED"
+    made = make_plan([candidate("big", NODE, waited=61), candidate("small", SMALL)], [node], patience_seconds=60)
+    assert made.assign == ()
+    assert made.waiting["small", 1].reason == "RESERVED"
 
 
 def test_a_node_that_is_kept_leaves_the_others_to_smaller_tasks() -> None:
     nodes = [offer("a", assigned=Amounts(cpu_milli=2000)), offer("b", SMALL)]
-    plan = make_plan([candidate("big", NODE, waited=61), candidate("small", SMALL)], nodes, patience_seconds=60)
-    assert plan.assign == ((("small", 1), "b"),)
+    made = make_plan([candidate("big", NODE, waited=61), candidate("small", SMALL)], nodes, patience_seconds=60)
+    assert made.assign == ((("small", 1), "b"),)
 
 
 def test_a_task_that_never_fits_keeps_no_node() -> None:
-    plan = make_plan(
+    made = make_plan(
         [candidate("giant", Amounts(cpu_milli=10**6), waited=999), candidate("small", SMALL)],
         [offer("a")],
         patience_seconds=60,
     )
-    assert plan.assign == ((("small", 1), "a"),)
-    assert plan.never["giant", 1].reason == "INSUFFICIENT_CPU"
+    assert made.assign == ((("small", 1), "a"),)
+    assert made.never["giant", 1].reason == "INSUFFICIENT_CPU"
 
 
 amounts = st.builds(
@@ -166,13 +169,13 @@ queues = st.lists(
 def test_a_pass_never_gives_more_than_there_is_and_answers_for_every_task(
     queue: list[Candidate], nodes: list[Offer]
 ) -> None:
-    plan = make_plan(queue, nodes, patience_seconds=60)
+    made = make_plan(queue, nodes, patience_seconds=60)
     by_key = {c.key: c for c in queue}
     by_name = {o.worker_id: o for o in nodes}
-    answered = [key for key, _ in plan.assign] + list(plan.waiting) + list(plan.never)
+    answered = [key for key, _ in made.assign] + list(made.waiting) + list(made.never)
     assert sorted(answered) == sorted(by_key)
     totals = {name: o.assigned for name, o in by_name.items()}
-    for key, name in plan.assign:
+    for key, name in made.assign:
         task, node = by_key[key], by_name[name]
         assert not node.blocked
         assert name not in task.excluded
@@ -183,21 +186,36 @@ def test_a_pass_never_gives_more_than_there_is_and_answers_for_every_task(
 
 @given(queues, offers)
 def test_what_never_fits_would_not_fit_on_empty_nodes_either(queue: list[Candidate], nodes: list[Offer]) -> None:
-    plan = make_plan(queue, nodes, patience_seconds=60)
+    made = make_plan(queue, nodes, patience_seconds=60)
     for task in queue:
         candidates = [o for o in nodes if task.target in ("", o.worker_id)]
         possible = any(not o.allocatable.lacking(task.request.amounts) for o in candidates)
-        assert (task.key in plan.never) == (bool(candidates) and not possible)
+        assert (task.key in made.never) == (bool(candidates) and not possible)
 
 
-@given(queues, offers)
+few_kinds = st.lists(
+    st.builds(
+        Candidate,
+        key=st.tuples(st.text("xyz", min_size=1, max_size=6), st.just(1)),
+        request=st.sampled_from(
+            [Amounts(cpu_milli=500), Amounts(cpu_milli=900, memory_bytes=2), Amounts(gpu_count=1)]
+        ).map(asks),
+        excluded=st.sampled_from([frozenset(), frozenset(), frozenset("a")]),
+        avoid=st.sampled_from([frozenset(), frozenset(), frozenset("b")]),
+    ),
+    max_size=25,
+    unique_by=lambda c: c.key,
+)
+
+
+@given(st.one_of(queues, few_kinds), offers)
 def test_remembering_equal_requests_changes_no_answer(queue: list[Candidate], nodes: list[Offer]) -> None:
     """The pass keeps answers for requests that are alike; each must be what `place` itself says at that moment."""
-    plan = make_plan(queue, nodes, patience_seconds=1000)
+    made = make_plan(queue, nodes, patience_seconds=1000)
     room = {o.worker_id: o for o in nodes}
-    assigned = dict(plan.assign)
+    assigned = dict(made.assign)
     for task in queue:
-        answer = place(task.request, list(room.values()), target=task.target, excluded=task.excluded)
+        answer = place(task.request, list(room.values()), target=task.target, excluded=task.excluded, avoid=task.avoid)
         if isinstance(answer, Choice):
             assert assigned[task.key] == answer.worker_id
             before = room[answer.worker_id]
@@ -206,3 +224,20 @@ def test_remembering_equal_requests_changes_no_answer(queue: list[Candidate], no
             )
         else:
             assert task.key not in assigned
+
+
+def test_a_burst_of_equal_tasks_does_not_look_at_all_nodes_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+
+    def counted(*args: Any, **options: Any) -> bool:
+        nonlocal looks
+        looks += 1
+        return can_take(*args, **options)
+
+    monkeypatch.setattr(placement, "can_take", counted)
+    monkeypatch.setattr(plan, "can_take", counted)
+    nodes = [offer(f"n{number}") for number in range(100)]
+    tasks = [Candidate(key=(f"t{number}", 1), request=asks(SMALL)) for number in range(300)]
+    made = make_plan(tasks, nodes, patience_seconds=60)
+    assert len(made.assign) == 300
+    assert looks <= 2 * len(nodes) + len(tasks)
