@@ -9,29 +9,32 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import psutil
+import sqlalchemy as sa
 
 from benchmarks.rig.cpu import CpuMeter
-from benchmarks.rig.finding import Finding, Target, median
+from benchmarks.rig.finding import Finding, Target, median, paired
 from benchmarks.rig.scale import Scale
 from benchmarks.rig.simulated_nodes import SimulatedNodes
+from nodeservice.master import schema
+from nodeservice.master.store import MasterStore, sqlite_url
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 from tests.integration.minio_server import free_port
 
 ABOUT = (
-    "A real `nodeservice master` process with its database; the nodes are simulated by the benchmark: they register, beat, "
-    "accept and report at once over gRPC. CPU is that of the master's process. heartbeat: so many nodes, one beat after "
-    "the other with 32 under way. assignment: tasks from SubmitTask to the end of the last report, with so many nodes. "
-    "The baseline of each is its first row."
+    "A real `nodeservice master` process with its database for each number of nodes, by turns; the nodes are simulated by "
+    "the benchmark: the database knows them, they beat, accept and report at once over gRPC. CPU is that of the master's "
+    "process. heartbeat: one beat after the other with 32 under way. assignment: tasks from SubmitTask to the end of the "
+    "last report. The baseline of each is its first row."
 )
-NODES = (10, 100, 1_000, 10_000)
 
 
 async def measure(scale: Scale) -> Finding:
@@ -42,29 +45,36 @@ async def measure(scale: Scale) -> Finding:
 
 
 async def _heartbeats(found: Finding, scale: Scale) -> None:
-    cpu: dict[int, list[float]] = {count: [] for count in NODES}
-    async with _master(scale.directory("master-beats")) as (address, pid), SimulatedNodes(address) as nodes:
-        for count in NODES:
-            await nodes.register(count)
-            beats = scale.pick(600, 5_000)
-            await nodes.beat(200)
-            meter = CpuMeter([pid])
-            rates = []
-            for _ in range(scale.pick(3, 7)):
+    counts = scale.pick((100, 10_000), (10, 100, 1_000, 10_000))
+    cpu: dict[int, list[float]] = {count: [] for count in counts}
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    beats = scale.pick(1_000, 5_000)
+    async with AsyncExitStack() as stack:
+        clusters = [
+            await stack.enter_async_context(_cluster(scale.directory(f"beats-{count}"), count)) for count in counts
+        ]
+        for number in range(scale.pick(3, 7)):
+            for cluster in clusters[:: -1 if number % 2 else 1]:
+                cluster.meter.lap()
                 began = time.perf_counter()
-                await nodes.beat(beats)
-                rates.append(beats / (time.perf_counter() - began))
-                cpu[count].append(1e6 * meter.lap() / beats)
-            found.add("heartbeats", "1/s", f"{count:,} nodes", "master", rates, x=count, more_is_better=True)
-            found.add("CPU per heartbeat", "µs", f"{count:,} nodes", "master", cpu[count], x=count)
-            await asyncio.sleep(scale.pick(1.0, 3.0))
-            meter.lap()
-            await asyncio.sleep(scale.pick(2.0, 10.0))
-            idle = 100 * meter.lap() / scale.pick(2.0, 10.0)
-            found.add("CPU at rest", "% of a core", f"{count:,} nodes", "master", [idle], x=count)
-            rss = psutil.Process(pid).memory_info().rss / 2**20
-            found.add("resident memory", "MiB", f"{count:,} nodes", "master", [rss], x=count)
-    growth = median(cpu[10_000]) / median(cpu[100])
+                await cluster.nodes.beat(beats)
+                rates[cluster.nodes.count].append(beats / (time.perf_counter() - began))
+                cpu[cluster.nodes.count].append(1e6 * cluster.meter.lap() / beats)
+        await asyncio.sleep(scale.pick(0.5, 3.0))
+        for cluster in clusters:
+            cluster.meter.lap()
+        rest_seconds = scale.pick(2.0, 10.0)
+        await asyncio.sleep(rest_seconds)
+        for cluster in clusters:
+            count = cluster.nodes.count
+            case = f"{count:,} nodes"
+            rest = 100 * cluster.meter.lap() / rest_seconds
+            rss = psutil.Process(cluster.pid).memory_info().rss / 2**20
+            found.add("heartbeats", "1/s", case, "master", rates[count], x=count, more_is_better=True)
+            found.add("CPU per heartbeat", "µs", case, "master", cpu[count], x=count)
+            found.add("CPU at rest", "% of a core", case, "master", [rest], x=count)
+            found.add("resident memory", "MiB", case, "master", [rss], x=count)
+    growth = median(paired(cpu[10_000], cpu[100]))
     found.ratios["heartbeat_cost_10000_vs_100_nodes"] = growth
     found.targets.append(
         Target(name="cost of a heartbeat, 10,000 nodes vs 100", measured=growth, bound=1.25, kind="at most")
@@ -72,23 +82,29 @@ async def _heartbeats(found: Finding, scale: Scale) -> None:
 
 
 async def _assignments(found: Finding, scale: Scale) -> None:
-    for node_count in scale.pick((10, 1_000), (10, 100, 1_000)):
-        home = scale.directory(f"master-{node_count}")
-        async with _master(home) as (address, pid), SimulatedNodes(address) as nodes:
-            await nodes.register(node_count)
-            task_count = scale.pick(200, 2_000)
-            rates, cpu = [], []
-            for _ in range(scale.pick(2, 5)):
-                meter = CpuMeter([pid])
+    counts = scale.pick((10, 1_000), (10, 100, 1_000, 10_000))
+    task_count = scale.pick(100, 500)
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    cpu: dict[int, list[float]] = {count: [] for count in counts}
+    async with AsyncExitStack() as stack:
+        clusters = [
+            await stack.enter_async_context(_cluster(scale.directory(f"tasks-{count}"), count)) for count in counts
+        ]
+        for number in range(-1, scale.pick(3, 5)):
+            for cluster in clusters[:: -1 if number % 2 else 1]:
+                cluster.meter.lap()
                 began = time.perf_counter()
                 names = [f"m-{secrets.token_hex(6)}" for _ in range(task_count)]
-                await _submit(address, names)
-                await nodes.reported(names)
-                rates.append(task_count / (time.perf_counter() - began))
-                cpu.append(1000 * meter.lap() / task_count)
-            case = f"{node_count:,} nodes"
-            found.add("assignments", "tasks/s", case, "master", rates, x=node_count, more_is_better=True)
-            found.add("CPU per task", "ms", case, "master", cpu, x=node_count)
+                await _submit(cluster.address, names)
+                await cluster.nodes.reported(names)
+                if number >= 0:  # the first is for warming up
+                    rates[cluster.nodes.count].append(task_count / (time.perf_counter() - began))
+                    cpu[cluster.nodes.count].append(1000 * cluster.meter.lap() / task_count)
+    for count in counts:
+        found.add("assignments", "tasks/s", f"{count:,} nodes", "master", rates[count], x=count, more_is_better=True)
+        found.add("CPU per task", "ms", f"{count:,} nodes", "master", cpu[count], x=count)
+    most, least = counts[-1], counts[0]
+    found.ratios[f"master_task_cost_{most}_vs_{least}_nodes"] = median(paired(cpu[most], cpu[least]))
 
 
 async def _submit(address: str, names: list[str]) -> None:
@@ -106,6 +122,36 @@ async def _submit(address: str, names: list[str]) -> None:
                     raise RuntimeError(f"the master refused {name}: {ack.message}")
 
         await asyncio.gather(*(work() for _ in range(16)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cluster:
+    nodes: SimulatedNodes
+    address: str
+    pid: int
+    meter: CpuMeter
+
+
+@asynccontextmanager
+async def _cluster(home: Path, count: int) -> AsyncIterator[_Cluster]:
+    """A master that has known so many nodes for long, all of which it has heard since its start."""
+    async with SimulatedNodes(count) as nodes:
+        await _write(home / "m", nodes)
+        async with _master(home) as (address, pid):
+            await nodes.join(address)
+            yield _Cluster(nodes=nodes, address=address, pid=pid, meter=CpuMeter([pid]))
+
+
+async def _write(state_dir: Path, nodes: SimulatedNodes) -> None:
+    """As many in one transaction as a master, which takes them one by one, has in many."""
+    state_dir.mkdir()
+    store = MasterStore(sqlite_url(state_dir))
+    await store.open()  # makes the tables
+    await store.close()
+    engine = sa.create_engine(sqlite_url(state_dir))
+    with engine.begin() as connection:
+        connection.execute(schema.nodes.insert(), [dict(schema.node_values(row)) for row in nodes.rows()])
+    engine.dispose()
 
 
 @asynccontextmanager

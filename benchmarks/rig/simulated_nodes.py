@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from nodeservice.master.rows import NodeRow
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
@@ -21,19 +22,19 @@ _FULL = pb.Resources(cpu_milli=1, memory_bytes=2**38, disk_bytes=2**40)
 
 
 class SimulatedNodes:
-    def __init__(self, master: str) -> None:
-        self._master = master
-        self._count = 0
-        self._next: Iterator[pb.Heartbeat] = iter(())
+    """So many, which a master knows from `rows`: to register 10,000 takes half a minute, and is not what is measured."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        beats = (pb.Heartbeat(worker_id=_name(n), allocatable=_room(n), free=_room(n)) for n in range(count))
+        self._next = cycle([*beats])
         self._done: set[str] = set()
         self._changed = asyncio.Condition()
-        self._serving = [_ServingNode(_name(number), self) for number in range(SERVING_COUNT)]
+        self._serving = [_ServingNode(_name(number), self) for number in range(min(count, SERVING_COUNT))]
 
     async def __aenter__(self) -> SimulatedNodes:
         for node in self._serving:
             await node.start()
-        self._channel = grpc.aio.insecure_channel(self._master)
-        self.stub: Any = pb_grpc.MasterWorkerStub(self._channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -41,23 +42,21 @@ class SimulatedNodes:
             await node.stop()
         await self._channel.close(None)
 
-    async def register(self, count: int) -> None:
-        """Bring their number up to this, at least to those that serve."""
-        new = iter(range(self._count, count))
+    def rows(self) -> Iterator[NodeRow]:
+        """As the master's database has them after they have registered."""
+        for number in range(self.count):
+            address = f"127.0.0.1:{self._serving[number % len(self._serving)].port}"
+            room = _room(number)
+            info = pb.WorkerInfo(worker_id=_name(number), listen_address=address, allocatable=room, capacity=room)
+            yield NodeRow(
+                worker_id=info.worker_id, address=address, info=info, registered_at_ms=1, heard_at_ms=1
+            )  # fmt: skip
 
-        async def work() -> None:
-            for number in new:
-                port = self._serving[number % SERVING_COUNT].port
-                room = self._room(number)
-                info = pb.WorkerInfo(
-                    worker_id=_name(number), listen_address=f":{port}", allocatable=room, capacity=room
-                )
-                await self.stub.RegisterWorker(info, timeout=120)
-
-        await asyncio.gather(*(work() for _ in range(AT_A_TIME)))
-        self._count = count
-        rooms = ((number, self._room(number)) for number in range(count))
-        self._next = cycle([pb.Heartbeat(worker_id=_name(n), allocatable=room, free=room) for n, room in rooms])
+    async def join(self, master: str) -> None:
+        """Each tells the master for the first time what it holds: nothing."""
+        self._channel = grpc.aio.insecure_channel(master)
+        self.stub: Any = pb_grpc.MasterWorkerStub(self._channel)
+        await self.beat(self.count)
 
     async def beat(self, count: int) -> None:
         """So many heartbeats, of one node after the other."""
@@ -81,9 +80,6 @@ class SimulatedNodes:
         async with self._changed:
             self._done.add(task_id)
             self._changed.notify_all()
-
-    def _room(self, number: int) -> pb.Resources:
-        return _ROOM if number < SERVING_COUNT else _FULL
 
 
 class _ServingNode(pb_grpc.MasterWorkerServicer):
@@ -115,6 +111,10 @@ class _ServingNode(pb_grpc.MasterWorkerServicer):
         while not (await self._nodes.stub.ReportTaskCompletion(result, timeout=120)).success:
             await asyncio.sleep(0.01)
         await self._nodes.note_done(task.task_id)
+
+
+def _room(number: int) -> pb.Resources:
+    return _ROOM if number < SERVING_COUNT else _FULL
 
 
 def _name(number: int) -> str:
