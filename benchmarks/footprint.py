@@ -43,7 +43,7 @@ async def _running(found: Finding, service: Service, scale: Scale) -> None:
             names += batch
         await _until_started(service, count)
         await asyncio.sleep(scale.pick(2, 10))
-        looked_seconds = scale.pick(10.0 if count == 0 else 5.0, 30.0)
+        looked_seconds = scale.pick(10.0 if count == 0 else 3.0, 15.0)
         rss, cpu_percent = await _look(found, process, "tasks running", f"{count} running", count, looked_seconds)
         if count == 0:
             found.targets += [
@@ -85,8 +85,8 @@ async def _look(
 
 async def _finished(found: Finding, service: Service, scale: Scale) -> None:
     process = psutil.Process(service.pid)
-    step = scale.pick(500, 1000)
-    counts = [step * number for number in range(scale.pick(3, 11))]
+    step = 1000
+    counts = [step * number for number in range(scale.pick(2, 11))]
     rss: list[float] = []
     done = 0
     for count in counts:
@@ -107,7 +107,8 @@ async def _finished(found: Finding, service: Service, scale: Scale) -> None:
             found.add("CPU per task on the fake engine", "ms", f"{count:,} finished", "service",
                       [1000 * spent / (count - done)], x=count)  # fmt: skip
         done = count
-        rss.append((await _look(found, process, "tasks finished", f"{count:,} finished", count, 3.0))[0])
+        looked_seconds = scale.pick(1.0, 3.0)
+        rss.append((await _look(found, process, "tasks finished", f"{count:,} finished", count, looked_seconds))[0])
     found.ratios["rss_growth_mib_first_1000_finished"] = rss[counts.index(1000)] - rss[0]
     if counts[-1] > REMEMBERED_COUNT + step:
         first = counts.index(REMEMBERED_COUNT + step)

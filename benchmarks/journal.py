@@ -30,7 +30,7 @@ _AT_ONCE = 500
 async def measure(scale: Scale) -> Finding:
     found = Finding(about=ABOUT)
     home = scale.directory("journal")
-    seconds = scale.pick(0.3, 2.0)
+    seconds = scale.pick(0.2, 1.0)
     records = [record(f"j-{number}") for number in range(2048)]
     journal = SqliteJournal(home / "journal.sqlite")
     ratios: dict[int, list[float]] = {}
@@ -38,7 +38,7 @@ async def measure(scale: Scale) -> Finding:
         for size in (1, 16, 128, 512):
             samples: dict[str, list[float]] = {"service": [], "disk": [], "callers": []}
             await _journal_rate(journal, records, size, 0.1)
-            for _ in range(scale.pick(3, 7)):
+            for _ in range(scale.pick(3, 5)):
                 samples["service"].append(await _journal_rate(journal, records, size, seconds))
                 samples["disk"].append(await asyncio.to_thread(_disk_rate, home / "plain", records, size, seconds))
                 samples["callers"].append(await _callers_rate(journal, records, size, seconds))
@@ -50,7 +50,7 @@ async def measure(scale: Scale) -> Finding:
             )[len(samples["disk"]) // 2]
     finally:
         await journal.close()
-    await _sizes(found, home / "long.sqlite", counts=scale.pick((4_000, 8_000, 20_000), (10_000, 100_000, 1_000_000)))
+    await _sizes(found, home / "long.sqlite", counts=scale.pick((4_000, 10_000), (10_000, 100_000, 300_000)))
     return found
 
 

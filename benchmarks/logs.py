@@ -41,12 +41,12 @@ async def measure(scale: Scale) -> Finding:
 
 
 async def _capture(found: Finding, service: Service, engine: BareEngine, scale: Scale) -> None:
-    line_count = scale.pick(50_000, 500_000)
+    line_count = scale.pick(50_000, 200_000)
     size_bytes = line_count * LINE_BYTES
     size_mib = size_bytes / 2**20
     rates: dict[str, list[float]] = {"service": [], "engine": []}
     broken: list[int] = []
-    for number in range(scale.pick(2, 5)):
+    for number in range(scale.pick(2, 3)):
         for arm in ("service", "engine") if number % 2 else ("engine", "service"):
             if arm == "service":
                 began = time.perf_counter()
@@ -85,9 +85,9 @@ def _follow_engine(engine: BareEngine, line_count: int, broken: list[int]) -> fl
 
 async def _followers(found: Finding, service: Service, scale: Scale) -> None:
     for count in (1, 100):
-        line_count = scale.pick(20_000, 100_000) // (20 if count > 1 else 1)
+        line_count = scale.pick(20_000, 50_000) // (20 if count > 1 else 1)
         rates = []
-        for _ in range(scale.pick(2, 5)):
+        for _ in range(scale.pick(2, 3)):
             task_id = _name()
             await service.assign(task_id, f"sleep 1; {_command(line_count)}", cpu_milli=CPU_MILLI, disk_bytes=2**30)
             followers = [asyncio.create_task(_follow(service, task_id)) for _ in range(count)]

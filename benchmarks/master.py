@@ -53,7 +53,7 @@ async def _heartbeats(found: Finding, scale: Scale) -> None:
         clusters = [
             await stack.enter_async_context(_cluster(scale.directory(f"beats-{count}"), count)) for count in counts
         ]
-        for number in range(scale.pick(3, 7)):
+        for number in range(scale.pick(3, 5)):
             for cluster in clusters[:: -1 if number % 2 else 1]:
                 cluster.meter.lap()
                 began = time.perf_counter()
@@ -83,7 +83,7 @@ async def _heartbeats(found: Finding, scale: Scale) -> None:
 
 async def _assignments(found: Finding, scale: Scale) -> None:
     counts = scale.pick((10, 1_000), (10, 100, 1_000, 10_000))
-    task_count = scale.pick(100, 500)
+    task_count = scale.pick(100, 300)
     rates: dict[int, list[float]] = {count: [] for count in counts}
     cpu: dict[int, list[float]] = {count: [] for count in counts}
     async with AsyncExitStack() as stack:

@@ -23,10 +23,10 @@ BOUND_SECONDS = 5.0
 async def measure(scale: Scale) -> Finding:
     found = Finding(about=ABOUT)
     home = scale.directory("recovery")
-    counts = (0, 10, 1_000, 10_000)
+    counts = scale.pick((0, 1_000, 10_000), (0, 10, 1_000, 10_000))
     ready: dict[int, list[float]] = {count: [] for count in counts}
     reported: dict[int, list[float]] = {count: [] for count in counts}
-    for number in range(scale.pick(1, 5)):
+    for number in range(scale.pick(1, 3)):
         for count in counts:
             waits = count <= scale.pick(1_000, 10_000)
             until_ready, until_reported = await _start(home / f"{count}-{number}", count, waits=waits)

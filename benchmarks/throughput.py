@@ -46,16 +46,16 @@ async def _all_counts(found: Finding, scale: Scale, service: Service, engine: Ba
     counts: tuple[int, ...] = scale.pick((1, 8), (1, 2, 4, 8, 16))
     for at_a_time in counts:
         cpu_milli = min(1000, 1000 * _cpu_count() // at_a_time)
-        task_count = scale.pick(max(8, 3 * at_a_time), max(20, 4 * at_a_time))
+        task_count = scale.pick(max(8, 3 * at_a_time), max(16, 3 * at_a_time))
         arms = _Arms(service, engine, cpu_milli, at_a_time)
         await arms.service_rate(at_a_time)  # warms up: threads, connections, caches
         await arms.engine_rate(at_a_time)
         rates: dict[str, list[float]] = {"service": [], "engine": [], "cli": []}
-        for number in range(scale.pick(4, 7)):
+        for number in range(scale.pick(3, 5)):
             order = [*rates][number % 3 :] + [*rates][: number % 3]
             for arm in order:
                 rates[arm].append(await getattr(arms, f"{arm}_rate")(task_count))
-        rates["simple_agent"] = [await arms.agent_rate(at_a_time) for _ in range(scale.pick(1, 3))]
+        rates["simple_agent"] = [await arms.agent_rate(at_a_time) for _ in range(scale.pick(1, 2))]
         for arm, samples in rates.items():
             found.add("throughput", "tasks/s", f"{at_a_time} at a time", arm, samples, x=at_a_time, more_is_better=True)
         found.add("service CPU per task", "ms", f"{at_a_time} at a time", "service", arms.cpu_ms, x=at_a_time)

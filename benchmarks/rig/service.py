@@ -46,6 +46,7 @@ class Service:
     master: BenchMaster
     stub: Any
     traces: OtlpReceiver
+    engine: docker.APIClient
     ready_after_seconds: float
     """From the start of the process to `node.ready`."""
 
@@ -73,9 +74,8 @@ class Service:
     async def cleaned_up(self) -> None:
         """Wait until the node holds no container any more: what comes after the report counts too."""
         wanted = {"label": [f"{labels.NODE}={self.node.worker_id}"]}
-        with engine_client() as client:
-            while await asyncio.to_thread(client.containers, all=True, filters=wanted):
-                await asyncio.sleep(0.02)
+        while await asyncio.to_thread(self.engine.containers, all=True, filters=wanted):
+            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
@@ -103,7 +103,8 @@ async def running_service(
                     await master.registered.wait()
                 async with grpc.aio.insecure_channel(node.address) as channel:
                     stub = pb_grpc.MasterWorkerStub(channel)
-                    yield Service(node, master, stub, traces, ready_after_seconds)
+                    with engine_client() as engine:
+                        yield Service(node, master, stub, traces, engine, ready_after_seconds)
             finally:
                 await node.stop()
                 await asyncio.to_thread(sweep, worker_id)
