@@ -1,4 +1,4 @@
-"""Many nodes in one process, as a master sees them over gRPC: they register, beat, and report every task as done at once."""
+"""Many nodes in one process, as a master sees them over gRPC: they beat, and report every task as done at once."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
 AT_A_TIME = 32
 SERVING_COUNT = 10
-"""So many have room and a server of their own; all others are full, as most are in a cluster that is busy."""
+"""So many have room and a server of their own; all others have too little, as most have in a cluster that is busy."""
 _ROOM = pb.Resources(cpu_milli=64_000, memory_bytes=2**38, disk_bytes=2**40)
 _FULL = pb.Resources(cpu_milli=1, memory_bytes=2**38, disk_bytes=2**40)
 
 
 class SimulatedNodes:
-    """So many, which a master knows from `rows`: to register 10,000 takes half a minute, and is not what is measured."""
+    """Ten or more, which a master knows from `rows`: to register 10,000 takes half a minute, and is not measured."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        beats = (pb.Heartbeat(worker_id=_name(n), allocatable=_room(n), free=_room(n)) for n in range(count))
+        beats = (
+            pb.Heartbeat(worker_id=_name(n), allocatable=_room(n, count), free=_room(n, count)) for n in range(count)
+        )
         self._next = cycle([*beats])
+        self._channel: grpc.aio.Channel | None = None
         self._done: set[str] = set()
         self._changed = asyncio.Condition()
-        self._serving = [_ServingNode(_name(number), self) for number in range(min(count, SERVING_COUNT))]
+        self._serving = [_ServingNode(_name(number), self) for number in range(count - SERVING_COUNT, count)]
 
     async def __aenter__(self) -> SimulatedNodes:
         for node in self._serving:
@@ -40,17 +43,16 @@ class SimulatedNodes:
     async def __aexit__(self, *_: object) -> None:
         for node in self._serving:
             await node.stop()
-        await self._channel.close(None)
+        if self._channel is not None:
+            await self._channel.close(None)
 
     def rows(self) -> Iterator[NodeRow]:
         """As the master's database has them after they have registered."""
         for number in range(self.count):
-            address = f"127.0.0.1:{self._serving[number % len(self._serving)].port}"
-            room = _room(number)
+            address = f"127.0.0.1:{self._serving[(number - self.count) % SERVING_COUNT].port}"
+            room = _room(number, self.count)
             info = pb.WorkerInfo(worker_id=_name(number), listen_address=address, allocatable=room, capacity=room)
-            yield NodeRow(
-                worker_id=info.worker_id, address=address, info=info, registered_at_ms=1, heard_at_ms=1
-            )  # fmt: skip
+            yield NodeRow(worker_id=info.worker_id, address=address, info=info, registered_at_ms=1, heard_at_ms=1)
 
     async def join(self, master: str) -> None:
         """Each tells the master for the first time what it holds: nothing."""
@@ -113,8 +115,9 @@ class _ServingNode(pb_grpc.MasterWorkerServicer):
         await self._nodes.note_done(task.task_id)
 
 
-def _room(number: int) -> pb.Resources:
-    return _ROOM if number < SERVING_COUNT else _FULL
+def _room(number: int, count: int) -> pb.Resources:
+    """Those with room come last, so that whoever looks at the nodes in turn passes all others first."""
+    return _ROOM if number >= count - SERVING_COUNT else _FULL
 
 
 def _name(number: int) -> str:

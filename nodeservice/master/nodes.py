@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ log = structlog.get_logger(__name__)
 _LARGEST = 2**60
 _ABSENT_SECONDS = 2.5
 _NOTICE_SECONDS = 1.0
+_ABLE_COUNT = 8
 _GPU_DRIVER = "GPU_DRIVER"
 """The warning of a node whose GPU driver does not work, which may then not know what GPUs it has."""
 
@@ -105,6 +107,8 @@ class NodeRegistry:
         self._nodes: dict[str, Node] = {}
         self._ran_at = clock.monotonic()
         self._noticed_at = -math.inf
+        self._lately_able: list[str] = []
+        """The nodes that could hold the last requests, the newest first: what comes next is mostly alike."""
 
     async def load(self) -> None:
         for row in await self._store.load_nodes():
@@ -130,6 +134,7 @@ class NodeRegistry:
         address = node_address(info, peer)
         capacity, allocatable = amounts_of(info)
         now_ms = self._clock.unix_ms()
+        self._allow_for_absence()
         before = self._nodes.get(info.worker_id)
         await self._store.save_node(
             NodeRow(
@@ -168,9 +173,9 @@ class NodeRegistry:
         node = self._nodes.get(beat.worker_id)
         if node is None:
             return None
-        before, had_ends = _for_placement(node), bool(node.ended)
         self._allow_for_absence()
-        node.unsettled |= self._silent_for_good(node)
+        self._mark_silence(node)
+        before, had_ends = _for_placement(node), bool(node.ended)
         if not node.was_active:
             log.info("node.active", worker_id=node.worker_id)
         node.heard_at, node.heard_at_ms, node.was_active = self._clock.monotonic(), self._clock.unix_ms(), True
@@ -199,6 +204,18 @@ class NodeRegistry:
     def offers(self, assigned: Assigned) -> list[Offer]:
         return [self._offer(node, assigned.get(node.worker_id, _NOTHING)) for node in self._nodes.values()]
 
+    def empty_offers(self) -> list[Offer]:
+        """As `offers`, but of nodes to which nothing is assigned."""
+        return [self._empty_offer(node) for node in self._nodes.values()]
+
+    def _empty_offer(self, node: Node) -> Offer:
+        return Offer(
+            worker_id=node.worker_id,
+            allocatable=node.allocatable,
+            blocked=self._blocked(node),
+            gpus=node.room(_NOTHING),
+        )
+
     def _offer(self, node: Node, given: Mapping[Key, Request]) -> Offer:
         """Most nodes have nothing new from one pass of the scheduler to the next."""
         known, blocked = node.offer, self._blocked(node)
@@ -215,11 +232,16 @@ class NodeRegistry:
 
     def could_hold(self, request: Request, target: str = "") -> bool:
         """Whether some node, or the target, has enough for it when nothing else is there. Looks no further than to that."""
-        return any(
-            not Offer(worker_id=node.worker_id, allocatable=node.allocatable, gpus=node.room({})).lacking_ever(request)
-            for node in self._nodes.values()
-            if not target or node.worker_id == target
-        )
+        if target:
+            return target in self._nodes and not self._empty_offer(self._nodes[target]).lacking_ever(request)
+        lately = [self._nodes[worker_id] for worker_id in self._lately_able]
+        for node in chain(lately, self._nodes.values()):
+            if not self._empty_offer(node).lacking_ever(request):
+                self._lately_able = [node.worker_id, *(i for i in self._lately_able if i != node.worker_id)][
+                    :_ABLE_COUNT
+                ]
+                return True
+        return False
 
     def running(self, worker_id: str, key: Key) -> pb.RunningTask | None:
         """The attempt as the node listed it last."""
@@ -251,10 +273,13 @@ class NodeRegistry:
             return
         self._noticed_at = now
         for node in self._nodes.values():
-            node.unsettled |= self._silent_for_good(node)
-            if node.was_active and not self._active(node):
-                node.was_active = False
-                log.warning("node.inactive", worker_id=node.worker_id, timeout_seconds=self._timeout_seconds)
+            self._mark_silence(node)
+
+    def _mark_silence(self, node: Node) -> None:
+        node.unsettled |= self._silent_for_good(node)
+        if node.was_active and not self._active(node):
+            node.was_active = False
+            log.warning("node.inactive", worker_id=node.worker_id, timeout_seconds=self._timeout_seconds)
 
     def views(self, assigned: Assigned) -> list[tuple[Node, bool, Amounts]]:
         """Each node with whether it is active and what is assigned to it, by name."""
@@ -305,7 +330,8 @@ def _for_placement(node: Node) -> tuple[object, ...]:
     """All of it that placement looks at: load and temperatures, which change with every beat, are not in it."""
     held = [(task.task_id, task.attempt, task.phase) for task in node.heartbeat.running_tasks]
     conditions = list(node.heartbeat.conditions)
-    return node.was_active, node.allocatable, node.units, node.warnings, node.draining, conditions, held
+    is_told = node.units, bool(node.gpus), node.warnings
+    return node.was_active, node.allocatable, is_told, node.draining, conditions, held
 
 
 def _sum(given: Mapping[Key, Request]) -> Amounts:

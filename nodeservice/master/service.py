@@ -106,7 +106,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         def refuse(asked: Request) -> RequestError | None:
             if self._nodes.could_hold(asked, target):  # most are, by one of the first nodes that are looked at
                 return None
-            answer = place(asked, self._nodes.offers({}), target=target)
+            answer = place(asked, self._nodes.empty_offers(), target=target)
             return RequestError(answer.message, reason=answer.reason) if isinstance(answer, NeverFits) else None
 
         try:

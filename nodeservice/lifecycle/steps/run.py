@@ -42,7 +42,8 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
     finally:
-        await directories
+        await asyncio.wait({directories})  # nothing of it may come after the step
+    directories.result()
     await _bound_disk(context, record)
     try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
