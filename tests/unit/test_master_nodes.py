@@ -102,3 +102,19 @@ async def test_what_a_node_could_hold_is_asked_of_the_target_alone() -> None:
     assert nodes.could_hold(asked, "w")
     assert not nodes.could_hold(asked, "x")
     assert not nodes.could_hold(more)
+
+
+async def test_the_first_word_after_a_silence_is_news_though_nobody_had_looked_meanwhile() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    nodes.heartbeat(pb.Heartbeat(worker_id="w"))
+    for _ in range(298):
+        clock.now += 0.1
+        nodes.notice_silence()
+    clock.now += 0.5
+    nodes.notice_silence()
+    assert "silent" in nodes.offers({})[0].blocked
+    beat = nodes.heartbeat(pb.Heartbeat(worker_id="w"))
+    assert beat is not None
+    assert beat.has_news
+    assert not nodes.offers({})[0].blocked
