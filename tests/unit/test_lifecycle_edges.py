@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.host_keeper import DISK_LOW
+from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage
@@ -249,3 +252,28 @@ async def test_a_host_that_runs_out_of_disk_takes_nothing_new_and_ends_who_wrote
             world.runtime.finish(container_id, 0)
         await node.until_finished(AttemptId("little"))
         await node.until_finished(AttemptId("late"))
+
+
+class CgroupsThatTakeForEver(NoTaskCgroups):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_count = 0
+
+    async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
+        self.asked_count += 1
+        return await asyncio.get_running_loop().create_future()
+
+
+async def test_a_node_that_ends_begins_no_step_anew_though_the_disk_fails_at_that_moment(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(WorkDirs, "prepare", refuse)
+    world.cgroups = cgroups = CgroupsThatTakeForEver()
+    async with asyncio.timeout(30):
+        async with living(world) as node:
+            await node.assign(spec())
+            await node.until(lambda: cgroups.asked_count == 1)
+    assert cgroups.asked_count == 1

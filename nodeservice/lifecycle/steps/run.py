@@ -42,8 +42,10 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
     finally:
-        await asyncio.wait({directories})  # nothing of it may come after the step
-    directories.result()
+        # Nothing of it may come after the step, nor take the place of what ends the step.
+        (failed,) = await asyncio.gather(directories, return_exceptions=True)
+    if failed is not None:
+        raise failed
     await _bound_disk(context, record)
     try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
