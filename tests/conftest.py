@@ -51,7 +51,8 @@ def engine() -> str:
 @pytest.fixture(scope="session")
 def docker_client(engine: str) -> Iterator[docker.APIClient]:
     """A plain client of the engine, to look at it from outside of what is tested."""
-    client = docker.APIClient(engine, version="auto", timeout=120)
+    # An engine in an emulated machine holds a container's lock for as long as its start takes.
+    client = docker.APIClient(engine, version="auto", timeout=max(120, int(os.environ.get("TEST_PATIENCE_SECONDS", "0"))))
     yield client
     client.close()
 

@@ -269,4 +269,6 @@ def _held(directory: Path) -> list[Reading]:
         for limit, key in (("read_bytes_per_second", "rbps"), ("write_bytes_per_second", "wbps")):
             if rates.get(key, "max") != "max":
                 rows.append((limit, int(rates[key]), "io.max"))
+    if not directory.is_dir():  # it has gone meanwhile: what it lacks are files, not limits
+        return []
     return [Reading(limit=limit, value=value, source=str(directory / file)) for limit, value, file in rows]

@@ -20,10 +20,10 @@ from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import TransientError
 from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
-from nodeservice.limits.plan import PIDS_OVERHEAD
+from nodeservice.limits.plan import PIDS_OVERHEAD, CgroupLimits
 from nodeservice.limits.tree import CgroupTree
 from nodeservice.limits.v1 import V1CgroupTree
-from nodeservice.limits.v2 import V2CgroupTree
+from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
 from nodeservice.ports import EngineFacts
 
 V2_DEFAULTS = {
@@ -250,6 +250,27 @@ def test_different_hostile_ids_get_different_places() -> None:
     places = {DirectoryPlaces("node").of_task(AttemptId(task_id)) for task_id in ("a/b", "a/c", "..", "", "a", "+a")}
 
     assert len(places) == 6
+
+
+def test_a_container_that_ends_while_it_is_looked_at_is_not_told_to_have_no_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    tree = stand_in.tree()
+    tree.create("node/task", CgroupLimits(memory_bytes=64 * MIB, cpu_quota_us=None, pids_max=40))
+    container = stand_in.top / "node/task/container"
+    stand_in.mkdir(container)
+    (container / "pids.max").write_text("32")
+    assert [found.value for found in tree.readings("node/task") if found.limit == "pids_limit"] == [40, 32]
+    read = UnifiedCgroup.read
+
+    def ends(self: UnifiedCgroup, name: str) -> object:
+        if container.exists() and name == "cpu_max":
+            stand_in.rmdir(container)
+        return read(self, name)
+
+    monkeypatch.setattr(UnifiedCgroup, "read", ends)
+    assert [found.value for found in tree.readings("node/task") if found.limit == "pids_limit"] == [40]
 
 
 async def test_the_counts_of_the_unified_hierarchy_become_usage(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ async def test_eight_busy_loops_get_no_more_than_half_a_core(bench: Bench) -> No
     loops = "for i in 1 2 3 4 5 6 7 8; do while :; do :; done & done; wait"
     result = await bench.run(loops, cpu_milli=500, timeout_seconds=4.0)
     assert result.reason == "DEADLINE"
-    (ran,) = [phase.duration_ns / 1e9 for phase in result.phases if phase.name == "run"]
+    # The runtime begins in it while it is being started; on a slow machine that is noticed.
+    ran = sum(phase.duration_ns / 1e9 for phase in result.phases if phase.name in ("start", "run"))
     assert 0 < result.usage.cpu_seconds <= 0.5 * ran * 1.05 + 0.1  # a period's quota at the start and at the end
     assert result.usage.cpu_throttled_seconds > 0
 
