@@ -52,7 +52,9 @@ def engine() -> str:
 def docker_client(engine: str) -> Iterator[docker.APIClient]:
     """A plain client of the engine, to look at it from outside of what is tested."""
     # An engine in an emulated machine holds a container's lock for as long as its start takes.
-    client = docker.APIClient(engine, version="auto", timeout=max(120, int(os.environ.get("TEST_PATIENCE_SECONDS", "0"))))
+    client = docker.APIClient(
+        engine, version="auto", timeout=max(120, int(os.environ.get("TEST_PATIENCE_SECONDS", "0")))
+    )
     yield client
     client.close()
 
