@@ -35,14 +35,14 @@ async def measure(scale: Scale) -> Finding:
 async def _running(found: Finding, service: Service, scale: Scale) -> None:
     process = psutil.Process(service.pid)
     names: list[str] = []
-    for count in scale.pick((0, 1, 20), (0, 1, 50, 200)):
+    for count in scale.pick((0, 1, 10), (0, 1, 50, 200)):
         while len(names) < count:
             batch = [f"f-{secrets.token_hex(6)}" for _ in range(min(8, count - len(names)))]
             sleeping = [service.assign(name, "exec sleep 3600", cpu_milli=10, memory_bytes=16 * MIB) for name in batch]
             await asyncio.gather(*sleeping)
             names += batch
         await _until_started(service, count)
-        await asyncio.sleep(scale.pick(2, 10))
+        await asyncio.sleep(scale.pick(1, 10))
         looked_seconds = scale.pick(10.0 if count == 0 else 3.0, 15.0)
         rss, cpu_percent = await _look(found, process, "tasks running", f"{count} running", count, looked_seconds)
         if count == 0:

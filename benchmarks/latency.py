@@ -61,7 +61,7 @@ async def measure(scale: Scale) -> Finding:
 async def _rounds(probe: _Probe, scale: Scale) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     ours: dict[str, list[float]] = {part: [] for part in PARTS}
     bare: dict[str, list[float]] = {part: [] for part in PARTS}
-    for number in range(scale.pick(-1, -2), scale.pick(9, 60)):
+    for number in range(scale.pick(-1, -2), scale.pick(7, 60)):
         runs = [(ours, probe.service_round), (bare, probe.engine_round)]
         for rows, run in runs if number % 2 else reversed(runs):
             row = await run()

@@ -85,7 +85,7 @@ def _follow_engine(engine: BareEngine, line_count: int, broken: list[int]) -> fl
 
 async def _followers(found: Finding, service: Service, scale: Scale) -> None:
     for count in (1, 100):
-        line_count = scale.pick(20_000, 50_000) // (20 if count > 1 else 1)
+        line_count = scale.pick(10_000, 50_000) // (20 if count > 1 else 1)
         rates = []
         for _ in range(scale.pick(2, 3)):
             task_id = _name()

@@ -50,7 +50,7 @@ async def _heartbeats(found: Finding, scale: Scale) -> None:
     counts = scale.pick((100, 10_000), (10, 100, 1_000, 10_000))
     cpu: dict[int, list[float]] = {count: [] for count in counts}
     rates: dict[int, list[float]] = {count: [] for count in counts}
-    beats = scale.pick(1_000, 5_000)
+    beats = scale.pick(800, 5_000)
     async with AsyncExitStack() as stack:
         clusters = [
             await stack.enter_async_context(_cluster(scale.directory(f"beats-{count}"), count)) for count in counts
@@ -94,7 +94,7 @@ async def _assignments(found: Finding, scale: Scale) -> None:
         clusters = [
             await stack.enter_async_context(_cluster(scale.directory(f"tasks-{count}"), count)) for count in counts
         ]
-        for number in range(-1, scale.pick(3, 5)):
+        for number in range(-1, scale.pick(2, 5)):
             for cluster in clusters[:: -1 if number % 2 else 1]:
                 cluster.meter.lap()
                 began = time.perf_counter()

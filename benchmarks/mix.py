@@ -62,7 +62,7 @@ class _Task:
 async def measure(scale: Scale) -> Finding:
     found = Finding(about=ABOUT)
     utilisation: dict[str, list[float]] = {"packed": [], "in order": [], "whole": []}
-    for seed in range(scale.pick(3, 15)):
+    for seed in range(scale.pick(2, 15)):
         tasks = _draw(random.Random(seed), scale.pick(1_200, 10_000))
         for arm, samples in utilisation.items():
             samples.append(_simulate(tasks, overtakes=arm != "in order", shares=arm != "whole"))

@@ -28,7 +28,7 @@ async def measure(scale: Scale) -> Finding:
     reported: dict[int, list[float]] = {count: [] for count in counts}
     for number in range(scale.pick(1, 3)):
         for count in counts:
-            waits = count <= scale.pick(1_000, 10_000)
+            waits = count <= scale.pick(0, 10_000)
             until_ready, until_reported = await _start(home / f"{count}-{number}", count, waits=waits)
             ready[count].append(until_ready)
             if until_reported is not None:

@@ -42,7 +42,7 @@ async def measure(scale: Scale) -> Finding:
     shapes = {
         f"1 × {large // MIB} MiB": (1, large, 2),
         f"{scale.pick(64, 1000)} × 1 MiB": (scale.pick(64, 1000), MIB, 3),
-        f"{scale.pick(1000, 20_000):,} × 4 KiB": (scale.pick(1000, 20_000), 4096, 2),
+        f"{scale.pick(600, 20_000):,} × 4 KiB": (scale.pick(600, 20_000), 4096, 2),
     }
     best: dict[str, float] = {}
     sequential: dict[str, float] = {}
