@@ -8,7 +8,7 @@ _TABLE = FaultTable(
     {
         "journal": ("save", "forget"),
         "runtime": ("pull", "create", "start", "wait_exited", "stop", "kill", "remove", "list_owned"),
-        "cgroups": ("prepare", "usage", "remove"),
+        "cgroups": ("prepare", "at_end", "remove"),
         "disk": ("prepare", "remove"),
         "bundles": ("collect", "discard_kept"),
         "store": ("put",),
