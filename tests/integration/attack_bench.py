@@ -21,6 +21,8 @@ from tests.integration.old_peer import OldMaster
 MIB = 1024**2
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "120"))
 """For one task to end; an emulated machine needs more."""
+LOOK_AFTER_SECONDS = 10.0
+"""For a look that is under way when its report comes."""
 
 
 @dataclass
@@ -56,7 +58,11 @@ class Bench:
         # The old master parsed it; what it does not know came along.
         result = pb.TaskResult.FromString(report.SerializeToString())
         looking = self._looking.pop(task_id, None)
-        seen = await looking if looking is not None else None
+        if looking is not None:  # what was not seen by now may be gone for ever
+            await asyncio.wait({looking}, timeout=LOOK_AFTER_SECONDS)
+            looking.cancel()
+            await asyncio.wait({looking})
+        seen = looking.result() if looking is not None and not looking.cancelled() else None
         if result.reason == "COMMAND_NOT_FOUND":
             return result  # it never was what was asked for, so there is no receipt
         if seen is not None:
