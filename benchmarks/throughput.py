@@ -46,7 +46,7 @@ async def _all_counts(found: Finding, scale: Scale, service: Service, engine: Ba
     counts: tuple[int, ...] = scale.pick((1, 8), (1, 2, 4, 8, 16))
     for at_a_time in counts:
         cpu_milli = min(1000, 1000 * _cpu_count() // at_a_time)
-        task_count = scale.pick(max(8, 3 * at_a_time), max(16, 3 * at_a_time))
+        task_count = scale.pick(max(7, 2 * at_a_time), max(16, 3 * at_a_time))
         arms = _Arms(service, engine, cpu_milli, at_a_time)
         await arms.service_rate(at_a_time)  # warms up: threads, connections, caches
         await arms.engine_rate(at_a_time)

@@ -206,40 +206,32 @@ class NodeRegistry:
 
     def empty_offers(self) -> list[Offer]:
         """As `offers`, but of nodes to which nothing is assigned."""
-        return [self._empty_offer(node) for node in self._nodes.values()]
-
-    def _empty_offer(self, node: Node) -> Offer:
-        return Offer(
-            worker_id=node.worker_id,
-            allocatable=node.allocatable,
-            blocked=self._blocked(node),
-            gpus=node.room(_NOTHING),
-        )
+        return [self._new_offer(node, _NOTHING) for node in self._nodes.values()]
 
     def _offer(self, node: Node, given: Mapping[Key, Request]) -> Offer:
         """Most nodes have nothing new from one pass of the scheduler to the next."""
-        known, blocked = node.offer, self._blocked(node)
-        if known is None or known.blocked != blocked or node.offered_of != given:
-            known = Offer(
-                worker_id=node.worker_id,
-                allocatable=node.allocatable,
-                assigned=_sum(given),
-                blocked=blocked,
-                gpus=node.room(given),
-            )
-            node.offer, node.offered_of = known, dict(given)
-        return known
+        if node.offer is None or node.offer.blocked != self._blocked(node) or node.offered_of != given:
+            node.offer, node.offered_of = self._new_offer(node, given), dict(given)
+        return node.offer
+
+    def _new_offer(self, node: Node, given: Mapping[Key, Request]) -> Offer:
+        return Offer(
+            worker_id=node.worker_id,
+            allocatable=node.allocatable,
+            assigned=_sum(given),
+            blocked=self._blocked(node),
+            gpus=node.room(given),
+        )
 
     def could_hold(self, request: Request, target: str = "") -> bool:
         """Whether some node, or the target, has enough for it when nothing else is there. Looks no further than to that."""
         if target:
-            return target in self._nodes and not self._empty_offer(self._nodes[target]).lacking_ever(request)
+            return target in self._nodes and not self._new_offer(self._nodes[target], _NOTHING).lacking_ever(request)
         lately = [self._nodes[worker_id] for worker_id in self._lately_able]
         for node in chain(lately, self._nodes.values()):
-            if not self._empty_offer(node).lacking_ever(request):
-                self._lately_able = [node.worker_id, *(i for i in self._lately_able if i != node.worker_id)][
-                    :_ABLE_COUNT
-                ]
+            if not self._new_offer(node, _NOTHING).lacking_ever(request):
+                others = [worker_id for worker_id in self._lately_able if worker_id != node.worker_id]
+                self._lately_able = [node.worker_id, *others][:_ABLE_COUNT]
                 return True
         return False
 
