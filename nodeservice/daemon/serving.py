@@ -107,6 +107,7 @@ async def _serve(
             first_seconds=config.connect_backoff_min_seconds, max_seconds=config.connect_backoff_max_seconds
         ),
     )
+    node.driver.on_change(link.note_release)
     known_master = config.master or await node.journal.get_note(MASTER_NOTE)
     if known_master:
         link.set_master(known_master)

@@ -57,6 +57,8 @@ class Node:
     """What tasks can have of `gpus`; None from a peer that does not tell that."""
     ended: set[Key] = field(default_factory=set)
     """Attempts that it reported since its last heartbeat, which may still list them."""
+    released: frozenset[Key] = frozenset()
+    """Attempts of which it said last that their CPU, memory and GPUs are free for others; they hold their disk."""
     has_news: bool = True
     """Whether its last heartbeat told anything that may let a task move. Most do not."""
     unsettled: bool = False
@@ -69,6 +71,14 @@ class Node:
     def draining(self) -> bool:
         return self.heartbeat.draining
 
+    def held(self, given: Mapping[Key, Request]) -> Amounts:
+        """What `given`, the open attempts that are assigned to it, take of it."""
+        total = Amounts()
+        for key, request in given.items():
+            amounts = request.amounts
+            total = total.plus(Amounts(disk_bytes=amounts.disk_bytes) if key in self.released else amounts)
+        return total
+
     def tell_gpus(self, gpus: Sequence[pb.GpuInfo], warnings: Sequence[str]) -> None:
         self.gpus, self.warnings = list(gpus), list(warnings)
         self.units = units_told(self.gpus)
@@ -78,7 +88,7 @@ class Node:
         trouble = next((words for words in self.warnings if words.startswith(_GPU_DRIVER)), "")
         if self.units is None and not (trouble and not self.gpus):
             return None
-        listed = {(task.task_id, task.attempt or 1): task for task in self.heartbeat.running_tasks}
+        listed = {_key(task): task for task in self.heartbeat.running_tasks}
         return room_of(
             self.units or (),
             trouble,
@@ -158,7 +168,7 @@ class NodeRegistry:
             was_active=True,
         )
         if before is not None:
-            node.heartbeat, node.ended = before.heartbeat, before.ended
+            node.heartbeat, node.ended, node.released = before.heartbeat, before.ended, before.released
             node.unsettled = before.unsettled or self._silent_for_good(before)
         node.tell_gpus(info.gpus, info.warnings)
         self._nodes[info.worker_id] = node
@@ -180,6 +190,7 @@ class NodeRegistry:
             log.info("node.active", worker_id=node.worker_id)
         node.heard_at, node.heard_at_ms, node.was_active = self._clock.monotonic(), self._clock.unix_ms(), True
         node.heartbeat, node.ended = beat, set()
+        node.released = frozenset(_key(task) for task in beat.running_tasks if task.compute_released)
         if beat.HasField("allocatable"):
             node.allocatable = from_message(beat.allocatable)
             node.tell_gpus(beat.gpus, beat.warnings)
@@ -218,7 +229,7 @@ class NodeRegistry:
         return Offer(
             worker_id=node.worker_id,
             allocatable=node.allocatable,
-            assigned=_sum(given),
+            assigned=node.held(given),
             blocked=self._blocked(node),
             gpus=node.room(given),
         )
@@ -239,7 +250,7 @@ class NodeRegistry:
         """The attempt as the node listed it last."""
         node = self._nodes.get(worker_id)
         tasks = node.heartbeat.running_tasks if node is not None else ()
-        return next((task for task in tasks if (task.task_id, task.attempt or 1) == key), None)
+        return next((task for task in tasks if _key(task) == key), None)
 
     def stub(self, worker_id: str) -> Any | None:
         """To call the node, whether it is active or not; None for one that never registered."""
@@ -276,7 +287,7 @@ class NodeRegistry:
     def views(self, assigned: Assigned) -> list[tuple[Node, bool, Amounts]]:
         """Each node with whether it is active and what is assigned to it, by name."""
         nodes = sorted(self._nodes.values(), key=lambda node: node.worker_id)
-        return [(node, self._active(node), _sum(assigned.get(node.worker_id, _NOTHING))) for node in nodes]
+        return [(node, self._active(node), node.held(assigned.get(node.worker_id, _NOTHING))) for node in nodes]
 
     async def run(self) -> None:
         """Keep watch over our own time until cancelled."""
@@ -323,14 +334,12 @@ def _for_placement(node: Node) -> tuple[object, ...]:
     held = [(task.task_id, task.attempt, task.phase) for task in node.heartbeat.running_tasks]
     conditions = list(node.heartbeat.conditions)
     is_told = node.units, bool(node.gpus), node.warnings
-    return node.was_active, node.allocatable, is_told, node.draining, conditions, held
+    return node.was_active, node.allocatable, is_told, node.draining, conditions, held, node.released
 
 
-def _sum(given: Mapping[Key, Request]) -> Amounts:
-    total = Amounts()
-    for request in given.values():
-        total = total.plus(request.amounts)
-    return total
+def _key(task: pb.RunningTask) -> Key:
+    """A peer that tells no attempt has the first."""
+    return task.task_id, task.attempt or 1
 
 
 def amounts_of(info: pb.WorkerInfo) -> tuple[Amounts, Amounts]:

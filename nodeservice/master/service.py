@@ -58,7 +58,8 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             log.warning("node.refused", message=str(error))
             return pb.RegisterAck(success=False, message=str(error))
         self._scheduler.wake()
-        return pb.RegisterAck(success=True, message=f"registered; dialled at {node.address}")
+        message = f"registered; dialled at {node.address}"
+        return pb.RegisterAck(success=True, message=message, wants_releases=True)
 
     async def SendHeartbeat(self, request: pb.Heartbeat, context: Context) -> pb.HeartbeatAck:  # noqa: N802
         node = self._nodes.heartbeat(request)
@@ -72,7 +73,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             log.error("heartbeat.not_stored", error=str(error))
         if node.has_news:
             self._scheduler.wake()
-        return pb.HeartbeatAck(success=True)
+        return pb.HeartbeatAck(success=True, wants_releases=True)
 
     async def ReportTaskCompletion(self, request: pb.TaskResult, context: Context) -> pb.Ack:  # noqa: N802
         """Acknowledged once durable. What belongs to no open attempt is kept aside and acknowledged too: the node must

@@ -239,14 +239,19 @@ class TaskBook:
     # ---- nodes --------------------------------------------------------------------------------------------------------
 
     async def note_phases(self, worker_id: str, phases: Mapping[Key, str]) -> None:
-        """What a heartbeat says of the node's attempts; written only where something changed."""
+        """What a heartbeat says of the node's attempts; that one runs is written once, its later phases are only shown."""
         async with self._changing():
-            rows = [
-                replace(row, state=State.RUNNING, accepted=True, phase=phase, reason="", message="")
-                for key, phase in phases.items()
-                if (row := self._held(key, worker_id)) is not None and (row.phase, row.accepted) != (phase, True)
-            ]
-            await self._save(rows)
+            begun: list[TaskRow] = []
+            for key, phase in phases.items():
+                row = self._held(key, worker_id)
+                if row is None or (row.phase, row.accepted) == (phase, True):
+                    continue
+                noted = replace(row, state=State.RUNNING, accepted=True, phase=phase, reason="", message="")
+                if row.state is State.RUNNING and row.accepted:
+                    self._open[key] = noted
+                else:
+                    begun.append(noted)
+            await self._save(begun)
 
     async def complete(self, result: pb.TaskResult) -> Taken:
         """Take a report; durable when this returns.

@@ -174,6 +174,7 @@ def running_task(record: TaskRecord, units: Iterable[GpuUnit] = ()) -> pb.Runnin
         attempt=record.id.attempt,
         phase=record.phase.name,
         phase_started_at_unix_ms=round(record.timings[-1].started_at.timestamp() * 1000),
+        compute_released=record.compute_released,
     )
 
 

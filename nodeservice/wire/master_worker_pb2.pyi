@@ -199,12 +199,14 @@ class MasterInfo(_message.Message):
     def __init__(self, master_id: _Optional[str] = ..., master_address: _Optional[str] = ...) -> None: ...
 
 class RegisterAck(_message.Message):
-    __slots__ = ("success", "message")
+    __slots__ = ("success", "message", "wants_releases")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    WANTS_RELEASES_FIELD_NUMBER: _ClassVar[int]
     success: bool
     message: str
-    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ...) -> None: ...
+    wants_releases: bool
+    def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., wants_releases: _Optional[bool] = ...) -> None: ...
 
 class TaskAck(_message.Message):
     __slots__ = ("success", "message", "reason", "field")
@@ -227,10 +229,12 @@ class Ack(_message.Message):
     def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ...) -> None: ...
 
 class HeartbeatAck(_message.Message):
-    __slots__ = ("success",)
+    __slots__ = ("success", "wants_releases")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    WANTS_RELEASES_FIELD_NUMBER: _ClassVar[int]
     success: bool
-    def __init__(self, success: _Optional[bool] = ...) -> None: ...
+    wants_releases: bool
+    def __init__(self, success: _Optional[bool] = ..., wants_releases: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("worker_id", "cpu_usage", "memory_usage", "storage_usage", "running_tasks", "gpu_usage", "allocatable", "free", "gpus", "draining", "conditions", "warnings")
@@ -261,7 +265,7 @@ class Heartbeat(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., cpu_usage: _Optional[float] = ..., memory_usage: _Optional[float] = ..., storage_usage: _Optional[float] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., gpu_usage: _Optional[float] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., free: _Optional[_Union[Resources, _Mapping]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., draining: _Optional[bool] = ..., conditions: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RunningTask(_message.Message):
-    __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms", "gpu_uuids", "gpu_part")
+    __slots__ = ("task_id", "cpu_allocated", "memory_allocated", "status", "gpu_allocated", "attempt", "phase", "phase_started_at_unix_ms", "gpu_uuids", "gpu_part", "compute_released")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     CPU_ALLOCATED_FIELD_NUMBER: _ClassVar[int]
     MEMORY_ALLOCATED_FIELD_NUMBER: _ClassVar[int]
@@ -272,6 +276,7 @@ class RunningTask(_message.Message):
     PHASE_STARTED_AT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     GPU_UUIDS_FIELD_NUMBER: _ClassVar[int]
     GPU_PART_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_RELEASED_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     cpu_allocated: float
     memory_allocated: float
@@ -282,7 +287,8 @@ class RunningTask(_message.Message):
     phase_started_at_unix_ms: int
     gpu_uuids: _containers.RepeatedScalarFieldContainer[str]
     gpu_part: GpuPart
-    def __init__(self, task_id: _Optional[str] = ..., cpu_allocated: _Optional[float] = ..., memory_allocated: _Optional[float] = ..., status: _Optional[str] = ..., gpu_allocated: _Optional[float] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., phase_started_at_unix_ms: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ..., gpu_part: _Optional[_Union[GpuPart, _Mapping]] = ...) -> None: ...
+    compute_released: bool
+    def __init__(self, task_id: _Optional[str] = ..., cpu_allocated: _Optional[float] = ..., memory_allocated: _Optional[float] = ..., status: _Optional[str] = ..., gpu_allocated: _Optional[float] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., phase_started_at_unix_ms: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ..., gpu_part: _Optional[_Union[GpuPart, _Mapping]] = ..., compute_released: _Optional[bool] = ...) -> None: ...
 
 class EnvVar(_message.Message):
     __slots__ = ("name", "value")

@@ -121,10 +121,12 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
             return
         sent = 0
         while True:
+            # Asked before the lines: one that is added while they go out is not the last any more.
+            status = self.log_ended.get(request.task_id)
             for line in lines[sent:]:
                 sent += 1
                 yield pb.LogChunk(task_id=request.task_id, content=line)
-            if status := self.log_ended.get(request.task_id):
+            if status:
                 self.logs_told += 1
                 yield pb.LogChunk(task_id=request.task_id, is_complete=True, status=status)
                 return

@@ -157,6 +157,28 @@ async def test_a_task_waits_with_the_reason_and_starts_when_room_is_given_back(
     await node.got("b")
 
 
+async def test_what_a_task_has_released_goes_to_the_next_while_its_results_are_stored_and_its_disk_does_not(
+    client: Client, node: ScriptedNode
+) -> None:
+    assert (await node.register()).wants_releases
+    await client.submit("a", req_cpu=3.0, req_storage=60.0)
+    await node.got("a")
+    await client.submit("large", req_cpu=0.5, req_storage=60.0)
+    await client.submit("b", req_cpu=3.0, req_storage=1.0)
+    await eventually(lambda: _reason(client, "b", "INSUFFICIENT_CPU"))
+    uploading = pb.RunningTask(task_id="a", attempt=1, phase="UPLOADING", cpu_allocated=0.0, compute_released=True)
+    ack = await node.stub.SendHeartbeat(pb.Heartbeat(worker_id="w1", running_tasks=[uploading]), timeout=10)
+    assert ack.wants_releases
+    await node.got("b")
+    assert ((await client.get("a")).state, (await client.get("a")).running.compute_released) == ("RUNNING", True)
+    assigned = (await client.nodes())[0].assigned
+    assert (assigned.cpu_milli, assigned.disk_bytes) == (3000, 61 * GIB)
+    assert (await client.get("large")).reason == "INSUFFICIENT_STORAGE"
+    await node.report("a")
+    await node.got("large")
+    assert node.ids() == ["a", "b", "large"]
+
+
 async def _reason(client: Client, task_id: str, reason: str) -> bool:
     return (await client.get(task_id)).reason == reason
 
@@ -264,7 +286,7 @@ async def test_hundreds_of_submissions_at_once_are_all_kept_and_none_overcommits
 async def test_a_refusal_for_want_of_room_puts_the_task_back_and_it_is_tried_again(
     client: Client, master: Master, node: ScriptedNode
 ) -> None:
-    node.refuse_with = "INSUFFICIENT_DISK"
+    node.refuse_with = "INSUFFICIENT_STORAGE"
     await client.submit("t1")
     await eventually(lambda: len(node.assigned) >= 2)
     node.refuse_with = None
@@ -846,7 +868,7 @@ async def test_a_gpu_out_of_service_is_taken_up_from_the_registration_and_not_on
         assert node.ids() == ["h"]
 
 
-async def test_what_a_node_was_given_since_its_heartbeat_is_not_given_twice_and_what_it_reported_is_free(
+async def test_what_a_node_was_given_since_its_heartbeat_is_not_given_twice_and_what_is_over_is_free(
     client: Client, master: Master
 ) -> None:
     asked: dict[str, Any] = {"req_gpu": 1, "gpu": pb.GpuRequest(model="H200"), "req_cpu": 0.1, "req_memory": 0.1}
@@ -863,6 +885,10 @@ async def test_what_a_node_was_given_since_its_heartbeat_is_not_given_twice_and_
         assert (await client.get("second")).state == "QUEUED"
         await node.report("first")
         await node.got("second")
+        assert (await client.submit("third", **asked)).success
+        uploading = pb.RunningTask(task_id="second", attempt=1, phase="UPLOADING", compute_released=True)
+        assert await node.beat(uploading, gpus=[gpu(1)], allocatable=with_gpus(1)["allocatable"])
+        await node.got("third")
 
 
 async def test_a_request_that_no_gpu_of_any_node_meets_is_refused_with_what_there_is(

@@ -59,6 +59,13 @@ def test_load_and_temperatures_are_no_news(nodes: NodeRegistry) -> None:
     assert not told(nodes, cpu_usage=50.0, gpus=[hot]).has_news
 
 
+def test_a_release_is_news(nodes: NodeRegistry) -> None:
+    collecting = {"task_id": "t", "attempt": 1, "phase": "COLLECTING"}
+    told(nodes, running_tasks=[pb.RunningTask(**collecting, compute_released=False)])  # type: ignore[arg-type]
+    assert not told(nodes, running_tasks=[pb.RunningTask(**collecting)]).has_news  # type: ignore[arg-type]
+    assert told(nodes, running_tasks=[pb.RunningTask(**collecting, compute_released=True)]).has_news  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -69,3 +69,19 @@ async def test_a_write_whose_answer_was_lost_is_found_again(store: MemoryMasterS
     store.forgets_to_answer = False
     await book.note_phases("w", {("t", 1): "RUNNING"})
     assert [(row.state, row.worker_id) for row in book.open_rows()] == [(State.RUNNING, "w")]
+
+
+async def test_that_a_task_runs_is_written_once_and_its_later_phases_are_shown(
+    store: MemoryMasterStore, book: TaskBook
+) -> None:
+    row = await submit(book)
+    await book.assign([(row.key, "w")])
+    await book.note_phases("w", {row.key: "PULLING"})
+    written = store.rows[row.key]
+    assert (written.state, written.accepted) == (State.RUNNING, True)
+    await book.note_phases("w", {row.key: "UPLOADING"})
+    assert store.rows[row.key] is written
+    assert [row.phase for row in book.open_rows()] == ["UPLOADING"]
+    await book.unaccepted([row.key])
+    await book.note_phases("w", {row.key: "UPLOADING"})
+    assert store.rows[row.key].accepted
