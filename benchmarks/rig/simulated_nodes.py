@@ -22,7 +22,7 @@ _FULL = pb.Resources(cpu_milli=1, memory_bytes=2**38, disk_bytes=2**40)
 
 
 class SimulatedNodes:
-    """Ten or more, which a master knows from `rows`: to register 10,000 takes half a minute, and is not measured."""
+    """Ten or more, which a master knows from `rows`: to register 10,000 takes a while, and is not measured."""
 
     def __init__(self, count: int) -> None:
         self.count = count

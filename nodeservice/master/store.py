@@ -37,6 +37,8 @@ class MasterStore:
         self._url = url
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="master-store")
         self._engine: sa.Engine | None = None
+        self._unsaved_nodes: list[NodeRow] = []
+        self._saving_nodes: asyncio.Future[None] | None = None
 
     async def open(self) -> None:
         await self._run(self._open)
@@ -92,7 +94,18 @@ class MasterStore:
     # ---- nodes and orphans ----------------------------------------------------------------------------------------------
 
     async def save_node(self, row: NodeRow) -> None:
-        await self._run(lambda: self._write(schema.nodes, ("worker_id",), [schema.node_values(row)]))
+        """Insert or replace. Nodes that register at the same time, as after an outage, share a transaction."""
+        self._unsaved_nodes.append(row)
+        if self._saving_nodes is None:
+            self._saving_nodes = asyncio.ensure_future(self._save_nodes())
+        await asyncio.shield(self._saving_nodes)
+
+    async def _save_nodes(self) -> None:
+        try:
+            await self.come_round()  # until it is our turn, others may come
+        finally:
+            rows, self._unsaved_nodes, self._saving_nodes = self._unsaved_nodes, [], None
+        await self._run(lambda: self._write(schema.nodes, ("worker_id",), map(schema.node_values, rows)))
 
     async def load_nodes(self) -> list[NodeRow]:
         return [schema.node_row(found) for found in await self._rows(sa.select(schema.nodes))]

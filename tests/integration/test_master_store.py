@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +151,36 @@ async def test_a_node_is_replaced_by_its_name(store: MasterStore) -> None:
     changed = NodeRow(worker_id="w", address="h:2", info=info, registered_at_ms=1, heard_at_ms=2)
     await store.save_node(changed)
     assert await store.load_nodes() == [changed]
+
+
+async def test_nodes_that_register_at_once_share_a_transaction_and_are_all_stored(
+    store: MasterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+    write = store._write
+
+    def counted(table: sa.Table, keys: tuple[str, ...], values: Iterable[object]) -> None:
+        rows = list(values)
+        writes.append(len(rows))
+        write(table, keys, rows)
+
+    monkeypatch.setattr(store, "_write", counted)
+    nodes = [NodeRow(worker_id=f"w{n}", address="h:1", registered_at_ms=1, heard_at_ms=1) for n in range(300)]
+    await asyncio.gather(*(store.save_node(node) for node in nodes))
+    assert writes == [300]
+    assert len(await store.load_nodes()) == 300
+
+
+async def test_a_node_that_could_not_be_stored_is_told_so_and_the_next_is_stored(
+    store: MasterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = NodeRow(worker_id="w", address="h:1", registered_at_ms=1, heard_at_ms=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_engine", None)
+        failed = await asyncio.gather(*(store.save_node(node) for _ in range(3)), return_exceptions=True)
+    assert [type(error) for error in failed] == [TransientError] * 3
+    await store.save_node(node)
+    assert await store.load_nodes() == [node]
 
 
 async def test_orphans_are_kept_once_each_and_only_the_newest(
