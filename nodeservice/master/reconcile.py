@@ -35,7 +35,7 @@ class Reconciler:
 
     async def compare(self, worker_id: str, running: Iterable[pb.RunningTask]) -> None:
         """Note the phases of what the node lists; count what it should list and doesn't."""
-        held = {row.key: row for row in self._book.open_rows() if row.worker_id == worker_id}
+        held = self._book.held_by(worker_id)
         newest = dict(sorted(held))
         phases: dict[Key, str] = {}
         strays: list[tuple[str, int | None, str]] = []

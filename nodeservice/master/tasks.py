@@ -47,9 +47,10 @@ class TaskBook:
         self._changed = asyncio.Event()
 
     async def load(self) -> None:
-        """Take up what the store holds; called once, before anything else."""
+        """Take up what the store holds; called once, before anything else. In which phase a task is its node tells anew."""
         self._last_sequence = await self._store.last_sequence()
-        self._remember(await self._store.open_tasks())
+        rows = await self._store.open_tasks()
+        self._remember(replace(row, phase="") if row.state is State.RUNNING else row for row in rows)
         if self._open:
             log.info("master.resumed", open_count=len(self._open))
 
@@ -58,6 +59,10 @@ class TaskBook:
     def open_rows(self) -> list[TaskRow]:
         """All that have not ended, in the order of the queue."""
         return sorted(self._open.values(), key=lambda row: row.sequence)
+
+    def held_by(self, worker_id: str) -> dict[Key, TaskRow]:
+        """The open attempts that are assigned to a node, in no order."""
+        return {key: row for key, row in self._open.items() if row.worker_id == worker_id}
 
     def get_open(self, key: Key) -> TaskRow | None:
         return self._open.get(key)

@@ -71,8 +71,9 @@ class MasterLink:
         self._wake = asyncio.Event()
         """Something is not to wait for the next heartbeat's time: a new registration (`_wanted`), or a release."""
         self._wants_releases = False
-        self._telling: dict[AttemptId, asyncio.TimerHandle] = {}
-        """Of each attempt that has given back what it computed with, until its report."""
+        self._untold: dict[AttemptId, float] = {}
+        """When (of the loop) attempts released what they computed with that no heartbeat has told yet, the oldest first."""
+        self._telling: asyncio.TimerHandle | None = None
         self._reports_under_way = 0
         self._no_report = asyncio.Event()
         self._no_report.set()
@@ -105,18 +106,24 @@ class MasterLink:
         self._wake.set()
 
     def note_release(self, record: TaskRecord) -> None:
-        """For `Driver.on_change`: that CPU, memory and GPUs of a task are free is told once, unless its report is near."""
+        """For `Driver.on_change`: that a task's CPU, memory and GPUs are free is told soon, if no report comes first."""
         if record.phase > Phase.UPLOADING:
-            telling = self._telling.pop(record.id, None)
-            if telling is not None:
-                telling.cancel()
-        elif record.compute_released and record.id not in self._telling:
-            loop = asyncio.get_running_loop()
-            self._telling[record.id] = loop.call_later(_MOST_IDLE_SECONDS, self._tell_release)
+            self._untold.pop(record.id, None)
+        elif record.compute_released and self._wants_releases:
+            self._untold.setdefault(record.id, asyncio.get_running_loop().time())
+            if self._telling is None:
+                self._tell_releases()
 
-    def _tell_release(self) -> None:
-        if self._wants_releases:
-            self._wake.set()
+    def _tell_releases(self) -> None:
+        """Beat once the oldest has waited long enough: a heartbeat tells all, so they are no more than four in a second."""
+        self._telling = None
+        if self._untold and self._wants_releases:
+            loop = asyncio.get_running_loop()
+            left_seconds = next(iter(self._untold.values())) + _MOST_IDLE_SECONDS - loop.time()
+            if left_seconds > 0:
+                self._telling = loop.call_later(left_seconds, self._tell_releases)
+            else:
+                self._wake.set()
 
     async def run(self) -> None:
         """Register and beat until cancelled."""
@@ -138,7 +145,7 @@ class MasterLink:
                     self._registered.clear()
                     pause = self._backoff.delay(failures, random.random())  # noqa: S311
                     failures += 1
-                    self._wants_releases = False  # it is told all of it when it is back
+                    self._wants_releases = False  # until it says so again; its first heartbeat then tells all
                     if not self._wanted:
                         self._wake.clear()
                     await self._wait_until_woken(pause)
@@ -174,8 +181,10 @@ class MasterLink:
 
     async def _beat(self) -> None:
         """Beat until the master forgets us or goes away (TransientError), or a new registration is wanted (return)."""
-        while not self._wanted:
+        while True:
             await self._wait_until_woken(self._heartbeat_seconds)
+            if self._wanted:
+                return
             ack = await self._send_heartbeat()
             if not ack.success:
                 log.warning("master.forgot_us", address=self._address)
@@ -184,6 +193,7 @@ class MasterLink:
             self._wants_releases = ack.wants_releases
 
     async def _send_heartbeat(self) -> pb.HeartbeatAck:
+        self._untold.clear()
         beat = await self._status.heartbeat()
         return await self._call("SendHeartbeat", lambda stub: stub.SendHeartbeat(beat, timeout=self._deadline))
 

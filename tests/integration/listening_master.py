@@ -80,6 +80,20 @@ class ListeningMaster(pb_grpc.MasterWorkerServicer):
         return pb.Ack(success=True)
 
 
+class AskingMaster(ListeningMaster):
+    """Asks to hear of releases, and counts registrations."""
+
+    registrations = 0
+
+    async def RegisterWorker(self, request: pb.WorkerInfo, context: Any) -> pb.RegisterAck:  # noqa: N802
+        self.registrations += 1
+        return pb.RegisterAck(success=True, wants_releases=True)
+
+    async def SendHeartbeat(self, request: pb.Heartbeat, context: Any) -> pb.HeartbeatAck:  # noqa: N802
+        await super().SendHeartbeat(request, context)
+        return pb.HeartbeatAck(success=True, wants_releases=True)
+
+
 async def assign(address: str, task_id: str, command: str, *, gpus: float = 0, **fields: Any) -> pb.TaskAck:
     """A small task for the node at that address."""
     task = pb.Task(

@@ -14,7 +14,7 @@ from nodeservice.master.daemon import Master
 from nodeservice.master.settings import MasterSettings
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.fault_proxy import FaultProxy
-from tests.integration.listening_master import ListeningMaster, assign
+from tests.integration.listening_master import AskingMaster, ListeningMaster, assign
 from tests.integration.minio_server import MinioServer, minio
 from tests.integration.node_process import NodeProcess
 from tests.integration.scripted_node import eventually
@@ -101,16 +101,6 @@ async def test_the_next_task_runs_on_the_cpus_of_one_whose_results_wait_for_the_
 
 async def _knows_a_node(client: Client) -> bool:
     return bool(await client.nodes())
-
-
-class AskingMaster(ListeningMaster):
-    async def RegisterWorker(self, request: pb.WorkerInfo, context: Any) -> pb.RegisterAck:  # noqa: N802
-        await super().RegisterWorker(request, context)
-        return pb.RegisterAck(success=True, wants_releases=True)
-
-    async def SendHeartbeat(self, request: pb.Heartbeat, context: Any) -> pb.HeartbeatAck:  # noqa: N802
-        await super().SendHeartbeat(request, context)
-        return pb.HeartbeatAck(success=True, wants_releases=True)
 
 
 @pytest.mark.parametrize("asks", [True, False])

@@ -82,6 +82,9 @@ async def test_that_a_task_runs_is_written_once_and_its_later_phases_are_shown(
     await book.note_phases("w", {row.key: "UPLOADING"})
     assert store.rows[row.key] is written
     assert [row.phase for row in book.open_rows()] == ["UPLOADING"]
+    restarted = TaskBook(store, MasterClock())  # type: ignore[arg-type]
+    await restarted.load()
+    assert [(row.state, row.phase) for row in restarted.open_rows()] == [(State.RUNNING, "")]
     await book.unaccepted([row.key])
     await book.note_phases("w", {row.key: "UPLOADING"})
     assert store.rows[row.key].accepted

@@ -1,0 +1,91 @@
+"""When a node beats and registers: `MasterLink` alone, under a master on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from nodeservice.clock import SystemClock
+from nodeservice.core.model import AttemptId, Phase
+from nodeservice.core.retry import Backoff
+from nodeservice.rpc.uplink import MasterLink
+from nodeservice.wire import master_worker_pb2 as pb
+from tests.contract.test_journal import a_record
+from tests.integration.listening_master import AskingMaster, ListeningMaster
+from tests.integration.scripted_node import eventually
+
+pytestmark = pytest.mark.timeout(120)
+NEVER_SECONDS = 3600.0
+
+
+class Status:
+    """Of a node that has nothing to tell but that it is there."""
+
+    worker_id = "w"
+
+    async def registration(self) -> pb.WorkerInfo:
+        return pb.WorkerInfo(worker_id="w")
+
+    async def heartbeat(self) -> pb.Heartbeat:
+        return pb.Heartbeat(worker_id="w")
+
+
+@contextlib.asynccontextmanager
+async def linked(master: ListeningMaster, **options: Any) -> AsyncIterator[MasterLink]:
+    options = {"heartbeat_seconds": NEVER_SECONDS} | options
+    link = MasterLink(Status(), clock=SystemClock(), credentials=None, **options)  # type: ignore[arg-type]
+    link.set_master(f"127.0.0.1:{master.port}")
+    running = asyncio.create_task(link.run())
+    try:
+        await asyncio.wait_for(link._registered.wait(), 30)
+        yield link
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
+def release(link: MasterLink, name: str, phase: Phase = Phase.COLLECTING) -> None:
+    link.note_release(a_record(name, phase=phase, compute_released=True))
+
+
+async def test_many_releases_are_told_in_one_heartbeat() -> None:
+    async with AskingMaster() as master, linked(master) as link:
+        for number in range(100):
+            release(link, f"t{number}")
+            release(link, f"t{number}", Phase.UPLOADING)
+        await eventually(lambda: bool(master.beats))
+        assert link._untold == {}
+        release(link, "later")
+        await eventually(lambda: len(master.beats) == 2)
+
+
+async def test_a_release_whose_report_comes_first_is_not_told() -> None:
+    async with AskingMaster() as master, linked(master) as link:
+        release(link, "short")
+        release(link, "short", Phase.REPORTING)
+        assert link._untold == {}
+        release(link, "long")
+        assert [*link._untold] == [AttemptId("long")]
+        await eventually(lambda: bool(master.beats))
+
+
+async def test_a_master_that_does_not_ask_is_told_no_release() -> None:
+    async with ListeningMaster() as master, linked(master) as link:
+        release(link, "t")
+        assert (link._untold, link._telling) == ({}, None)
+
+
+async def test_a_new_master_is_registered_with_at_once_though_the_old_one_does_not_answer() -> None:
+    slow = Backoff(first_seconds=NEVER_SECONDS, max_seconds=NEVER_SECONDS)
+    async with AskingMaster() as new, contextlib.AsyncExitStack() as stack:
+        async with AskingMaster() as old:
+            link = await stack.enter_async_context(linked(old, backoff=slow))
+        link.set_master(f"127.0.0.1:{new.port}")
+        await eventually(lambda: new.registrations == 1)
+        link.register_again()
+        await eventually(lambda: new.registrations == 2)
+        assert new.beats == []
