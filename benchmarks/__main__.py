@@ -60,9 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     large = options.large_file_mib or (128 if options.quick else 4096)
     with tempfile.TemporaryDirectory(prefix="nodeservice-bench-", dir=options.home) as home:
         scale = Scale(quick=options.quick, home=Path(home), large_file_bytes=large * MIB)
-        told = asyncio.run(_measure(scale, options.only))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(told, indent=1) + "\n")
+        told = asyncio.run(_measure(scale, options.only, options.out))
     _write_report(told, options.out.parent, options.out.stem)
     print(f"\n{options.out}, and {options.out.with_suffix('.md').name} beside it")
     for name, why in told["failed"].items():
@@ -70,7 +68,9 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if told["failed"] else 0
 
 
-async def _measure(scale: Scale, names: list[str]) -> dict[str, Any]:
+async def _measure(scale: Scale, names: list[str], out: Path) -> dict[str, Any]:
+    """`out` has what was measured so far, so that a run that is broken off is not lost."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     told: dict[str, Any] = {
         "version": VERSION,
@@ -86,23 +86,28 @@ async def _measure(scale: Scale, names: list[str]) -> dict[str, Any]:
     }
     for name in names:
         print(f"{name} …", flush=True)
-        at = time.monotonic()
-        try:
-            found = await importlib.import_module(f"benchmarks.{name}").measure(scale)
-        except Unavailable as why:
-            told["skipped"][name] = str(why)
-            print(f"  skipped: {why}", flush=True)
-            continue
-        except Exception as error:
-            traceback.print_exc()
-            told["failed"][name] = repr(error)
-            continue
-        entry = found.as_dict() | {"seconds": round(time.monotonic() - at, 1)}
+        await _measure_one(name, scale, told)
+        told |= {"load_after": machine.load(), "seconds": round(time.monotonic() - began, 1)}
+        out.write_text(json.dumps(told, indent=1) + "\n")
+    return told
+
+
+async def _measure_one(name: str, scale: Scale, told: dict[str, Any]) -> None:
+    began = time.monotonic()
+    try:
+        found = await importlib.import_module(f"benchmarks.{name}").measure(scale)
+    except Unavailable as why:
+        told["skipped"][name] = str(why)
+        print(f"  skipped: {why}", flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        told["failed"][name] = repr(error)
+    else:
+        entry = found.as_dict() | {"seconds": round(time.monotonic() - began, 1)}
         told["runs"][name] = entry
         told["ratios"] |= entry["ratios"]
         told["targets"] += entry["targets"]
         print(f"  {entry['seconds']} s", flush=True)
-    return told | {"load_after": machine.load(), "seconds": round(time.monotonic() - began, 1)}
 
 
 def _write_report(told: dict[str, Any], directory: Path, stem: str) -> None:
