@@ -28,6 +28,8 @@ SLEEPS = "exec sleep 600"
 OBEYS = "trap 'exit 0' TERM; while :; do sleep 0.05; done"
 IS_DEAF = "trap '' TERM; while :; do sleep 0.05; done"
 COUNTS = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; exit 3"
+WAITS = "while [ ! -e /results/go ]; do sleep 0.05; done; touch /results/gone"
+"""Until `Bench.let_go`."""
 SLOW_RUNC = """#!/bin/sh
 {runc} "$@"
 code=$?
@@ -75,6 +77,15 @@ class Bench:
                 if all(f"/nodeservice.{name}.1" in running or name in ended for name in names):
                     return
                 await asyncio.sleep(0.05)
+
+    async def let_go(self, *names: str) -> None:
+        """Let tasks that wait go on; returns when they have."""
+        results = [self.node.path / "state" / "tasks" / f"{name}.1" / "results" for name in names]
+        for one in results:
+            (one / "go").touch()
+        async with asyncio.timeout(30):
+            while not all((one / "gone").exists() for one in results):
+                await asyncio.sleep(0.02)
 
     def _running(self) -> set[str]:
         with self.engine.client() as client:
@@ -160,11 +171,11 @@ async def test_tasks_that_a_shut_down_engine_ended_are_its_fault_whatever_their_
 
 async def test_after_a_killed_engine_only_what_the_next_one_ended_is_its_fault(tmp_path: Path) -> None:
     async with bench(tmp_path) as on:
-        await on.begin(
-            sleeps=SLEEPS, obeys=OBEYS, ends="sleep 0.7; exit 3", well="sleep 0.7", killed="sleep 0.7; kill -9 $$"
-        )
+        await on.begin(sleeps=SLEEPS, obeys=OBEYS, ends=f"{WAITS}; exit 3", well=WAITS, killed=f"{WAITS}; kill -9 $$")
         await asyncio.to_thread(on.engine.crash)
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(0.5)
+        await on.let_go("ends", "well", "killed")
+        await asyncio.sleep(2)
         await asyncio.to_thread(on.engine.start)
         ended = await on.ended("sleeps", "obeys", "ends", "well", "killed")
     assert ended == {

@@ -164,7 +164,9 @@ class World:
         for row in self.store.rows.values():
             by_task.setdefault(row.task_id, []).append(row)
         stored_open = [row for row in self.store.rows.values() if not row.state.is_final]
-        assert {row.key: row for row in self.book.open_rows()} == {row.key: row for row in stored_open}
+        # How far a task that runs has got is in memory alone.
+        remembered = {row.key: replace(row, phase="") for row in self.book.open_rows()}
+        assert remembered == {row.key: replace(row, phase="") for row in stored_open}
         for task_id, rows in by_task.items():
             self._check_task(task_id, rows)
         assert all(len(names) == 1 for names in self.takers.values()), "an attempt was taken by two nodes"
