@@ -30,7 +30,8 @@ SHORT = "sleep 0.3; echo $EPOCHREALTIME"
 ENDLESS = "exec sleep 600"
 TRAPS = "trap 'echo $EPOCHREALTIME; exit 0' TERM; sleep 600 & wait"
 ABOUT = (
-    "One task at a time, service and bare engine (docker-py, same options) in turn. assignment to start: from before the "
+    "One task at a time, service and bare engine (docker-py, same options) in turn; each finds the one "
+    "before it removed, whosever it was. assignment to start: from before the "
     "call (AssignTask, or create) to the engine's StartedAt. exit to report: from the task's own note of the time, its "
     "last act, to the report's arrival at the master (bare: to the answer of wait). cancel to gone: from before the call "
     "(CancelTask, or kill) to the engine's `die` event. deadline to signal: from StartedAt plus timeout (bare: from before "
@@ -107,7 +108,11 @@ class _Probe:
         self._events = events
 
     async def service_round(self) -> Row:
-        return {**await self._ours_short(), **await self._ours_cancelled(), **await self._ours_late()}
+        row: Row = {}
+        for part in (self._ours_short, self._ours_cancelled, self._ours_late):
+            row |= await part()
+            await self._service.cleaned_up()
+        return row
 
     async def engine_round(self) -> Row:
         return await asyncio.to_thread(lambda: {**self._bare_short(), **self._bare_killed(), **self._bare_signalled()})
