@@ -87,6 +87,12 @@ class Bench:
             while not all((one / "gone").exists() for one in results):
                 await asyncio.sleep(0.02)
 
+    async def until_stopped(self, *names: str) -> None:
+        """Until the engine itself has noted that each has ended."""
+        async with asyncio.timeout(30):
+            while any([(await asyncio.to_thread(self.state, name))["Running"] for name in names]):
+                await asyncio.sleep(0.05)
+
     def _running(self) -> set[str]:
         with self.engine.client() as client:
             return {name for entry in client.containers() for name in entry["Names"]}
@@ -209,9 +215,10 @@ async def test_what_a_new_engine_finds_gone_without_a_trace_is_no_success(tmp_pa
 
 async def test_a_node_that_was_away_as_well_tells_the_same(tmp_path: Path) -> None:
     async with bench(tmp_path) as on:
-        await on.begin(sleeps=SLEEPS, deaf=IS_DEAF, ends="sleep 2; exit 3", well="sleep 2")
+        await on.begin(sleeps=SLEEPS, deaf=IS_DEAF, ends=f"{WAITS}; exit 3", well=WAITS)
         await on.node.kill()
-        await asyncio.sleep(2)
+        await on.let_go("ends", "well")
+        await on.until_stopped("ends", "well")
         await on.engine.restart()
         await on.node.start()
         ended = await on.ended("sleeps", "deaf", "ends", "well")
