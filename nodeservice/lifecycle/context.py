@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,8 @@ class Context:
     """Called when this node has more or less for tasks than it had."""
     gpu_nodes: Callable[[], Sequence[GpuNodes]] = tuple
     """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
+    preparing: dict[AttemptId, asyncio.Task[str | None]] = field(default_factory=dict)
+    """What was begun for those that have no container yet: see `steps.prepare`."""
     ended: dict[AttemptId, Ended] = field(default_factory=dict)
     """Those that are not collected yet: neither the engine nor the kernel need be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)

@@ -66,7 +66,7 @@ class Runner:
     async def close(self) -> None:
         """Interrupt everything. Containers run on; the next start takes them up again."""
         self._closing = True
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._context.preparing.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

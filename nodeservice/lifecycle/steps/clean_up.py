@@ -5,6 +5,7 @@ from __future__ import annotations
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.steps import prepare
 from nodeservice.ports import labels
 
 
@@ -15,6 +16,7 @@ async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
         container_id = found.id if found is not None else None
     if container_id is not None:
         await context.runtime.remove(container_id)
+    await prepare.drop(context, record.id)
     await context.cgroups.remove(record.id)
     await context.disk.remove(record.id)
     context.gpus.forget(record.id)

@@ -11,6 +11,7 @@ from nodeservice.core.model import PullPolicy, Reason, TaskRecord
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.patience import Patience
+from nodeservice.lifecycle.steps import prepare
 from nodeservice.lifecycle.steps.failure import reason_of
 from nodeservice.ports import PulledImage
 
@@ -18,8 +19,9 @@ log = structlog.get_logger(__name__)
 
 
 async def pull(context: Context, record: TaskRecord) -> ev.Event:
-    """Make present what the task asks for."""
+    """Make present what the task asks for; what else it needs is begun meanwhile."""
     clock, spec = context.clock, record.spec
+    prepare.begin(context, record)
     try:
         image = await fetch(context, record, spec.image, policy=spec.pull_policy)
     except (RequestError, NodeFaultError, TransientError) as error:

@@ -14,7 +14,7 @@ from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.steps import gpus, pull
+from nodeservice.lifecycle.steps import gpus, prepare, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of
 from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
@@ -31,21 +31,14 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     """Make work directory, bounds and container. A stop that came meanwhile is honoured first."""
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was created")
-    id_, spec = record.id, record.spec
     if record.lease.gpu_uuids and (why := await context.gpus.ready(record)):
         message = f"A GPU of the task could not be made ready: {why}"
         return ev.StepFailed(at=context.clock.now(), reason=Reason.GPU_FAULT, message=message)
-    directories = context.filing.begin(lambda: context.dirs.prepare(id_))
     try:
         # What passes (TransientError) is no failure of the task: the whole step is tried again.
-        cgroup_parent = await context.cgroups.prepare(spec, record.lease.cpu_ids)
+        cgroup_parent = await prepare.finish(context, record)
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
-    finally:
-        # Nothing of it may come after the step, nor take the place of what ends the step.
-        (failed,) = await asyncio.gather(directories, return_exceptions=True)
-    if failed is not None:
-        raise failed
     await _bound_disk(context, record)
     try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))

@@ -1,0 +1,129 @@
+"""A task's cgroup and directories are made beside the look for its image, and go with it however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskSpec
+from nodeservice.errors import NodeServiceError, RequestError, TransientError
+from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from tests.unit.node_harness import LiveNode, World, living, spec
+
+T = AttemptId("t")
+
+
+class Cgroups(NoTaskCgroups):
+    """Makes a cgroup when it is allowed to; `fails` goes wrong in its place, one after the other."""
+
+    def __init__(self, *fails: NodeServiceError) -> None:
+        super().__init__()
+        self.allowed = asyncio.Event()
+        self.fails = list(fails)
+        self.asked_count = 0
+        self.present: set[AttemptId] = set()
+
+    async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
+        self.asked_count += 1
+        await self.allowed.wait()
+        if self.fails:
+            raise self.fails.pop(0)
+        self.present.add(spec.id)
+        return f"/node/{spec.id}"
+
+    async def remove(self, id_: AttemptId) -> None:
+        self.present.discard(id_)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.runtime = FakeRuntime(images={"demo": FakeImage(is_local=False, pull_holds=True)})
+    return world
+
+
+async def cancel(node: LiveNode) -> None:
+    await node.driver.request_stop(T, StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now()))
+
+
+async def test_the_cgroup_is_made_while_the_image_is_pulled_and_the_container_put_in_it(world: World) -> None:
+    world.cgroups = cgroups = Cgroups()
+    async with living(world) as node:
+        await node.assign(spec())
+        cgroups.allowed.set()
+        await node.until(lambda: cgroups.present == {T} and node.dirs.results(T).is_dir())
+        assert node.phase(T) is Phase.PULLING
+        world.runtime.release_pulls()
+        await node.until_finished(T)
+        assert [made.cgroup_parent for made in world.runtime.specs] == [f"/node/{T}"]
+        assert cgroups.asked_count == 1
+        assert not cgroups.present
+        assert not node.context.preparing
+
+
+async def test_of_a_task_cancelled_meanwhile_nothing_is_made_after_its_clean_up(world: World) -> None:
+    world.cgroups = cgroups = Cgroups()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: cgroups.asked_count == 1)
+        await cancel(node)
+        await node.until(lambda: node.phase(T) is Phase.CLEANING)
+        assert world.uplink.reports, "the master hears of the end at once"
+        await asyncio.sleep(0.05)
+        assert node.phase(T) is Phase.CLEANING, "what was begun is waited for"
+        cgroups.allowed.set()
+        record = await node.until_finished(T)
+        assert record.verdict is not None
+        assert record.verdict.outcome is Outcome.CANCELLED
+        assert not cgroups.present
+        assert not node.dirs.root(T).exists()
+        assert not node.context.preparing
+
+
+async def test_what_failed_meanwhile_is_told_by_the_step_that_needs_it(world: World) -> None:
+    refusal = RequestError("no such device", reason="LIMIT_NOT_ENFORCED", field="read_bytes_per_second")
+    world.cgroups = cgroups = Cgroups(refusal)
+    cgroups.allowed.set()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: not cgroups.fails)
+        assert node.phase(T) is Phase.PULLING
+        world.runtime.release_pulls()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+    assert "no such device" in record.verdict.message
+    assert world.runtime.specs == []
+
+
+async def test_what_only_failed_for_a_moment_is_made_again(world: World) -> None:
+    world.cgroups = cgroups = Cgroups(TransientError("busy", reason="CGROUP_BUSY"))
+    cgroups.allowed.set()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: not cgroups.fails)
+        world.runtime.release_pulls()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.outcome is Outcome.SUCCEEDED
+    assert cgroups.asked_count == 2
+    assert [made.cgroup_parent for made in world.runtime.specs] == [f"/node/{T}"]
+
+
+async def test_a_node_that_ends_meanwhile_leaves_no_work_behind_and_makes_it_after_its_start(world: World) -> None:
+    world.cgroups = cgroups = Cgroups()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: cgroups.asked_count == 1)
+    assert all(task.done() for task in node.context.preparing.values())
+    cgroups.allowed.set()
+    async with living(world) as node:
+        world.runtime.release_pulls()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.outcome is Outcome.SUCCEEDED
+    assert cgroups.asked_count == 2
