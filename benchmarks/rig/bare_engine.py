@@ -22,6 +22,8 @@ from nodeservice.runtime.docker_spec import create_body
 from nodeservice.runtime.endpoint import resolve_endpoint
 
 LOG_MAX_BYTES = 100 * 1024**2
+CALL_SECONDS = 300.0
+"""An engine that hangs ends the measurement, not only that of the one container."""
 _RECORD = "x" * 2_000
 """As long as the record that the service puts into a label."""
 
@@ -56,7 +58,7 @@ class BareEngine:
         """One for each thread, kept open."""
         client = getattr(self._local, "client", None)
         if client is None:
-            client = docker.APIClient(resolve_endpoint(None).url, version="auto", timeout=300)
+            client = docker.APIClient(resolve_endpoint(None).url, version="auto", timeout=CALL_SECONDS)
             client.trust_env = False
             self._local.client = client
             self._clients.append(client)
@@ -87,7 +89,7 @@ class BareEngine:
         """`docker run --rm` with the same options."""
         name, body = self.body(command, cpu_milli)
         words = ["docker", "run", "--rm", *command_line(name, body)]
-        return subprocess.run(words, capture_output=True, check=True).stdout
+        return subprocess.run(words, capture_output=True, check=True, timeout=CALL_SECONDS).stdout
 
 
 def command_line(name: str, body: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.rig.bare_engine import BareEngine, command_line
+from benchmarks.rig.bare_engine import CALL_SECONDS, BareEngine, command_line
 
 POLL_SECONDS = 5.0
 
@@ -49,4 +49,5 @@ class SimpleAgent:
 
 
 def _docker(*words: str) -> str:
-    return subprocess.run(["docker", *words], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(["docker", *words], capture_output=True, text=True, check=True, timeout=CALL_SECONDS)
+    return done.stdout
