@@ -123,10 +123,9 @@ class Driver:
         return found
 
     def _stuck_condition(self) -> dict[str, str]:
-        stuck = [str(record.id) for record in self.live() if record.stuck]
-        if not stuck:
-            return {}
-        return {"TASK_STUCK": f"not to be ended: {', '.join(stuck[:5])}; a restart of the host may be needed"}
+        stuck = ", ".join([str(record.id) for record in self.live() if record.stuck][:5])
+        remedy = "a restart of the engine or the host may be needed"
+        return {"TASK_STUCK": f"not to be ended: {stuck}; {remedy}"} if stuck else {}
 
     async def assign(self, spec: TaskSpec, *, trace: TraceIds, received_at: datetime) -> TaskRecord:
         """Admit the attempt; returns once it is durable. Raises RequestError or CapacityError with the reason."""
