@@ -30,15 +30,16 @@ SHORT = "sleep 0.3; echo $EPOCHREALTIME"
 ENDLESS = "exec sleep 600"
 TRAPS = "trap 'echo $EPOCHREALTIME; exit 0' TERM; sleep 600 & wait"
 ABOUT = (
-    "One task at a time, service and bare engine (docker-py, same options) in turn; each finds the one "
-    "before it removed, whosever it was. assignment to start: from before the "
-    "call (AssignTask, or create) to the engine's StartedAt. exit to report: from the task's own note of the time, its "
-    "last act, to the report's arrival at the master (bare: to the answer of wait). cancel to gone: from before the call "
-    "(CancelTask, or kill) to the engine's `die` event. deadline to signal: from StartedAt plus timeout (bare: from before "
-    "the call of kill) to the note of the time by the task that traps SIGTERM. `added` is service less engine by rank."
+    "One task at a time, service and bare engine (docker-py, same options) in turn; each finds the one before it removed, "
+    "whosever it was. assignment to start: from before the call (AssignTask, or create) to the engine's StartedAt, of all "
+    "three tasks of a round. exit to report: from the task's own note of the time, its last act, to the report's arrival at "
+    "the master (bare: to the answer of wait). cancel to gone: from before the call (CancelTask, or kill) to the engine's "
+    "`die` event. deadline to signal: from StartedAt plus timeout (bare: from before the call of kill) to the note of the "
+    "time by the task that traps SIGTERM. `added` is service less engine by rank."
 )
 PARTS = ("assignment to start", "exit to report", "cancel to gone", "deadline to signal")
-Row = dict[str, float]
+Row = list[tuple[str, float]]
+"""Parts and how many ms each took."""
 
 
 async def measure(scale: Scale) -> Finding:
@@ -67,8 +68,8 @@ async def _rounds(probe: _Probe, scale: Scale) -> tuple[dict[str, list[float]], 
         for rows, run in runs if number % 2 else reversed(runs):
             row = await run()
             if number >= 0:  # the first are for warming up
-                for part in PARTS:
-                    rows[part].append(row[part])
+                for part, ms in row:
+                    rows[part].append(ms)
     return ours, bare
 
 
@@ -96,8 +97,8 @@ def _tell(found: Finding, ours: dict[str, list[float]], bare: dict[str, list[flo
         ),
     ]  # fmt: skip
     found.notes.append(
-        f"{len(ours[PARTS[0]])} samples of each; latency_added_ms_p50 is that from assignment to start. The engine's part "
-        "of a signal is the call of kill until the task's trap runs."
+        f"{len(ours[PARTS[0]])} samples of a start, {len(ours[PARTS[1]])} of the others; latency_added_ms_p50 is that from "
+        "assignment to start. The engine's part of a signal is the call of kill until the task's trap runs."
     )
 
 
@@ -108,77 +109,84 @@ class _Probe:
         self._events = events
 
     async def service_round(self) -> Row:
-        row: Row = {}
+        row: Row = []
         for part in (self._ours_short, self._ours_cancelled, self._ours_late):
-            row |= await part()
+            row += await part()
             await self._service.cleaned_up()
         return row
 
     async def engine_round(self) -> Row:
-        return await asyncio.to_thread(lambda: {**self._bare_short(), **self._bare_killed(), **self._bare_signalled()})
+        return await asyncio.to_thread(lambda: [*self._bare_short(), *self._bare_killed(), *self._bare_signalled()])
 
     async def _ours_short(self) -> Row:
         task_id, began = _name(), time.time()
         await self._service.assign(task_id, SHORT, cpu_milli=CPU_MILLI)
         started = await asyncio.to_thread(self._events.started_at, f"nodeservice.{task_id}.1")
         result, reported_ns = await self._service.master.reported(task_id)
-        return {
-            "assignment to start": 1000 * (started - began),
-            "exit to report": 1000 * (reported_ns / 1e9 - float(result.logs)),
-        }
+        return [
+            ("assignment to start", 1000 * (started - began)),
+            ("exit to report", 1000 * (reported_ns / 1e9 - float(result.logs))),
+        ]
 
     async def _ours_cancelled(self) -> Row:
         from nodeservice.wire import master_worker_pb2 as pb
 
-        task_id = _name()
+        task_id, assigned = _name(), time.time()
         name = f"nodeservice.{task_id}.1"
         await self._service.assign(task_id, ENDLESS, cpu_milli=CPU_MILLI)
-        await asyncio.to_thread(self._events.started_at, name)
+        started = await asyncio.to_thread(self._events.started_at, name)
         await asyncio.sleep(0.2)
         began = time.time()
         await self._service.stub.CancelTask(pb.TaskID(task_id=task_id), timeout=10)
         died = await asyncio.to_thread(self._events.died_at, name)
         await self._service.master.reported(task_id)
-        return {"cancel to gone": 1000 * (died - began)}
+        return [("assignment to start", 1000 * (started - assigned)), ("cancel to gone", 1000 * (died - began))]
 
     async def _ours_late(self) -> Row:
-        task_id = _name()
+        task_id, assigned = _name(), time.time()
         await self._service.assign(task_id, TRAPS, cpu_milli=CPU_MILLI, timeout_seconds=TIMEOUT_SECONDS)
         started = await asyncio.to_thread(self._events.started_at, f"nodeservice.{task_id}.1")
         result, _ = await self._service.master.reported(task_id)
-        return {"deadline to signal": 1000 * (float(result.logs) - started - TIMEOUT_SECONDS)}
+        late = float(result.logs) - started - TIMEOUT_SECONDS
+        return [("assignment to start", 1000 * (started - assigned)), ("deadline to signal", 1000 * late)]
 
     def _bare_short(self) -> Row:
-        client, began = self._engine.client, time.time()
-        container = self._engine.start(SHORT, CPU_MILLI)
-        started = _instant(client.inspect_container(container)["State"]["StartedAt"])
+        client = self._engine.client
+        container, _, start_ms = self._bare_start(SHORT)
         client.wait(container)
         ended = time.time()
         noted = float(client.logs(container))
         client.remove_container(container, v=True)
-        return {"assignment to start": 1000 * (started - began), "exit to report": 1000 * (ended - noted)}
+        return [("assignment to start", start_ms), ("exit to report", 1000 * (ended - noted))]
 
     def _bare_killed(self) -> Row:
         client = self._engine.client
-        container = self._engine.start(ENDLESS, CPU_MILLI)
-        name = client.inspect_container(container)["Name"].removeprefix("/")
+        container, name, start_ms = self._bare_start(ENDLESS)
         time.sleep(0.2)
         began = time.time()
         client.kill(container, "SIGTERM")
         died = self._events.died_at(name)
         client.remove_container(container, v=True)
-        return {"cancel to gone": 1000 * (died - began)}
+        return [("assignment to start", start_ms), ("cancel to gone", 1000 * (died - began))]
 
     def _bare_signalled(self) -> Row:
         client = self._engine.client
-        container = self._engine.start(TRAPS, CPU_MILLI)
+        container, _, start_ms = self._bare_start(TRAPS)
         time.sleep(TIMEOUT_SECONDS)
         began = time.time()
         client.kill(container, "SIGTERM")
         client.wait(container)
         noted = float(client.logs(container))
         client.remove_container(container, v=True)
-        return {"deadline to signal": 1000 * (noted - began)}
+        return [("assignment to start", start_ms), ("deadline to signal", 1000 * (noted - began))]
+
+    def _bare_start(self, command: str) -> tuple[str, str, float]:
+        """Id and name of a container that runs, and the ms from before its creation to its start."""
+        began = time.time()
+        container = self._engine.start(command, CPU_MILLI)
+        told = self._engine.client.inspect_container(container)
+        started = _instant(told["State"]["StartedAt"])
+        return container, told["Name"].removeprefix("/"), 1000 * (started - began)
 
 
 class _Events:

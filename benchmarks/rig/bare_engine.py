@@ -22,7 +22,7 @@ from nodeservice.runtime.docker_spec import create_body
 from nodeservice.runtime.endpoint import resolve_endpoint
 
 LOG_MAX_BYTES = 100 * 1024**2
-CALL_SECONDS = 300.0
+CALL_SECONDS = 300
 """An engine that hangs ends the measurement, not only that of the one container."""
 _RECORD = "x" * 2_000
 """As long as the record that the service puts into a label."""
