@@ -51,7 +51,7 @@ async def _all_counts(found: Finding, scale: Scale, service: Service, engine: Ba
         await arms.service_rate(at_a_time)  # warms up: threads, connections, caches
         await arms.engine_rate(at_a_time)
         rates: dict[str, list[float]] = {"service": [], "engine": [], "cli": []}
-        for number in range(scale.pick(3, 9)):
+        for number in range(scale.pick(3, 7)):
             order = [*rates][number % 3 :] + [*rates][: number % 3]
             for arm in order:
                 rates[arm].append(await getattr(arms, f"{arm}_rate")(task_count))
