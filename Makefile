@@ -63,7 +63,7 @@ test-gpu: setup ## Checks this machine's NVIDIA GPUs, changes no setting of thei
 soak: setup engine minio ## A cluster whose parts are killed and frozen at random, seed by seed (root; some minutes each)
 	@$(WITH_ENGINE) $(BIN)/python tools/soak.py $(SOAK)
 
-bench: setup engine image minio ## Measure everything beside its baselines: JSON, tables and plots in build/bench (hours; calm machine)
+bench: setup engine image minio ## Measure everything beside its baselines: JSON, tables and plots in build/bench (40 minutes; calm machine)
 	@$(WITH_ENGINE) $(BIN)/python -m benchmarks run --out "$${BENCH_OUT:-build/bench/full.json}"
 
 bench-quick: setup engine image minio ## The same, smaller, in minutes; BENCH_OUT names the JSON
