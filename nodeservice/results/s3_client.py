@@ -30,7 +30,6 @@ from nodeservice.results.source import VerifiedReader
 
 log = structlog.get_logger(__name__)
 
-_BLOCK_BYTES = 256 * 1024
 _MAX_PART_COUNT = 10_000
 _SHA256_HEADER = "x-amz-meta-sha256"
 _CONTENT_SHA256 = "x-amz-content-sha256"
@@ -76,7 +75,6 @@ class BucketClient:
             timeout=urllib3.Timeout(connect=min(5.0, access.timeout_seconds), read=access.timeout_seconds),
             maxsize=2 * access.parallel_count + LIGHT_COUNT,  # of objects and of parts, and of what is light
             retries=False,
-            blocksize=_BLOCK_BYTES,
             cert_reqs="CERT_REQUIRED",
             ca_certs=str(access.ca_file) if access.ca_file else None,
         )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import io
+import http.client
+import ssl
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from nodeservice.http_wire import Connection, Head, KeptConnections, read_body, read_head, request_head
 from nodeservice.results.source import PutStopped
+
+_BLOCK_BYTES = 256 * 1024
 
 _stop: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("results_s3_stop", default=None)
 
@@ -27,67 +31,80 @@ def stopped_by(stop: threading.Event) -> Iterator[None]:
         _stop.reset(token)
 
 
-class _Body(io.BytesIO):
-    """A request body that is sent in blocks and stops between two of them."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        stop = _stop.get()
-        if stop is not None and stop.is_set():
-            raise PutStopped
-        return super().read(size)
-
-
-class _HeadWithBody(HTTPConnection):
-    """Sends the head of a request together with the first block of its body: the store is woken once, not twice."""
-
-    _head: bytes | None = None
-    _holds_next = False
-
-    def request(self, method: str, url: str, body: Any = None, *args: Any, **kw: Any) -> None:
-        self._head, self._holds_next = None, body is not None
-        super().request(method, url, body, *args, **kw)
-        if self._head is not None:  # the body was empty
-            self.send(b"")
-
-    def send(self, data: Any) -> None:
-        if self._holds_next:
-            self._head, self._holds_next = data, False
-            return
-        if self._head is not None:
-            data, self._head = self._head + data, None
-        super().send(data)
-
-
-class _PlainConnections(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HeadWithBody
-
-
-class _SecureConnection(_HeadWithBody, HTTPSConnection):
-    """With TLS."""
-
-
-class _SecureConnections(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _SecureConnection
-
-
 class BlockwisePool(urllib3.PoolManager):
-    """Sends bodies block by block.
+    """Sends bodies block by block, the first together with the head: the store is woken once, not twice.
 
-    A body of type bytes goes out in one `sendall`, whose time limit covers the whole body (socket.sendall since Python
-    3.5), so a slow but living link would time out. A file-like body gets the limit for each block.
+    A body of type bytes would go out in one `sendall`, whose time limit covers the whole body (socket.sendall since Python
+    3.5), so a slow but living link would time out. Here the limit is for each block. What has a body goes out on connections
+    that `urllib3` makes and this class keeps; its layers in between, made for redirects, retries and answers without an
+    end, are most of what a small object costs.
     """
 
     is_minio = False
     """Whether the last answer says that it is from one. Other stores would keep an archive as it is."""
 
-    def __init__(self, **kw: Any) -> None:
-        super().__init__(**kw)
-        self.pool_classes_by_scheme = {"http": _PlainConnections, "https": _SecureConnections}
+    def __init__(self, *, timeout: urllib3.Timeout, **kw: Any) -> None:
+        super().__init__(timeout=timeout, **kw)
+        self._kept: defaultdict[str, KeptConnections] = defaultdict(KeptConnections)
+        """By scheme and host."""
+        self._answer_seconds = timeout.read_timeout
 
     def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
         body = kw.get("body")
         if isinstance(body, bytes) and body:
-            kw["body"] = _Body(body)
-        response = super().urlopen(method, url, redirect, **kw)
+            response: urllib3.BaseHTTPResponse = self._send(method, url, kw["headers"], body)
+        else:
+            response = super().urlopen(method, url, redirect, **kw)
         self.is_minio = response.headers.get("Server") == "MinIO"
         return response
+
+    def clear(self) -> None:
+        super().clear()
+        for kept in self._kept.values():
+            kept.close()
+
+    def _send(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> urllib3.HTTPResponse:
+        """Raises OSError, HTTPError of urllib3's, or PutStopped."""
+        scheme, _, place = url.partition("://")
+        host, _, target = place.partition("/")
+        kept = self._kept[f"{scheme}://{host}"]
+        connection = kept.take() or self._connect(url)
+        try:
+            _send_blocks(connection, request_head(method, f"/{target}", headers), body)
+            head = read_head(connection.reader)
+            content = read_body(connection.reader, head)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, http.client.HTTPException):
+                raise urllib3.exceptions.ProtocolError(f"no answer: {error}") from error
+            raise
+        kept.keep(connection, head)
+        return _response(head, content)
+
+    def _connect(self, url: str) -> Connection:
+        """As urllib3 does it, certificates and all."""
+        made = self.connection_from_url(url)._new_conn()  # noqa: SLF001
+        try:
+            made.connect()
+        except ssl.SSLError as error:
+            made.close()
+            raise urllib3.exceptions.SSLError(error) from error
+        connected = cast("http.client.HTTPConnection", made).sock
+        connected.settimeout(self._answer_seconds)
+        return Connection(connected)
+
+
+def _send_blocks(connection: Connection, head: bytes, body: bytes) -> None:
+    stop, left = _stop.get(), memoryview(body)
+    try:
+        while head or left:
+            if stop is not None and stop.is_set():
+                raise PutStopped
+            connection.socket.sendall(head + left[:_BLOCK_BYTES] if head else left[:_BLOCK_BYTES])
+            head, left = b"", left[_BLOCK_BYTES:]
+    except BrokenPipeError:
+        pass  # who will not have all of it may have answered before it hung up
+
+
+def _response(head: Head, content: bytes) -> urllib3.HTTPResponse:
+    return urllib3.HTTPResponse(content, headers=head.fields, status=head.status, reason=head.reason)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import http.client
-import io
-import select
 import socket
-from collections import deque
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlencode
 
 import requests
 from docker import APIClient
 
-from nodeservice.runtime.http_wire import Head, read_body, read_head, send_request
+from nodeservice.http_wire import Connection, Head, KeptConnections, read_body, read_head, send_request
 
 _LOCAL = "http+docker://localhost"
-_READ_BYTES = 65536
 _PLAIN = frozenset({"params", "data", "headers", "timeout"})
 
 
@@ -30,7 +26,7 @@ class EngineClient(APIClient):
 
     def __init__(self, *args: Any, socket_path: str | None, **kw: Any) -> None:
         self._socket_path = socket_path
-        self._idle: deque[_LocalConnection] = deque()
+        self._kept = KeptConnections()
         super().__init__(*args, **kw)
 
     def request(self, method: str, url: str, **kw: Any) -> requests.Response:  # type: ignore[override]
@@ -44,8 +40,7 @@ class EngineClient(APIClient):
 
     def close(self) -> None:
         super().close()
-        while self._idle:
-            self._idle.pop().close()
+        self._kept.close()
 
     def _send(
         self,
@@ -77,47 +72,28 @@ class EngineClient(APIClient):
             if isinstance(error, http.client.HTTPException | OSError):
                 raise requests.exceptions.ConnectionError(error) from error
             raise
-        if head.keeps_open:
-            self._idle.append(connection)
-        else:
-            connection.close()
+        self._kept.keep(connection, head)
         return _response(url, head, content)
 
-    def _connection(self, timeout: float) -> _LocalConnection:
+    def _connection(self, timeout: float) -> Connection:
         """One that is idle and still open, else a new one. Raises OSError."""
-        while self._idle:
-            try:
-                connection = self._idle.pop()
-            except IndexError:  # another thread took the last
-                break
-            if connection.is_open():
-                connection.socket.settimeout(timeout)
-                return connection
-            connection.close()
-        assert self._socket_path is not None
-        return _LocalConnection(self._socket_path, timeout)
+        connection = self._kept.take()
+        if connection is None:
+            assert self._socket_path is not None
+            connection = Connection(_connected(self._socket_path, timeout))
+        connection.socket.settimeout(timeout)
+        return connection
 
 
-class _LocalConnection:
-    def __init__(self, socket_path: str, timeout: float) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(timeout)
-        try:
-            self.socket.connect(socket_path)
-        except OSError:
-            self.socket.close()
-            raise
-        self.reader = cast("io.BufferedReader", self.socket.makefile("rb", buffering=_READ_BYTES))
-
-    def is_open(self) -> bool:
-        """An engine has nothing to say on an idle connection but that it is over."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        return not poll.poll(0)
-
-    def close(self) -> None:
-        self.reader.close()
-        self.socket.close()
+def _connected(socket_path: str, timeout: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(socket_path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _response(url: str, head: Head, content: bytes) -> requests.Response:

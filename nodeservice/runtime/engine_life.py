@@ -22,11 +22,11 @@ from pathlib import Path
 import structlog
 
 from nodeservice.errors import TransientError
+from nodeservice.http_wire import read_body, read_head, send_request
 from nodeservice.ports import ContainerState
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import peer_pid
 from nodeservice.runtime.errors import engine_unavailable
-from nodeservice.runtime.http_wire import read_body, read_head, send_request
 from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import urlencode
 
+from nodeservice.http_wire import dechunk, read_head, send_request
 from nodeservice.runtime.endpoint import Endpoint
-from nodeservice.runtime.http_wire import dechunk, read_head, send_request
 
 _READ_BYTES = 65536
 _MAX_ERROR_BYTES = 65536

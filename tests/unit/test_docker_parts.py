@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from nodeservice.core.model import MIB
 from nodeservice.errors import ConfigError, NodeFaultError, NodeServiceError, RequestError, TransientError
+from nodeservice.http_wire import dechunk
 from nodeservice.ports import ContainerSpec
 from nodeservice.runtime.docker_spec import cpu_quota, create_body
 from nodeservice.runtime.docker_state import init_failure, read_instant, read_state, read_status
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.errors import create_error, pull_error, start_error, translate
 from nodeservice.runtime.frames import Reread, read_frames
-from nodeservice.runtime.http_wire import dechunk
 from nodeservice.runtime.images import choose_digest, parse_image
 from nodeservice.runtime.profile import EngineProfile, read_profile
 

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from nodeservice.runtime.http_wire import read_body, read_head, send_request
+from nodeservice.http_wire import read_body, read_head, send_request
 
 
 def reader(*parts: bytes) -> io.BufferedReader:

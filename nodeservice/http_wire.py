@@ -1,7 +1,7 @@
-"""As much of HTTP/1.1 as is spoken with an engine on this host: a request, the head of its answer, its body (RFC 9112).
+"""As much of HTTP/1.1 as a short call needs: a request, the head of its answer, its body (RFC 9112), kept connections.
 
-`http.client` reads a head with the parser for e-mail and opens the socket anew as a file for each answer, which is most of
-what a short call costs.
+For an engine on this host and for uploads. `http.client` reads a head with the parser for e-mail and opens the socket anew
+as a file for each answer, which is most of what a short call costs.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import http
 import http.client
 import io
+import select
 import socket
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 _MAX_LINE_BYTES = 65536
 _MAX_FIELDS = 100
+_READ_BYTES = 65536
 _BODILESS = frozenset({204, 304})
 
 
@@ -44,15 +47,68 @@ class Head(NamedTuple):
         return ends_by_itself and self.fields.get("connection", "").lower() != "close"
 
 
+class Connection:
+    """To one server, for one request after the other, with what was read ahead of its answers."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.reader = cast("io.BufferedReader", connected.makefile("rb", buffering=_READ_BYTES))
+
+    def is_open(self) -> bool:
+        """A server has nothing to say on an idle connection but that it is over."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.socket.close()
+
+
+class KeptConnections:
+    """Those to one server that are idle, for any thread; the one that was used last goes first."""
+
+    def __init__(self) -> None:
+        self._idle: deque[Connection] = deque()
+
+    def take(self) -> Connection | None:
+        """One that is still open, if there is any."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread took the last
+                break
+            if connection.is_open():
+                return connection
+            connection.close()
+        return None
+
+    def keep(self, connection: Connection, after: Head) -> None:
+        """For others, if this answer, read to its end, leaves it open; else it is closed."""
+        if after.keeps_open:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+
 def send_request(
     connection: socket.socket, method: str, target: str, *, fields: Mapping[str, str] | None = None, body: bytes = b""
 ) -> None:
-    """Raises OSError, and ValueError for what would not be one request."""
-    lines = [f"{method} {target} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
-    lines += [f"{name}: {value}" for name, value in (fields or {}).items()]
+    """To the engine. Raises OSError, and ValueError for what would not be one request."""
+    all_fields = {"Host": "localhost", "Content-Length": str(len(body)), **(fields or {})}
+    connection.sendall(request_head(method, target, all_fields) + body)
+
+
+def request_head(method: str, target: str, fields: Mapping[str, str]) -> bytes:
+    """Raises ValueError for what would not be one request."""
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     if any("\r" in line or "\n" in line for line in lines) or " " in target:
-        raise ValueError(f"cannot be asked of the engine: {method} {target!r}")
-    connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii") + body)
+        raise ValueError(f"cannot be asked: {method} {target!r}")
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 def read_head(reader: io.BufferedReader) -> Head:
@@ -105,7 +161,7 @@ def dechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
             try:
                 left = int(data[start:end].partition(b";")[0], 16)
             except ValueError as error:
-                raise http.client.HTTPException("the engine's answer is garbled") from error
+                raise http.client.HTTPException("the answer is garbled") from error
             position, is_first = end + 2, False
             if left == 0:
                 if payload:
@@ -119,9 +175,9 @@ def dechunk(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def _line(reader: io.BufferedReader) -> bytes:
     line = reader.readline(_MAX_LINE_BYTES + 1)
     if len(line) > _MAX_LINE_BYTES:
-        raise http.client.LineTooLong("head of the engine's answer")
+        raise http.client.LineTooLong("head of the answer")
     if not line.endswith(b"\n"):
-        raise http.client.RemoteDisconnected("the engine closed the connection")
+        raise http.client.RemoteDisconnected("the server closed the connection")
     return line.rstrip(b"\r\n")
 
 
@@ -134,7 +190,7 @@ def _fields(reader: io.BufferedReader) -> dict[str, str]:
         name, _, value = line.decode("latin-1").partition(":")
         name, value = name.strip().lower(), value.strip()
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    raise http.client.HTTPException(f"the engine's answer has more than {_MAX_FIELDS} fields")
+    raise http.client.HTTPException(f"the answer has more than {_MAX_FIELDS} fields")
 
 
 def _read_chunks(reader: io.BufferedReader) -> bytes:
@@ -145,7 +201,7 @@ def _read_chunks(reader: io.BufferedReader) -> bytes:
         except ValueError as error:
             raise http.client.IncompleteRead(b"".join(found)) from error
         if size < 0:
-            raise http.client.HTTPException(f"a chunk of the engine's answer has {size} bytes")
+            raise http.client.HTTPException(f"a chunk of the answer has {size} bytes")
         if size == 0:
             _fields(reader)  # those that may follow the last chunk
             return b"".join(found)
