@@ -11,6 +11,7 @@ import http.client
 import io
 import select
 import socket
+import ssl
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, cast
@@ -18,6 +19,7 @@ from typing import NamedTuple, cast
 _MAX_LINE_BYTES = 65536
 _MAX_FIELDS = 100
 _READ_BYTES = 65536
+_MAX_WHOLE_BYTES = 1024**3
 _BODILESS = frozenset({204, 304})
 
 
@@ -30,21 +32,25 @@ class Head(NamedTuple):
 
     @property
     def is_chunked(self) -> bool:
-        return self.fields.get("transfer-encoding", "").lower() == "chunked"
+        return self._words("transfer-encoding")[-1] == "chunked"
 
     @property
     def length_bytes(self) -> int | None:
         """None where only the end of the connection, or the last chunk, ends the body."""
         if self.status in _BODILESS:
             return 0
-        length = self.fields.get("content-length", "")
-        return int(length) if length.isdecimal() and not self.is_chunked else None
+        length, *others = set(self._words("content-length"))
+        return int(length) if length.isdecimal() and not others and not self.is_chunked else None
 
     @property
     def keeps_open(self) -> bool:
         """Whether the connection serves another request after this body."""
         ends_by_itself = self.is_chunked or self.length_bytes is not None
-        return ends_by_itself and self.fields.get("connection", "").lower() != "close"
+        return ends_by_itself and "close" not in self._words("connection")
+
+    def _words(self, name: str) -> list[str]:
+        """Of a list; one that is empty where there is no such field."""
+        return [word.strip() for word in self.fields.get(name, "").lower().split(",")]
 
 
 class Connection:
@@ -55,10 +61,25 @@ class Connection:
         self.reader = cast("io.BufferedReader", connected.makefile("rb", buffering=_READ_BYTES))
 
     def is_open(self) -> bool:
-        """A server has nothing to say on an idle connection but that it is over."""
+        """A server has nothing to say on an idle connection but that it is over.
+
+        More than the last answer may have come with it. It is of no request of ours, and must not be taken for the next.
+        """
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
-        return not poll.poll(0)
+        return not poll.poll(0) and not self._has_read_ahead()
+
+    def _has_read_ahead(self) -> bool:
+        limit_seconds = self.socket.gettimeout()
+        self.socket.settimeout(0)
+        try:
+            return bool(self.reader.peek(1))
+        except ssl.SSLWantReadError:
+            return False
+        except OSError:
+            return True  # it broke off just now
+        finally:
+            self.socket.settimeout(limit_seconds)
 
     def close(self) -> None:
         self.reader.close()
@@ -108,7 +129,7 @@ def request_head(method: str, target: str, fields: Mapping[str, str]) -> bytes:
     lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     if any("\r" in line or "\n" in line for line in lines) or " " in target:
         raise ValueError(f"cannot be asked: {method} {target!r}")
-    return "\r\n".join([*lines, "", ""]).encode("ascii")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def read_head(reader: io.BufferedReader) -> Head:
@@ -183,10 +204,14 @@ def _line(reader: io.BufferedReader) -> bytes:
 
 def _fields(reader: io.BufferedReader) -> dict[str, str]:
     fields: dict[str, str] = {}
+    name = ""
     for _ in range(_MAX_FIELDS):
         line = _line(reader)
         if not line:
             return fields
+        if line[:1] in b" \t" and fields:  # of old, a field could go on in the next line
+            fields[name] += f" {line.decode('latin-1').strip()}"
+            continue
         name, _, value = line.decode("latin-1").partition(":")
         name, value = name.strip().lower(), value.strip()
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
@@ -210,6 +235,8 @@ def _read_chunks(reader: io.BufferedReader) -> bytes:
 
 
 def _read(reader: io.BufferedReader, size: int) -> bytes:
+    if size > _MAX_WHOLE_BYTES:
+        raise http.client.HTTPException(f"an answer of {size} bytes is not read whole")
     data = reader.read(size)
     if len(data) < size:
         raise http.client.IncompleteRead(data, size - len(data))

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, BinaryIO, cast
+from xml.etree.ElementTree import ParseError
 
 import structlog
 import urllib3
@@ -272,10 +274,11 @@ class BucketClient:
             status = int(getattr(error, "_code", 500))
             raise _sorted_out("", status, f"{where}: cannot {action}: HTTP {status}, not from S3") from error
         except urllib3.exceptions.SSLError as error:
-            raise NodeFaultError(
-                f"{where}: the certificate is not trusted", reason="STORE_REFUSED", hint="set the certificate authority"
-            ) from error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+            why, hint = f"no TLS with it: {error}", "use a server with TLS 1.2 or newer, or none"
+            if error.args and isinstance(error.args[0], ssl.SSLCertVerificationError):
+                why, hint = "the certificate is not trusted", "set the certificate authority"
+            raise NodeFaultError(f"{where}: {why}", reason="STORE_REFUSED", hint=hint) from error
+        except (urllib3.exceptions.HTTPError, ParseError, OSError) as error:
             raise TransientError(
                 f"{where}: cannot {action}: {type(error).__name__}", reason="STORE_UNREACHABLE"
             ) from error

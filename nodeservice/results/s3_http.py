@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import http.client
+import socket
 import ssl
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from typing import Any, cast
 
 import urllib3
 
-from nodeservice.http_wire import Connection, Head, KeptConnections, read_body, read_head, request_head
+from nodeservice.http_wire import Connection, KeptConnections, read_body, read_head, request_head
 from nodeservice.results.source import PutStopped
 
 _BLOCK_BYTES = 256 * 1024
@@ -70,16 +72,23 @@ class BlockwisePool(urllib3.PoolManager):
         kept = self._kept[f"{scheme}://{host}"]
         connection = kept.take() or self._connect(url)
         try:
-            _send_blocks(connection, request_head(method, f"/{target}", headers), body)
+            # What is encoded would have to be decoded; it is no part of the signature.
+            request = request_head(method, f"/{target}", {**headers, "Accept-Encoding": "identity"})
+            is_sent = _send_blocks(connection, request, body)
             head = read_head(connection.reader)
             content = read_body(connection.reader, head)
+            if not is_sent and head.status < HTTPStatus.MULTIPLE_CHOICES:
+                raise http.client.HTTPException(f"{head.status}, but not all of the body was taken")
         except BaseException as error:
             connection.close()
             if isinstance(error, http.client.HTTPException):
                 raise urllib3.exceptions.ProtocolError(f"no answer: {error}") from error
             raise
-        kept.keep(connection, head)
-        return _response(head, content)
+        if is_sent:
+            kept.keep(connection, head)
+        else:
+            connection.close()
+        return urllib3.HTTPResponse(content, headers=head.fields, status=head.status, reason=head.reason)
 
     def _connect(self, url: str) -> Connection:
         """As urllib3 does it, certificates and all."""
@@ -91,10 +100,14 @@ class BlockwisePool(urllib3.PoolManager):
             raise urllib3.exceptions.SSLError(error) from error
         connected = cast("http.client.HTTPConnection", made).sock
         connected.settimeout(self._answer_seconds)
+        # Else the kernel takes some megabytes at once, and the limit for the answer counts while a slow link carries them.
+        with contextlib.suppress(OSError):
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _BLOCK_BYTES)
         return Connection(connected)
 
 
-def _send_blocks(connection: Connection, head: bytes, body: bytes) -> None:
+def _send_blocks(connection: Connection, head: bytes, body: bytes) -> bool:
+    """False: the server takes no more. It may have answered before it hung up."""
     stop, left = _stop.get(), memoryview(body)
     try:
         while head or left:
@@ -102,9 +115,6 @@ def _send_blocks(connection: Connection, head: bytes, body: bytes) -> None:
                 raise PutStopped
             connection.socket.sendall(head + left[:_BLOCK_BYTES] if head else left[:_BLOCK_BYTES])
             head, left = b"", left[_BLOCK_BYTES:]
-    except BrokenPipeError:
-        pass  # who will not have all of it may have answered before it hung up
-
-
-def _response(head: Head, content: bytes) -> urllib3.HTTPResponse:
-    return urllib3.HTTPResponse(content, headers=head.fields, status=head.status, reason=head.reason)
+    except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
+        return False
+    return True

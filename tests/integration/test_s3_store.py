@@ -431,6 +431,19 @@ async def test_wrong_credentials_are_a_refusal_that_never_shows_them(
     assert "not-the-right-one" not in str(caught.value)
 
 
+def test_a_refusal_is_heard_before_a_large_body_has_gone_out(
+    minio: MinioServer, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    """MinIO answers at once, reads no further, and hangs up with a reset."""
+    client.make_bucket(bucket)
+    bundle = bundle_of(tmp_path, {"a": bytes(64 * MIB)})
+    large = next(file for file in bundle.files if file.entry.path == "a")
+    impostor = s3_client.BucketClient(minio.access(bucket, secret_key="wrong", part_bytes=100 * MIB))
+    with pytest.raises(NodeFaultError, match="SignatureDoesNotMatch"):
+        impostor.upload("key", large, threading.Event())
+    impostor.close()
+
+
 async def test_a_user_who_may_not_write_is_refused(
     open_store: OpenStore, client: Minio, minio: MinioServer, bucket: str, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from nodeservice.http_wire import read_body, read_head, send_request
+from nodeservice.http_wire import Connection, KeptConnections, read_body, read_head, send_request
 
 
 def reader(*parts: bytes) -> io.BufferedReader:
@@ -49,14 +49,63 @@ def test_a_body_that_the_end_of_the_connection_ends() -> None:
 
 def test_a_connection_that_is_closed_is_not_kept() -> None:
     assert not read_head(reader(b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n")).keeps_open
-    head = read_head(reader(b"HTTP/1.1 200 OK\r\nConnection: Close\r\nContent-Length: 0\r\n\r\n"))
-    assert not head.keeps_open
+    for words in (b"Close", b"close, TE", b"Keep-Alive, close", b"TE\r\nConnection: close"):
+        head = read_head(reader(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: " + words + b"\r\n\r\n"))
+        assert not head.keeps_open, words
 
 
 def test_what_comes_before_the_answer_is_passed_over_and_fields_add_up() -> None:
     head = read_head(reader(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 201 Created\r\nWarning: a\r\nwarning: b\r\n\r\n"))
     assert head.status == 201
     assert head.fields["warning"] == "a, b"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"Content-Length: 2\r\nContent-Length: 2",
+        b"Content-Length: 2, 2",
+        b"Warning: a\r\n  b\r\nContent-Length: 2",
+        b"Warning: a\r\n\tContent-Length: 7\r\nContent-Length: 2",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    ],
+)
+def test_odd_ways_to_say_where_a_body_ends(fields: bytes) -> None:
+    body = b"2\r\nhi\r\n0\r\n\r\n" if b"chunked" in fields else b"hi"
+    answer = reader(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\n" + body)
+    head = read_head(answer)
+    assert head.keeps_open
+    assert read_body(answer, head) == b"hi"
+
+
+def test_two_lengths_are_none() -> None:
+    head = read_head(reader(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhi"))
+    assert head.length_bytes is None
+    assert not head.keeps_open
+
+
+def test_more_than_memory_holds_is_not_begun() -> None:
+    answer = reader(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999\r\n\r\nhi")
+    head = read_head(answer)
+    with pytest.raises(http.client.HTTPException, match="99999999999999999"):
+        read_body(answer, head)
+
+
+@pytest.mark.parametrize("surplus", [b"", b"HTTP/1.1 200 OK\r\n"])
+def test_a_connection_with_more_than_its_answer_is_not_used_again(surplus: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(5)
+    kept = KeptConnections()
+    with ours, theirs:
+        connection = Connection(ours)
+        theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi" + surplus)
+        head = read_head(connection.reader)
+        assert read_body(connection.reader, head) == b"hi"
+        kept.keep(connection, head)
+        assert kept.take() is (None if surplus else connection)
+        if not surplus:
+            assert ours.gettimeout() == 5
+            connection.close()
 
 
 @pytest.mark.parametrize(

@@ -128,16 +128,50 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again() -> No
         assert server.connection_count == 2
 
 
-def test_who_answers_before_all_was_sent_and_hangs_up_is_heard() -> None:
+@pytest.mark.parametrize("resets", [False, True])
+def test_who_refuses_before_all_was_sent_and_hangs_up_is_heard(resets: bool) -> None:
     def serve(connection: socket.socket, _number: int) -> None:
         connection.recv(1000)
         connection.sendall(REFUSED)
         connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65536):  # unread bytes would turn the end into a reset
+        while not resets and connection.recv(65536):  # what is left unread turns the end into a reset
             pass
 
     with serving(serve) as (server, pool):
-        assert put(server, pool, b"x" * 20 * BLOCK_BYTES).status == 403
+        assert put(server, pool, b"x" * 80 * BLOCK_BYTES).status == 403
+
+
+def test_who_says_yes_before_all_was_sent_is_not_believed() -> None:
+    def serve(connection: socket.socket, _number: int) -> None:
+        connection.recv(1000)
+        connection.sendall(OK)
+
+    with serving(serve) as (server, pool), pytest.raises(urllib3.exceptions.ProtocolError, match="not all of the body"):
+        put(server, pool, b"x" * 80 * BLOCK_BYTES)
+
+
+def test_an_answer_that_came_too_early_is_not_that_to_the_next_request() -> None:
+    def serve(connection: socket.socket, number: int) -> None:
+        take_request(connection)
+        connection.sendall(OK + OK if number == 0 else REFUSED)
+        take_request(connection)
+
+    with serving(serve) as (server, pool):
+        assert put(server, pool, b"one").status == 200
+        assert put(server, pool, b"two").status == 403
+
+
+def test_what_comes_is_asked_for_as_it_is() -> None:
+    heads: list[bytes] = []
+
+    def serve(connection: socket.socket, _number: int) -> None:
+        heads.append(connection.recv(65536))
+        connection.sendall(OK)
+
+    with serving(serve) as (server, pool):
+        put(server, pool, b"body")
+    assert b"\r\nAccept-Encoding: identity\r\n" in heads[0]
+    assert heads[0].startswith(b"PUT /bucket/key HTTP/1.1\r\nHost: x\r\n")
 
 
 @pytest.mark.parametrize(
