@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -22,8 +21,8 @@ from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, TaskSpec, TraceIds
-from nodeservice.core.retry import Backoff
-from nodeservice.errors import CapacityError, InvariantError, NodeServiceError, TransientError
+from nodeservice.errors import InvariantError, NodeServiceError, TransientError
+from nodeservice.lifecycle.batch_writer import BatchWriter
 from nodeservice.lifecycle.inbox import Assign, Batch, Occurred, Resume, Settled, fail
 from nodeservice.lifecycle.patience import AgeClock
 from nodeservice.lifecycle.story import summary
@@ -33,9 +32,9 @@ log = structlog.get_logger(__name__)
 
 StartEffect = Callable[[TaskRecord, fx.Effect], None]
 Changed = Callable[[TaskRecord], None]
-_JOURNAL_BACKOFF = Backoff(first_seconds=0.2, max_seconds=15.0)
 _MAX_BATCH = 512
-_DEFERRED_SECONDS = 0.2
+_UNWRITTEN_SECONDS = 1.0
+"""For how long a stop waits for the journal before it is carried out all the same."""
 
 
 class Driver:
@@ -77,11 +76,9 @@ class Driver:
         """What is wrong with this node now, by name, in words. While there is any, it takes no new work."""
         self.warnings: dict[str, str] = {}
         """What else is wrong, by name, in words: it holds back only the tasks that need it."""
-        self.journal_error: str | None = None
-        self._deferred: dict[AttemptId, TaskRecord] = {}
-        self._write_deferred: asyncio.TimerHandle | None = None
-        self._held_up: str | None = None
-        """Why what has happened cannot be journalled now, so that nothing behind it is decided."""
+        self._is_idle = False
+        """All that was posted is decided on and journalled."""
+        self._writer = BatchWriter(journal, ledger, clock, ask_for_write=self._ask_for_write)
 
     # ---- wiring ---------------------------------------------------------------------------------------------------
 
@@ -115,6 +112,11 @@ class Driver:
         """All attempts that are over and still remembered."""
         return [self._records[id_] for id_ in self._finished]
 
+    @property
+    def journal_error(self) -> str | None:
+        """Why the journal cannot be written now."""
+        return self._writer.trouble
+
     def all_conditions(self) -> dict[str, str]:
         """The node's conditions, and what its tasks and its journal make of it."""
         found = {**self.conditions, **self._stuck_condition()}
@@ -129,9 +131,9 @@ class Driver:
 
     async def assign(self, spec: TaskSpec, *, trace: TraceIds, received_at: datetime) -> TaskRecord:
         """Admit the attempt; returns once it is durable. Raises RequestError or CapacityError with the reason."""
-        if self._held_up is not None:
+        if self.journal_error is not None:
             # In the queue it would wait for as long as the journal does, and then run for a caller who has given up.
-            raise _unwritable(self._held_up)
+            raise self._writer.refusal()
         answer: asyncio.Future[TaskRecord] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(Assign(spec, trace, received_at, answer))
         return await answer
@@ -141,14 +143,14 @@ class Driver:
         answer: asyncio.Future[TaskRecord] = asyncio.get_running_loop().create_future()
         event = ev.StopRequested(at=stop.requested_at, stop=stop)
         self._queue.put_nowait(Occurred(id_, event, answer))
-        self._stop_unwritten(id_, event)
+        self._see_to_stop(id_, event)
         return await answer
 
     def post(self, id_: AttemptId, event: ev.Event) -> None:
         """Tell what happened. Never blocks."""
         self._queue.put_nowait(Occurred(id_, event))
         if isinstance(event, ev.StopRequested):
-            self._stop_unwritten(id_, event)
+            self._see_to_stop(id_, event)
 
     async def settled(self) -> None:
         """Return once all that was posted before is journalled."""
@@ -156,11 +158,28 @@ class Driver:
         self._queue.put_nowait(Settled(answer))
         await answer
 
+    def _ask_for_write(self) -> None:
+        self._queue.put_nowait(Settled(asyncio.get_running_loop().create_future()))
+
+    def _see_to_stop(self, id_: AttemptId, event: ev.StopRequested) -> None:
+        """A limit holds, and a cancel is obeyed, also while the journal can't be written, or hangs."""
+        if self.journal_error is not None:
+            self._stop_unwritten(id_, event)
+        else:
+            asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
+
     def _stop_unwritten(self, id_: AttemptId, event: ev.StopRequested) -> None:
-        """A limit holds, and a cancel is obeyed, also while the journal can't be written: stopping twice does no harm."""
-        record = self._records.get(id_)
-        if self._held_up is not None and record is not None and record.phase is Phase.RUNNING:
-            self._start_effect(replace(record, stop=record.stop or event.stop), fx.StopContainer())
+        """Stop what is not told to yet, and again while it isn't. Stopping twice does no harm."""
+        known = self._records.get(id_)
+        if known is None or known.stop is not None or self._is_idle:
+            return  # it was decided on
+        record = self._writer.pending(id_) or known
+        if not Phase.STARTING <= record.phase <= Phase.RUNNING:
+            return
+        # That it runs may be what can't be written. Where it doesn't yet, nothing is stopped, and the next look is soon.
+        as_running = replace(record, phase=Phase.RUNNING, stop=record.stop or event.stop)
+        self._start_effect(as_running, fx.StopContainer())
+        asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
 
     # ---- start and run --------------------------------------------------------------------------------------------
 
@@ -185,16 +204,19 @@ class Driver:
         """Work until cancelled."""
         while True:
             batch = Batch()
-            self._decide(await self._queue.get(), batch)
+            self._is_idle = True
+            item = await self._queue.get()
+            self._is_idle = False
+            self._decide(item, batch)
             for _ in range(_MAX_BATCH):
                 try:
                     self._decide(self._queue.get_nowait(), batch)
                 except asyncio.QueueEmpty:
                     break
             if batch.can_wait and not batch.answers and not batch.settled:
-                self._defer(batch)
+                self._writer.defer(batch)
             else:
-                await self._write(batch)
+                await self._writer.write(batch)
             self._publish(batch)
             await self._forget_old()
 
@@ -274,52 +296,6 @@ class Driver:
 
     # ---- journal, then act ----------------------------------------------------------------------------------------
 
-    def _defer(self, batch: Batch) -> None:
-        """Leave the batch to the next write, or to one of its own when none comes soon."""
-        self._deferred |= batch.changed
-        if self._deferred and self._write_deferred is None:
-            loop = asyncio.get_running_loop()
-            self._write_deferred = loop.call_later(
-                _DEFERRED_SECONDS, self._queue.put_nowait, Settled(loop.create_future())
-            )
-
-    async def _write(self, batch: Batch) -> None:
-        """Journal the batch. New work is refused while the journal cannot be written; what happened is kept until it can."""
-        failures = 0
-        while unwritten := self._deferred | batch.changed:
-            try:
-                await self._journal.save(list(unwritten.values()))
-            except TransientError as error:
-                if self.journal_error is None:
-                    log.error("journal.unwritable", error=str(error))
-                self.journal_error = str(error)
-                self._refuse_admitted(batch, error)
-                self._held_up = str(error) if self._deferred or batch.changed else None
-                await self._clock.sleep(_JOURNAL_BACKOFF.delay(failures, random.random()))  # noqa: S311
-                failures += 1
-            else:
-                if self.journal_error is not None:
-                    log.info("journal.writable_again")
-                self.journal_error = self._held_up = None
-                self._deferred.clear()
-                if self._write_deferred is not None:
-                    self._write_deferred.cancel()
-                    self._write_deferred = None
-                return
-
-    def _refuse_admitted(self, batch: Batch, error: TransientError) -> None:
-        for id_ in batch.admitted:
-            batch.changed.pop(id_, None)
-            self.ledger.release_compute(id_)
-            self.ledger.release_disk(id_)
-        refusal = _unwritable(str(error))
-        for answer, id_ in batch.answers:
-            if id_ in batch.admitted:
-                fail(answer, refusal)
-        batch.answers = [(answer, id_) for answer, id_ in batch.answers if id_ not in batch.admitted]
-        batch.effects = [(id_, effect) for id_, effect in batch.effects if id_ not in batch.admitted]
-        batch.admitted.clear()
-
     def _publish(self, batch: Batch) -> None:
         for id_, record in batch.changed.items():
             before = self._records.get(id_)
@@ -381,18 +357,15 @@ class Driver:
             await self._journal.forget(old)
             for id_ in old:
                 del self._finished[id_], self._records[id_]
-                self._deferred.pop(id_, None)
+                self._writer.forget(id_)
                 self._forget_attempt(id_)
                 for listener in self._forgotten:
-                    listener(id_)
+                    try:
+                        listener(id_)
+                    except Exception:
+                        log.exception("driver.listener_failed", task_id=id_.task_id)
 
     def _forget_attempt(self, id_: AttemptId) -> None:
         left = tuple(attempt for attempt in self._attempts.pop(id_.task_id, ()) if attempt != id_.attempt)
         if left:
             self._attempts[id_.task_id] = left
-
-
-def _unwritable(why: str) -> CapacityError:
-    return CapacityError(
-        f"this node cannot write its journal: {why}", reason="JOURNAL_UNWRITABLE", hint="assign it elsewhere"
-    )

@@ -244,6 +244,7 @@ async def test_a_journal_that_cannot_be_written_refuses_new_work_and_leases_noth
         assert node.driver.ledger.free == NODE
         assert world.runtime.specs == []
         failing.heal()
+        await node.until(lambda: "JOURNAL_UNWRITABLE" not in node.driver.all_conditions())  # with nothing else to write
         await node.assign(spec())
         await node.until_finished(T)
 

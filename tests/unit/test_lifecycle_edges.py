@@ -19,7 +19,7 @@ from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage
-from tests.unit.node_harness import RecordingUplink, World, living, spec
+from tests.unit.node_harness import LiveNode, RecordingUplink, World, living, spec
 
 T = AttemptId("t")
 
@@ -90,12 +90,38 @@ async def test_a_master_that_never_answers_does_not_keep_the_node_from_stopping(
 
 
 class HeldJournal(MemoryJournal):
-    full = False
+    """Fails while it is `full`, and hangs while it is not `free`."""
 
-    async def save(self, records: object) -> None:
-        if self.full:
-            raise TransientError("the disk is full", reason="JOURNAL_UNWRITABLE")
-        await super().save(records)  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+        self.free = asyncio.Event()
+        self.free.set()
+        self.from_phase = Phase.PULLING
+        """Earlier ones are written."""
+
+    async def save(self, records: Sequence[TaskRecord]) -> None:
+        if any(record.phase >= self.from_phase for record in records):
+            await self.free.wait()
+            if self.full:
+                raise TransientError("the disk is full", reason="JOURNAL_UNWRITABLE")
+        await super().save(records)
+
+
+class UnsyncedJournal(MemoryJournal):
+    """What it says it could not write is there all the same, as after a sync that failed."""
+
+    failing = False
+
+    async def save(self, records: Sequence[TaskRecord]) -> None:
+        await super().save(records)
+        if self.failing:
+            raise TransientError("the sync failed", reason="JOURNAL_UNWRITABLE")
+
+
+def cancel(node: LiveNode) -> asyncio.Task[TaskRecord]:
+    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now(), message="enough")
+    return asyncio.create_task(node.driver.request_stop(T, stop))
 
 
 async def test_while_the_journal_is_away_new_work_is_refused_at_once_and_a_stop_still_stops(world: World) -> None:
@@ -106,16 +132,12 @@ async def test_while_the_journal_is_away_new_work_is_refused_at_once_and_a_stop_
         await node.assign(spec())
         await node.until(lambda: node.phase(T) is Phase.RUNNING)
         journal.full = True
-        now = node.clock.now()
-        asked = asyncio.create_task(
-            node.driver.request_stop(T, StopRequest(cause=StopCause.CANCELLED, requested_at=now, message="enough"))
-        )
+        asked = cancel(node)
         await node.until(lambda: node.driver.journal_error is not None)
         with pytest.raises(CapacityError) as caught:
             async with asyncio.timeout(1.0):
                 await node.assign(spec("u"))
         assert caught.value.reason == "JOURNAL_UNWRITABLE"
-        node.driver.post(T, _stop_again(node.clock.now()))
         await node.until(lambda: not world.runtime.running)
         assert not asked.done()
         journal.full = False
@@ -125,11 +147,74 @@ async def test_while_the_journal_is_away_new_work_is_refused_at_once_and_a_stop_
     assert record.verdict.reason is Reason.CANCELLED
 
 
-def _stop_again(now: object) -> object:
-    from nodeservice.core import events as ev
+async def test_a_stop_is_carried_out_while_the_journal_hangs(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    journal = HeldJournal()
+    world.journal = journal
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        journal.free.clear()
+        asked = cancel(node)
+        await node.until(lambda: not world.runtime.running)
+        assert not asked.done()
+        journal.free.set()
+        await asked
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
 
-    stop = StopRequest(cause=StopCause.CANCELLED, requested_at=now, message="enough")  # type: ignore[arg-type]
-    return ev.StopRequested(at=now, stop=stop)  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_what_started_before_its_start_could_be_journalled_can_be_stopped(world: World, hangs: bool) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    journal = HeldJournal()
+    journal.from_phase = Phase.RUNNING
+    world.journal = journal
+    async with living(world) as node:
+        if hangs:
+            journal.free.clear()
+        else:
+            journal.full = True
+        await node.assign(spec())
+        await node.until(lambda: bool(world.runtime.running))
+        asked = cancel(node)
+        await node.until(lambda: not world.runtime.running)
+        assert node.phase(T) is Phase.STARTING
+        journal.full = False
+        journal.free.set()
+        await asked
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+
+
+async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:
+    journal = UnsyncedJournal()
+    world.journal = journal
+    async with living(world) as node:
+        journal.failing = True
+        with pytest.raises(CapacityError):
+            await node.assign(spec())
+        journal.failing = False
+        await node.until(lambda: node.driver.journal_error is None)
+        assert await journal.load() == ()
+        assert node.driver.get(T) is None
+
+
+async def test_a_log_that_cannot_be_removed_does_not_end_the_node(world: World) -> None:
+    world.finished_retention_count = 0
+    async with living(world) as node:
+        asked: list[AttemptId] = []
+
+        def refuse(id_: AttemptId) -> None:
+            asked.append(id_)
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        node.driver.on_forget(refuse)
+        for name in ("t", "u"):
+            await node.assign(spec(name))
+            await node.until(lambda name=name: AttemptId(name) in asked)  # type: ignore[misc]
 
 
 async def test_cpu_and_memory_go_back_while_results_are_still_being_read(world: World) -> None:
