@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import Phase, Resources, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, StopRequest, TaskRecord
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 
 log = structlog.get_logger(__name__)
 
 DISK_LOW = "DISK_LOW"
+Share = tuple[Resources, tuple[int, ...], Mapping[AttemptId, tuple[int, ...]]]
+"""What all tasks may have together, the CPUs of those without exclusive ones, and whose CPUs are exclusive."""
 
 
 class HostKeeper:
@@ -30,7 +33,7 @@ class HostKeeper:
         self._context = context
         self._driver = driver
         self._share_changed = asyncio.Event()
-        self._applied: tuple[Resources, tuple[int, ...]] | None = None
+        self._applied: Share | None = None
         driver.on_change(self._note)
 
     def _note(self, _record: TaskRecord) -> None:
@@ -90,5 +93,5 @@ class HostKeeper:
         self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
 
 
-def _share(ledger: Ledger) -> tuple[Resources, tuple[int, ...]]:
-    return ledger.allocatable, ledger.shared_cpu_ids
+def _share(ledger: Ledger) -> Share:
+    return ledger.allocatable, ledger.shared_cpu_ids, ledger.exclusive_cpu_ids

@@ -18,10 +18,11 @@ from structlog.testing import capture_logs
 
 from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import TransientError
+from nodeservice.limits.asked import ids_of
 from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
 from nodeservice.limits.plan import PIDS_OVERHEAD, CgroupLimits
-from nodeservice.limits.tree import CgroupTree
+from nodeservice.limits.tree import CgroupTree, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
 from nodeservice.ports import EngineFacts
@@ -38,7 +39,10 @@ V2_DEFAULTS = {
     "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0",
     "pids.max": "max",
     "pids.peak": "0",
+    "cpuset.cpus": "",
+    "cpuset.cpus.effective": Path("/sys/devices/system/cpu/online").read_text(),
 }
+SHARE = Resources(cpu_milli=1500, memory_bytes=512 * MIB)
 
 
 class UnifiedStandIn:
@@ -160,6 +164,66 @@ async def test_a_limit_may_also_be_lowered_again(cgroups: KernelTaskCgroups) -> 
     effective = in_force(cgroups)
 
     assert (effective["memory_bytes"], effective["memory_swap_bytes"]) == (32 * MIB, 32 * MIB)
+
+
+def cpus_of(cgroups: KernelTaskCgroups, *task_ids: str) -> list[tuple[int, ...]]:
+    found = [in_force(cgroups, AttemptId(task_id, 1))["cpu_ids"] for task_id in task_ids]
+    return [tuple(sorted(ids_of(str(cpus)))) for cpus in found]
+
+
+def two_cpus() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    first, *others = online_cpus()
+    if not others:
+        pytest.skip("needs two CPUs")
+    return (first,), tuple(others)
+
+
+async def test_tasks_are_kept_off_exclusive_cpus_whether_they_came_before_or_after(cgroups: KernelTaskCgroups) -> None:
+    own, others = two_cpus()
+    exclusive = spec("exclusive")
+    await cgroups.share(SHARE)
+    await cgroups.prepare(spec("before"))
+    await cgroups.share(SHARE, others, {exclusive.id: own})
+    await cgroups.prepare(exclusive, own)
+    await cgroups.prepare(spec("after"))
+    assert cpus_of(cgroups, "before", "exclusive", "after") == [others, own, others]
+    await cgroups.prepare(spec("before"))
+    await cgroups.prepare(exclusive, own)
+    assert cpus_of(cgroups, "before", "exclusive", "after") == [others, own, others]
+    await cgroups.share(SHARE)
+    await cgroups.prepare(spec("late"))
+    assert cpus_of(cgroups, "before", "exclusive", "after", "late") == [online_cpus()] * 4
+
+
+async def test_each_task_gets_the_cpus_that_it_should_have_whatever_it_had(cgroups: KernelTaskCgroups) -> None:
+    """After a restart nobody here knows what was set before; a set without a CPU in common is not taken for one's own."""
+    first, others = two_cpus()
+    exclusive, shared = spec("exclusive"), spec("shared")
+    await cgroups.prepare(exclusive)
+    await cgroups.prepare(shared)
+    await cgroups.share(SHARE, first, {exclusive.id: others})
+    assert cpus_of(cgroups, "exclusive", "shared") == [others, first]
+    await cgroups.share(SHARE, others, {exclusive.id: first})
+    assert cpus_of(cgroups, "exclusive", "shared") == [first, others]
+
+
+async def test_containers_move_with_their_tasks_whatever_cpus_they_had(tmp_path: Path) -> None:
+    first, others = two_cpus()
+    tree = v1_tree(tmp_path)
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(f"test-{uuid.uuid4().hex[:12]}"), tree=tree)
+    parent = await cgroups.prepare(spec())
+    assert parent is not None
+    container = Path(f"/sys/fs/cgroup/cpuset{parent}/container")
+    (container / "inside").mkdir(parents=True)
+    try:
+        for cpus in (first, others, online_cpus(), first):
+            await cgroups.share(SHARE, cpus)
+            assert cgroups.describe() is None
+            for place in (container.parent, container, container / "inside"):
+                assert tuple(sorted(ids_of((place / "cpuset.cpus").read_text()))) == cpus
+    finally:
+        await cgroups.remove(AttemptId("task", 1))
+        await cgroups.close()
 
 
 async def test_what_was_not_asked_is_not_limited(cgroups: KernelTaskCgroups) -> None:
