@@ -33,19 +33,21 @@ class HostKeeper:
         self._context = context
         self._driver = driver
         self._share_changed = asyncio.Event()
-        self._applied: Share | None = None
+        self._asked: Share | None = None
+        self._holds = False
+        """Whether what was asked for was done; else it is asked for again at the next look."""
         driver.on_change(self._note)
 
     def _note(self, _record: TaskRecord) -> None:
-        if _share(self._driver.ledger) != self._applied:
+        if _share(self._driver.ledger) != self._asked:
             self._share_changed.set()
 
     async def apply_share(self) -> None:
-        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was."""
+        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was, and holds."""
         wanted = _share(self._driver.ledger)
-        if wanted != self._applied:
-            await self._context.cgroups.share(*wanted)
-            self._applied = wanted
+        if wanted != self._asked or not self._holds:
+            self._asked, self._holds = wanted, False
+            self._holds = await self._context.cgroups.share(*wanted)
 
     async def run(self) -> None:
         """Work until cancelled."""

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -23,7 +24,7 @@ from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.block_devices import disks_of
 from nodeservice.limits.hierarchy import read_mounts
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
-from nodeservice.limits.tree import CgroupTree, online_cpus
+from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
@@ -113,7 +114,7 @@ class KernelTaskCgroups:
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
         exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
-    ) -> None:
+    ) -> bool:
         place = self._places.of_node()
         self._share = plan_share(allocatable, host_pids=_host_pids())
         self._shared_cpu_ids = cpu_ids
@@ -121,18 +122,21 @@ class KernelTaskCgroups:
 
         def apply() -> None:
             if self._tree.exists(place):  # else it is made with the first task
-                self._make_room(place, again=True)
                 shared = _online(cpu_ids)
-                for name in self._tree.children(place):
-                    self._tree.set_cpus(f"{place}/{name}", exclusive.get(name, shared))
+                tasks = ((f"{place}/{name}", exclusive.get(name, shared)) for name in self._tree.children(place))
+                moves = (partial(self._tree.set_cpus, *task) for task in tasks)
+                do_all([partial(self._make_room, place, again=True), *moves])
 
         try:
             await self._run(apply)
         except OSError as error:
-            self._fault = f"tasks are not held to the node's share: {error}"
-            log.warning("cgroup.share_not_set", path=place, error=str(error))
-        else:
-            self._fault = None
+            fault = f"tasks are not held to the node's share: {error}"
+            level = log.debug if fault == self._fault else log.warning
+            self._fault = fault
+            level("cgroup.share_not_set", path=place, error=str(error))
+            return False
+        self._fault = None
+        return True
 
     async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
         """As the port says. Repeating sets the limits again. None also where the kernel refuses: the reason is logged."""
@@ -296,8 +300,9 @@ class NoTaskCgroups:
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
         exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
-    ) -> None:
-        """There is nothing that could hold them together."""
+    ) -> bool:
+        """There is nothing that could hold them together, and nothing to try again."""
+        return True
 
     async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
         _refuse_unless(False, spec)

@@ -83,6 +83,18 @@ class CgroupTree(Protocol):
     def close(self) -> None: ...
 
 
+def do_all(calls: Iterable[Callable[[], None]]) -> None:
+    """What the kernel refuses keeps nothing else from being done; the first refusal is raised at the end."""
+    refused: OSError | None = None
+    for call in calls:
+        try:
+            call()
+        except OSError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+
+
 def online_cpus() -> tuple[int, ...]:
     """More can't be written to a cpuset. Raises OSError."""
     return tuple(sorted(ids_of(Path("/sys/devices/system/cpu/online").read_text(encoding="ascii"))))

@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_shares
 from nodeservice.limits.tree import (
     NO_LIMIT,
     children_of,
+    do_all,
     only_child,
     processes_in,
     prune_parents,
@@ -64,11 +66,11 @@ class V1CgroupTree:
         born = not self._memory(place).is_dir()
         for name in self._bases:
             self._make(name, place)
-            self._set_limits(name, self._node(name, place), limits)
         for top in self._idle_tops:
             with suppress(OSError):
                 (top / place).mkdir(parents=True, exist_ok=True)
         self._oom.watch(self._memory(place), from_birth=born)
+        do_all(partial(self._set_limits, name, self._node(name, place), limits) for name in self._bases)
 
     def rate_devices(self) -> tuple[Path, ...]:
         """Block I/O is limited cgroup by cgroup here, whatever stands above.

@@ -59,12 +59,13 @@ class TaskCgroups(Protocol):
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
         exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
-    ) -> None:
+    ) -> bool:
         """Hold all tasks of this node together to these amounts (processes too), so that the host keeps its reserve.
 
         `cpu_ids` are the CPUs for tasks without exclusive ones; empty means all. Call it at the start and whenever one of
         them changes: what runs is moved over, and what is made later begins there. Each of those with exclusive CPUs gets
-        its own. Never raises: where it can't be done, that is logged, and told by `describe`.
+        its own. False where a part of it can't be done now (more memory is in use, say): that is logged and told by
+        `describe`, and the call is to be repeated. Never raises.
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -222,6 +223,57 @@ async def test_containers_move_with_their_tasks_whatever_cpus_they_had(tmp_path:
             for place in (container.parent, container, container / "inside"):
                 assert tuple(sorted(ids_of((place / "cpuset.cpus").read_text()))) == cpus
     finally:
+        await cgroups.remove(AttemptId("task", 1))
+        await cgroups.close()
+
+
+HOLDS = """
+import ctypes
+assert ctypes.CDLL(None, use_errno=True).mlockall(3) == 0
+held = bytearray(b"x") * (64 << 20)
+print("holds", flush=True)
+input()
+"""
+
+
+async def test_a_share_that_the_kernel_refuses_is_told_and_all_else_is_set(tmp_path: Path) -> None:
+    """On cgroup v1 memory cannot be lowered below what is in use."""
+    _, others = two_cpus()
+    tree = v1_tree(tmp_path)
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(f"test-{uuid.uuid4().hex[:12]}"), tree=tree)
+    less = Resources(cpu_milli=700, memory_bytes=32 * MIB)
+    assert await cgroups.share(SHARE)
+    parent = await cgroups.prepare(spec(memory_bytes=256 * MIB))
+    assert parent is not None
+    node = Path(parent).parent
+    memory, quota = (
+        Path(f"/sys/fs/cgroup{file}")
+        for file in (f"/memory{node}/memory.limit_in_bytes", f"/cpu{node}/cpu.cfs_quota_us")
+    )
+    script = 'echo $$ >"$1"/cgroup.procs; exec "$2" -c "$3"'
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", script, "sh", f"/sys/fs/cgroup/memory{parent}", sys.executable, HOLDS,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"holds\n"
+        with capture_logs() as logs:
+            assert not await cgroups.share(less, others)
+            assert not await cgroups.share(less, others)
+        assert [entry["log_level"] for entry in logs] == ["warning", "debug"]
+        assert "share" in str(cgroups.describe())
+        assert (int(memory.read_text()), int(quota.read_text())) == (SHARE.memory_bytes, 70_000)
+        assert cpus_of(cgroups, "task") == [others]
+        process.kill()
+        await process.communicate()
+        assert await cgroups.share(less, others)
+        assert cgroups.describe() is None
+        assert int(memory.read_text()) == less.memory_bytes
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
         await cgroups.remove(AttemptId("task", 1))
         await cgroups.close()
 
