@@ -106,6 +106,8 @@ class KernelTaskCgroups:
         self._warned: set[str] = set()
         self._fault: str | None = None
         self._share: CgroupLimits | None = None
+        self._share_is_set = False
+        """What an engine made in the node's place while we were away has no limits."""
         self._shared_cpu_ids: Sequence[int] = ()
         """For tasks without exclusive CPUs; empty means all."""
 
@@ -121,7 +123,8 @@ class KernelTaskCgroups:
         exclusive = {_name_of(self._places.of_task(id_)): tuple(ids) for id_, ids in exclusive_cpu_ids.items()}
 
         def apply() -> None:
-            if self._tree.exists(place):  # else it is made with the first task
+            self._share_is_set = self._tree.exists(place)
+            if self._share_is_set:  # else it is made with the first task
                 shared = _online(cpu_ids)
                 tasks = ((f"{place}/{name}", exclusive.get(name, shared)) for name in self._tree.children(place))
                 moves = (partial(self._tree.set_cpus, *task) for task in tasks)
@@ -255,9 +258,10 @@ class KernelTaskCgroups:
 
     def _make_room(self, place: str, *, again: bool = False) -> None:
         """The cgroup above all tasks; it goes with the last of them."""
-        if self._share is not None and (again or not self._tree.exists(place)):
+        if self._share is not None and (again or not self._share_is_set or not self._tree.exists(place)):
             self._tree.create(place.partition("/")[0], plan_top(os.cpu_count() or 1))
             self._tree.create(place, self._share)
+            self._share_is_set = True
 
     async def _create(self, place: str, limits: CgroupLimits) -> None:
         def make() -> None:

@@ -227,6 +227,21 @@ async def test_containers_move_with_their_tasks_whatever_cpus_they_had(tmp_path:
         await cgroups.close()
 
 
+async def test_what_an_engine_made_in_the_nodes_place_gets_the_share_with_the_first_task(
+    cgroups: KernelTaskCgroups,
+) -> None:
+    node = cgroups._places.of_node()
+
+    def memory_bytes() -> object:
+        return next(found.value for found in cgroups._tree.readings(node) if found.limit == "memory_bytes")
+
+    await cgroups.share(SHARE)
+    cgroups._tree.create(f"{node}/engine", CgroupLimits(memory_bytes=None, cpu_quota_us=None, pids_max=None))
+    assert memory_bytes() is None
+    await cgroups.prepare(spec())
+    assert memory_bytes() == SHARE.memory_bytes
+
+
 HOLDS = """
 import ctypes
 assert ctypes.CDLL(None, use_errno=True).mlockall(3) == 0
