@@ -5,7 +5,7 @@ The ledger is a view of the journal: `Ledger.restore` rebuilds it from the recor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nodeservice.core.cpus import Cpu, pick_cpus
@@ -102,8 +102,17 @@ class Ledger:
         taken = self._taken_cpus()
         return tuple(cpu.id for cpu in self._cpus if cpu.id not in taken) if taken else ()
 
+    @property
+    def exclusive_cpu_ids(self) -> Mapping[AttemptId, tuple[int, ...]]:
+        """Whose CPUs are nobody else's."""
+        return {
+            owner: holding.lease.cpu_ids
+            for owner, holding in self._holdings.items()
+            if holding.compute and holding.lease.cpu_ids
+        }
+
     def _taken_cpus(self) -> set[int]:
-        return {cpu for holding in self._holdings.values() if holding.compute for cpu in holding.lease.cpu_ids}
+        return {cpu for cpu_ids in self.exclusive_cpu_ids.values() for cpu in cpu_ids}
 
     def shortfall(
         self, request: Resources, *, exclusive_cpus: bool = False, gpu: GpuRequest | None = None

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import Phase, Resources, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, StopRequest, TaskRecord
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 
 log = structlog.get_logger(__name__)
 
 DISK_LOW = "DISK_LOW"
+Share = tuple[Resources, tuple[int, ...], Mapping[AttemptId, tuple[int, ...]]]
+"""What all tasks may have together, the CPUs of those without exclusive ones, and whose CPUs are exclusive."""
 
 
 class HostKeeper:
@@ -30,19 +33,21 @@ class HostKeeper:
         self._context = context
         self._driver = driver
         self._share_changed = asyncio.Event()
-        self._applied: tuple[Resources, tuple[int, ...]] | None = None
+        self._asked: Share | None = None
+        self._holds = False
+        """Whether what was asked for was done; else it is asked for again at the next look."""
         driver.on_change(self._note)
 
     def _note(self, _record: TaskRecord) -> None:
-        if _share(self._driver.ledger) != self._applied:
+        if _share(self._driver.ledger) != self._asked:
             self._share_changed.set()
 
     async def apply_share(self) -> None:
-        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was."""
+        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was, and holds."""
         wanted = _share(self._driver.ledger)
-        if wanted != self._applied:
-            await self._context.cgroups.share(*wanted)
-            self._applied = wanted
+        if wanted != self._asked or not self._holds:
+            self._asked, self._holds = wanted, False
+            self._holds = await self._context.cgroups.share(*wanted)
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -90,5 +95,5 @@ class HostKeeper:
         self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
 
 
-def _share(ledger: Ledger) -> tuple[Resources, tuple[int, ...]]:
-    return ledger.allocatable, ledger.shared_cpu_ids
+def _share(ledger: Ledger) -> Share:
+    return ledger.allocatable, ledger.shared_cpu_ids, ledger.exclusive_cpu_ids

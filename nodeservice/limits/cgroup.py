@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,14 +21,14 @@ import structlog
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import RequestError, TransientError
-from nodeservice.limits.asked import ids_of
 from nodeservice.limits.block_devices import disks_of
 from nodeservice.limits.hierarchy import read_mounts
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
-from nodeservice.limits.tree import CgroupTree
+from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
+from nodeservice.ports.cgroups import NOBODY
 from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
@@ -105,23 +106,40 @@ class KernelTaskCgroups:
         self._warned: set[str] = set()
         self._fault: str | None = None
         self._share: CgroupLimits | None = None
+        self._share_is_set = False
+        """What an engine made in the node's place while we were away has no limits."""
+        self._shared_cpu_ids: Sequence[int] = ()
+        """For tasks without exclusive CPUs; empty means all."""
 
-    async def share(self, allocatable: Resources, cpu_ids: Sequence[int] = ()) -> None:
+    async def share(
+        self,
+        allocatable: Resources,
+        cpu_ids: Sequence[int] = (),
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+    ) -> bool:
         place = self._places.of_node()
         self._share = plan_share(allocatable, host_pids=_host_pids())
+        self._shared_cpu_ids = cpu_ids
+        exclusive = {_name_of(self._places.of_task(id_)): tuple(ids) for id_, ids in exclusive_cpu_ids.items()}
 
         def apply() -> None:
-            if self._tree.exists(place):  # else it is made with the first task
-                self._make_room(place, again=True)
-                self._tree.set_cpus(place, tuple(cpu_ids) or _all_cpus())
+            self._share_is_set = self._tree.exists(place)
+            if self._share_is_set:  # else it is made with the first task
+                shared = _online(cpu_ids)
+                tasks = ((f"{place}/{name}", exclusive.get(name, shared)) for name in self._tree.children(place))
+                moves = (partial(self._tree.set_cpus, *task) for task in tasks)
+                do_all([partial(self._make_room, place, again=True), *moves])
 
         try:
             await self._run(apply)
         except OSError as error:
-            self._fault = f"tasks are not held to the node's share: {error}"
-            log.warning("cgroup.share_not_set", path=place, error=str(error))
-        else:
-            self._fault = None
+            fault = f"tasks are not held to the node's share: {error}"
+            level = log.debug if fault == self._fault else log.warning
+            self._fault = fault
+            level("cgroup.share_not_set", path=place, error=str(error))
+            return False
+        self._fault = None
+        return True
 
     async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
         """As the port says. Repeating sets the limits again. None also where the kernel refuses: the reason is logged."""
@@ -199,7 +217,7 @@ class KernelTaskCgroups:
 
     async def unclaimed(self, claimed: Collection[AttemptId]) -> Sequence[str]:
         node = self._places.of_node()
-        names = {self._places.of_task(id_).rpartition("/")[2] for id_ in claimed}
+        names = {_name_of(self._places.of_task(id_)) for id_ in claimed}
         try:
             return sorted(await self._run(lambda: self._tree.children(node)) - names)
         except OSError as error:
@@ -240,14 +258,17 @@ class KernelTaskCgroups:
 
     def _make_room(self, place: str, *, again: bool = False) -> None:
         """The cgroup above all tasks; it goes with the last of them."""
-        if self._share is not None and (again or not self._tree.exists(place)):
+        if self._share is not None and (again or not self._share_is_set or not self._tree.exists(place)):
             self._tree.create(place.partition("/")[0], plan_top(os.cpu_count() or 1))
             self._tree.create(place, self._share)
+            self._share_is_set = True
 
     async def _create(self, place: str, limits: CgroupLimits) -> None:
         def make() -> None:
             self._make_room(self._places.of_node())
             self._tree.create(place, limits)
+            if self._shared_cpu_ids and not limits.cpu_ids:
+                self._tree.set_cpus(place, _online(self._shared_cpu_ids))
 
         for _ in range(_CREATE_ATTEMPTS - 1):
             # Another node on this host may remove the common parent, empty to its eyes, just as we go through it.
@@ -278,8 +299,14 @@ class NoTaskCgroups:
     def __init__(self, why: str = "cgroups are not used") -> None:
         self._why = why
 
-    async def share(self, allocatable: Resources, cpu_ids: Sequence[int] = ()) -> None:
-        """There is nothing that could hold them together."""
+    async def share(
+        self,
+        allocatable: Resources,
+        cpu_ids: Sequence[int] = (),
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+    ) -> bool:
+        """There is nothing that could hold them together, and nothing to try again."""
+        return True
 
     async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
         _refuse_unless(False, spec)
@@ -355,11 +382,14 @@ def _host_pids() -> int | None:
     return min(limits, default=None)
 
 
-def _all_cpus() -> tuple[int, ...]:
-    """Those online: more can't be written to a cpuset."""
-    with suppress(OSError):
-        return tuple(sorted(ids_of(Path("/sys/devices/system/cpu/online").read_text(encoding="ascii"))))
-    return ()
+def _online(cpu_ids: Sequence[int]) -> tuple[int, ...]:
+    """Those of them that are; all that are where it is none. Raises OSError."""
+    online = online_cpus()
+    return tuple(cpu for cpu in online if cpu in cpu_ids) or online
+
+
+def _name_of(place: str) -> str:
+    return place.rpartition("/")[2]
 
 
 def _safe(name: str) -> str:

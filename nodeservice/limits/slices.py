@@ -85,6 +85,14 @@ class SliceTree(V2CgroupTree):
         if (task.read("memory_events") or {}).get("oom_kill"):  # meanwhile the kernel ended only a part
             self.kill(place)
 
+    def _write_cpus(self, place: str, cpu_ids: tuple[int, ...]) -> None:
+        """Through systemd, which writes its own idea of them whenever it looks at the slice again.
+
+        It also hands the controller down, which it does not while nobody asks for it.
+        """
+        unit, cpus = place.rpartition("/")[2], [("AllowedCPUs", ("ay", _cpu_mask(cpu_ids)))]
+        self._call("SetUnitProperties", "sba(sv)", (unit, True, cpus), tolerated=(_NO_SUCH_UNIT,))
+
     def remove(self, place: str) -> bool:
         if self.processes(place):
             return False

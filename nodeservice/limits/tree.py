@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from nodeservice.core.model import Usage
+from nodeservice.limits.asked import ids_of
 from nodeservice.limits.plan import CgroupLimits
 from nodeservice.ports import OomFacts, Reading
 
@@ -41,8 +42,8 @@ class CgroupTree(Protocol):
         """Block devices whose rates the container does not inherit."""
         ...
 
-    def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
-        """Move the tasks below `parent` to these CPUs, but for those that share none with them: they have their own."""
+    def set_cpus(self, place: str, cpu_ids: tuple[int, ...]) -> None:
+        """Move all in it and below to these CPUs. One that is gone is success."""
         ...
 
     def exists(self, place: str) -> bool: ...
@@ -80,6 +81,23 @@ class CgroupTree(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def do_all(calls: Iterable[Callable[[], None]]) -> None:
+    """What the kernel refuses keeps nothing else from being done; the first refusal is raised at the end."""
+    refused: OSError | None = None
+    for call in calls:
+        try:
+            call()
+        except OSError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+
+
+def online_cpus() -> tuple[int, ...]:
+    """More can't be written to a cpuset. Raises OSError."""
+    return tuple(sorted(ids_of(Path("/sys/devices/system/cpu/online").read_text(encoding="ascii"))))
 
 
 def only_child(directory: Path) -> Path | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +25,7 @@ from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_shares
 from nodeservice.limits.tree import (
     NO_LIMIT,
     children_of,
+    do_all,
     only_child,
     processes_in,
     prune_parents,
@@ -63,11 +66,11 @@ class V1CgroupTree:
         born = not self._memory(place).is_dir()
         for name in self._bases:
             self._make(name, place)
-            self._set_limits(name, self._node(name, place), limits)
         for top in self._idle_tops:
             with suppress(OSError):
                 (top / place).mkdir(parents=True, exist_ok=True)
         self._oom.watch(self._memory(place), from_birth=born)
+        do_all(partial(self._set_limits, name, self._node(name, place), limits) for name in self._bases)
 
     def rate_devices(self) -> tuple[Path, ...]:
         """Block I/O is limited cgroup by cgroup here, whatever stands above.
@@ -76,18 +79,18 @@ class V1CgroupTree:
         """
         return tuple(path for disk in self._disks if (path := device_file(disk)) is not None)
 
-    def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
+    def set_cpus(self, place: str, cpu_ids: tuple[int, ...]) -> None:
         wanted = frozenset(cpu_ids)
-        for task in children_of(self._bases["cpuset"] / "cpuset" / parent):
-            path = f"{parent}/{task.name}"
-            held = ids_of(self._node("cpuset", path).controller.get_property(b"cpuset.cpus"))
-            if held == wanted or (held and not held & wanted):
-                continue
-            places = [path, *(f"{path}/{child.name}" for child in children_of(task))]
-            # A child may hold no CPU that its parent lacks: it shrinks first, and grows last.
-            for place in places if held < wanted else reversed(places):
-                with suppress(FileNotFoundError):
-                    self._node("cpuset", place).controller.set_property(b"cpuset.cpus", ids_text(wanted))
+        held: dict[str, frozenset[int]] = {}
+        for part in self._all_in("cpuset", place):
+            with _unless_gone():
+                held[part] = ids_of(self._node("cpuset", part).controller.get_property(b"cpuset.cpus"))
+        # A child may hold no CPU that its parent lacks: all grow from the top, and then shrink from the bottom.
+        grown = [(part, ids | wanted) for part, ids in held.items() if not wanted <= ids]
+        shrunk = [(part, wanted) for part, ids in reversed(held.items()) if not ids <= wanted]
+        for part, ids in (*grown, *shrunk):
+            with _unless_gone():
+                self._node("cpuset", part).controller.set_property(b"cpuset.cpus", ids_text(ids))
 
     def exists(self, place: str) -> bool:
         return self._memory(place).is_dir()
@@ -285,6 +288,12 @@ class V1CgroupTree:
                     found.append(_reading(limit, max(rates), controller, f"blkio.throttle.{file}"))
         return found
 
+    def _all_in(self, name: str, place: str) -> Iterator[str]:
+        """The place and those below it in one hierarchy, each after the one above it."""
+        yield place
+        for child in children_of(self._bases[name] / name / place):
+            yield from self._all_in(name, f"{place}/{child.name}")
+
     def _memory(self, place: str) -> Path:
         return self._memory_top / place
 
@@ -318,6 +327,16 @@ def _set_memory(controller: Any, memory_bytes: int) -> None:
     controller.limit_in_bytes = memory_bytes
     if has_swap_account:
         controller.memsw_limit_in_bytes = memory_bytes
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    """A container's cgroup may vanish between a look and the next, and between the opening of a file and its use."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
 
 
 def _read(controller: Any, interface: str) -> Any:

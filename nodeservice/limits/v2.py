@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_weight
 from nodeservice.limits.tree import (
     DirectoryCall,
     children_of,
+    online_cpus,
     only_child,
     processes_in,
     prune_parents,
@@ -149,14 +149,16 @@ class V2CgroupTree:
         """What stands above holds below here."""
         return ()
 
-    def set_cpus(self, parent: str, cpu_ids: tuple[int, ...]) -> None:
-        wanted = frozenset(cpu_ids)
-        for directory in children_of(self._top / parent):
-            task = UnifiedCgroup(directory)
-            held = ids_of(task.read("cpuset_cpus") or task.read("cpuset_cpus_effective") or "")
-            if held and held != wanted and held & wanted:
-                with suppress(FileNotFoundError):
-                    task.cpuset_cpus = ids_text(wanted)
+    def set_cpus(self, place: str, cpu_ids: tuple[int, ...]) -> None:
+        """What lies below has those that it was given, or else all, of these."""
+        task = UnifiedCgroup(self._top / place)
+        held = task.read("cpuset_cpus") or task.read("cpuset_cpus_effective")
+        if ids_of(held or ids_text(frozenset(online_cpus()))) != frozenset(cpu_ids):
+            self._write_cpus(place, cpu_ids)
+
+    def _write_cpus(self, place: str, cpu_ids: tuple[int, ...]) -> None:
+        # Where there are no cpusets no task gets exclusive CPUs.
+        UnifiedCgroup(self._top / place).set_if_offered("cpuset_cpus", ids_text(frozenset(cpu_ids)))
 
     def throttles(self) -> bool:
         """Whether block I/O can be limited here."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
+
+NOBODY: Mapping[AttemptId, Sequence[int]] = MappingProxyType({})
+"""Has exclusive CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +54,18 @@ class ProcessReader(Protocol):
 class TaskCgroups(Protocol):
     """A cgroup of the task's own, made before the container and readable after it."""
 
-    async def share(self, allocatable: Resources, cpu_ids: Sequence[int] = ()) -> None:
+    async def share(
+        self,
+        allocatable: Resources,
+        cpu_ids: Sequence[int] = (),
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+    ) -> bool:
         """Hold all tasks of this node together to these amounts (processes too), so that the host keeps its reserve.
 
         `cpu_ids` are the CPUs for tasks without exclusive ones; empty means all. Call it at the start and whenever one of
-        them changes: what runs is moved over. Never raises: where it can't be done, that is logged, and told by `describe`.
+        them changes: what runs is moved over, and what is made later begins there. Each of those with exclusive CPUs gets
+        its own. False where a part of it can't be done now (more memory is in use, say): that is logged and told by
+        `describe`, and the call is to be repeated. Never raises.
         """
         ...
 

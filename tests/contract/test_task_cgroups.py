@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,10 +19,11 @@ from structlog.testing import capture_logs
 
 from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import TransientError
+from nodeservice.limits.asked import ids_of
 from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
 from nodeservice.limits.plan import PIDS_OVERHEAD, CgroupLimits
-from nodeservice.limits.tree import CgroupTree
+from nodeservice.limits.tree import CgroupTree, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
 from nodeservice.ports import EngineFacts
@@ -38,7 +40,10 @@ V2_DEFAULTS = {
     "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0",
     "pids.max": "max",
     "pids.peak": "0",
+    "cpuset.cpus": "",
+    "cpuset.cpus.effective": Path("/sys/devices/system/cpu/online").read_text(),
 }
+SHARE = Resources(cpu_milli=1500, memory_bytes=512 * MIB)
 
 
 class UnifiedStandIn:
@@ -160,6 +165,132 @@ async def test_a_limit_may_also_be_lowered_again(cgroups: KernelTaskCgroups) -> 
     effective = in_force(cgroups)
 
     assert (effective["memory_bytes"], effective["memory_swap_bytes"]) == (32 * MIB, 32 * MIB)
+
+
+def cpus_of(cgroups: KernelTaskCgroups, *task_ids: str) -> list[tuple[int, ...]]:
+    found = [in_force(cgroups, AttemptId(task_id, 1))["cpu_ids"] for task_id in task_ids]
+    return [tuple(sorted(ids_of(str(cpus)))) for cpus in found]
+
+
+def two_cpus() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    first, *others = online_cpus()
+    if not others:
+        pytest.skip("needs two CPUs")
+    return (first,), tuple(others)
+
+
+async def test_tasks_are_kept_off_exclusive_cpus_whether_they_came_before_or_after(cgroups: KernelTaskCgroups) -> None:
+    own, others = two_cpus()
+    exclusive = spec("exclusive")
+    await cgroups.share(SHARE)
+    await cgroups.prepare(spec("before"))
+    await cgroups.share(SHARE, others, {exclusive.id: own})
+    await cgroups.prepare(exclusive, own)
+    await cgroups.prepare(spec("after"))
+    assert cpus_of(cgroups, "before", "exclusive", "after") == [others, own, others]
+    await cgroups.prepare(spec("before"))
+    await cgroups.prepare(exclusive, own)
+    assert cpus_of(cgroups, "before", "exclusive", "after") == [others, own, others]
+    await cgroups.share(SHARE)
+    await cgroups.prepare(spec("late"))
+    assert cpus_of(cgroups, "before", "exclusive", "after", "late") == [online_cpus()] * 4
+
+
+async def test_each_task_gets_the_cpus_that_it_should_have_whatever_it_had(cgroups: KernelTaskCgroups) -> None:
+    """After a restart nobody here knows what was set before; a set without a CPU in common is not taken for one's own."""
+    first, others = two_cpus()
+    exclusive, shared = spec("exclusive"), spec("shared")
+    await cgroups.prepare(exclusive)
+    await cgroups.prepare(shared)
+    await cgroups.share(SHARE, first, {exclusive.id: others})
+    assert cpus_of(cgroups, "exclusive", "shared") == [others, first]
+    await cgroups.share(SHARE, others, {exclusive.id: first})
+    assert cpus_of(cgroups, "exclusive", "shared") == [first, others]
+
+
+async def test_containers_move_with_their_tasks_whatever_cpus_they_had(tmp_path: Path) -> None:
+    first, others = two_cpus()
+    tree = v1_tree(tmp_path)
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(f"test-{uuid.uuid4().hex[:12]}"), tree=tree)
+    parent = await cgroups.prepare(spec())
+    assert parent is not None
+    container = Path(f"/sys/fs/cgroup/cpuset{parent}/container")
+    (container / "inside").mkdir(parents=True)
+    try:
+        for cpus in (first, others, online_cpus(), first):
+            await cgroups.share(SHARE, cpus)
+            assert cgroups.describe() is None
+            for place in (container.parent, container, container / "inside"):
+                assert tuple(sorted(ids_of((place / "cpuset.cpus").read_text()))) == cpus
+    finally:
+        await cgroups.remove(AttemptId("task", 1))
+        await cgroups.close()
+
+
+async def test_what_an_engine_made_in_the_nodes_place_gets_the_share_with_the_first_task(
+    cgroups: KernelTaskCgroups,
+) -> None:
+    node = cgroups._places.of_node()
+
+    def memory_bytes() -> object:
+        return next(found.value for found in cgroups._tree.readings(node) if found.limit == "memory_bytes")
+
+    await cgroups.share(SHARE)
+    cgroups._tree.create(f"{node}/engine", CgroupLimits(memory_bytes=None, cpu_quota_us=None, pids_max=None))
+    assert memory_bytes() is None
+    await cgroups.prepare(spec())
+    assert memory_bytes() == SHARE.memory_bytes
+
+
+HOLDS = """
+import ctypes
+assert ctypes.CDLL(None, use_errno=True).mlockall(3) == 0
+held = bytearray(b"x") * (64 << 20)
+print("holds", flush=True)
+input()
+"""
+
+
+async def test_a_share_that_the_kernel_refuses_is_told_and_all_else_is_set(tmp_path: Path) -> None:
+    """On cgroup v1 memory cannot be lowered below what is in use."""
+    _, others = two_cpus()
+    tree = v1_tree(tmp_path)
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(f"test-{uuid.uuid4().hex[:12]}"), tree=tree)
+    less = Resources(cpu_milli=700, memory_bytes=32 * MIB)
+    assert await cgroups.share(SHARE)
+    parent = await cgroups.prepare(spec(memory_bytes=256 * MIB))
+    assert parent is not None
+    node = Path(parent).parent
+    memory, quota = (
+        Path(f"/sys/fs/cgroup{file}")
+        for file in (f"/memory{node}/memory.limit_in_bytes", f"/cpu{node}/cpu.cfs_quota_us")
+    )
+    script = 'echo $$ >"$1"/cgroup.procs; exec "$2" -c "$3"'
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", script, "sh", f"/sys/fs/cgroup/memory{parent}", sys.executable, HOLDS,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"holds\n"
+        with capture_logs() as logs:
+            assert not await cgroups.share(less, others)
+            assert not await cgroups.share(less, others)
+        assert [entry["log_level"] for entry in logs] == ["warning", "debug"]
+        assert "share" in str(cgroups.describe())
+        assert (int(memory.read_text()), int(quota.read_text())) == (SHARE.memory_bytes, 70_000)
+        assert cpus_of(cgroups, "task") == [others]
+        process.kill()
+        await process.communicate()
+        assert await cgroups.share(less, others)
+        assert cgroups.describe() is None
+        assert int(memory.read_text()) == less.memory_bytes
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+        await cgroups.remove(AttemptId("task", 1))
+        await cgroups.close()
 
 
 async def test_what_was_not_asked_is_not_limited(cgroups: KernelTaskCgroups) -> None:

@@ -115,3 +115,4 @@ def test_no_cpu_is_exclusive_to_two_and_one_is_always_shared(sequence: list[tupl
         assert len(taken) == len(set(taken))
         assert set(ledger.shared_cpu_ids) == ({cpu.id for cpu in cpus} - set(taken) if taken else set())
         assert not taken or ledger.shared_cpu_ids
+        assert ledger.exclusive_cpu_ids == held

@@ -1,4 +1,4 @@
-"""A proxy before the engine's socket that counts requests, hides events, loses an answer, or is down."""
+"""A proxy before the engine's socket that counts requests, hides events, loses an answer, starts nothing, or is down."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 _EVENTS = re.compile(rb"GET /v[0-9.]+/events")
 _CREATE = re.compile(rb"POST /v[0-9.]+/containers/create")
+_START = re.compile(rb"POST /v[0-9.]+/containers/[^/]+/start")
 _PULL = re.compile(rb"POST /v[0-9.]+/images/create")
 _REQUEST = re.compile(rb"(GET|POST|DELETE) /v[0-9.]+(/[^ ?]+)")
 _ACTIONS = frozenset({"json", "create", "start", "stop", "kill", "logs", "wait", "prune", "exec"})
@@ -27,6 +28,7 @@ class EngineProxy:
         self._connections: set[asyncio.Task[None]] = set()
         self.hides_events = False
         self.loses_next_create = False
+        self.refuses_starts = False
         self.before_next_create: Callable[[], None] | None = None
         """Called once, blocking, when the next create is asked for."""
         self.open_pulls_count = 0
@@ -115,6 +117,8 @@ class EngineProxy:
         if self.before_next_create is not None and _CREATE.match(block):
             meddle, self.before_next_create = self.before_next_create, None
             await asyncio.to_thread(meddle)
+        if self.refuses_starts and _START.match(block):
+            return False
         loses = self.loses_next_create and _CREATE.match(block)
         if loses:
             self.loses_next_create = False

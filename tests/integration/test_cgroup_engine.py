@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import docker
 import pytest
 
 from nodeservice.core.model import MIB, AttemptId, Lease, Resources, TaskSpec
+from nodeservice.limits.asked import ids_of
 from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import read_mounts
 from nodeservice.limits.plan import HOST_WORK_WEIGHT
 from nodeservice.limits.receipt import receipt
+from nodeservice.limits.tree import online_cpus
 from nodeservice.ports import EngineFacts, TaskCgroups
 
 pytestmark = pytest.mark.engine
@@ -119,8 +122,15 @@ class Container:
         return int(self._inner.wait(timeout=60)["StatusCode"])
 
     def own_cgroups(self) -> str:
+        return self._told("cgroup")
+
+    def cpu_ids(self) -> tuple[int, ...]:
+        status = dict(line.split(":", 1) for line in self._told("status").splitlines())
+        return tuple(sorted(ids_of(status["Cpus_allowed_list"])))
+
+    def _told(self, file: str) -> str:
         self._inner.reload()
-        return Path(f"/proc/{self._inner.attrs['State']['Pid']}/cgroup").read_text()
+        return Path(f"/proc/{self._inner.attrs['State']['Pid']}/{file}").read_text()
 
 
 def places_of(parent: str) -> list[Path]:
@@ -193,6 +203,28 @@ async def test_cpu_is_shared_in_proportion_to_what_was_promised(cgroups: TaskCgr
     assert weight == core[name] // 2
     assert weights_of(task.parent) == {name: int(core[name] * 1.8)}
     assert weights_of(task.parent.parent) == {name: core[name] * (os.cpu_count() or 1) * HOST_WORK_WEIGHT}
+
+
+async def test_containers_keep_off_exclusive_cpus_whether_they_came_before_or_after(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    first, *others = online_cpus()
+    if not others:
+        pytest.skip("needs two CPUs")
+    share, late = Resources(cpu_milli=1800, memory_bytes=512 * MIB), replace(spec(), id=AttemptId("cgroup-test", 2))
+    await cgroups.share(share)
+    try:
+        with Container(engine, image, await cgroups.prepare(spec()), spec(), "sleep 60") as before:
+            assert before.cpu_ids() == online_cpus()
+            await cgroups.share(share, others, {AttemptId("exclusive"): (first,)})
+            with Container(engine, image, await cgroups.prepare(late), late, "sleep 60") as after:
+                assert [before.cpu_ids(), after.cpu_ids()] == [tuple(others)] * 2
+                await cgroups.share(share, (first,), {AttemptId("exclusive"): others})
+                assert [before.cpu_ids(), after.cpu_ids()] == [(first,)] * 2
+                await cgroups.share(share)
+                assert [before.cpu_ids(), after.cpu_ids()] == [online_cpus()] * 2
+    finally:
+        await cgroups.remove(late.id)
 
 
 def weights_of(place: Path) -> dict[str, int]:

@@ -14,7 +14,11 @@ import docker
 import psutil
 import pytest
 
+from nodeservice.core.model import Phase
 from nodeservice.fault_points import VARIABLE
+from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
+from nodeservice.limits.tree import NO_LIMIT
+from tests.conftest import remove_cgroup
 from tests.integration.docker_daemon import IMAGE
 from tests.integration.engine_proxy import EngineProxy
 from tests.integration.node_process import NodeProcess
@@ -106,6 +110,51 @@ async def test_an_engine_that_cannot_be_reached_for_a_while_is_not_the_end_of_a_
         await proxy.up()
         assert (await master.report_of(task, 20)).status == "failed"
     assert await reason_of(node, task) == "EXIT_NONZERO"
+
+
+V1 = Path("/sys/fs/cgroup")
+
+
+@pytest.mark.skipif(not (V1 / "memory").is_dir() or os.geteuid() != 0, reason="needs cgroup v1 and root")
+async def test_a_task_that_was_not_started_yet_when_its_host_went_down_has_its_limits_and_the_node_its_share(
+    task: str, node: NodeProcess, node_id: str, proxy: EngineProxy, master: OldMaster, docker_client: docker.APIClient
+) -> None:
+    """A container outlives a boot, its cgroups do not; an engine makes those that are missing, without limits."""
+    node.env["NODESERVICE_DOCKER_HOST"] = proxy.url
+    proxy.refuses_starts = True
+    await node.start()
+    async with OldClient(node.address) as client:
+        assert (await client.assign(task_id=task, command="sleep 600")).success
+        async with asyncio.timeout(30):
+            while await journalled_phase(node, task) is not Phase.STARTING:
+                await asyncio.sleep(0.02)
+    await node.kill()
+    places = [*V1.glob(f"*/nodeservice/{node_id}.node")]
+    assert places
+    for place in places:
+        remove_cgroup(place)
+    proxy.refuses_starts = False
+    await node.start()
+    async with OldClient(node.address) as client:
+        async with asyncio.timeout(30):
+            while await journalled_phase(node, task) is not Phase.RUNNING:
+                await asyncio.sleep(0.02)
+        [container] = docker_client.containers(filters={"name": f"nodeservice.{task}.1"})
+        of_node = V1 / f"memory/nodeservice/{node_id}.node"
+        assert (of_node / f"{task}.1" / container["Id"]).is_dir()
+        held = [int((place / "memory.limit_in_bytes").read_text()) for place in (of_node / f"{task}.1", of_node)]
+        assert held[0] == 32 * 1024**2
+        assert held[0] < held[1] < NO_LIMIT
+        await client.cancel(task)
+        await master.report_of(task)
+
+
+async def journalled_phase(node: NodeProcess, task_id: str) -> Phase | None:
+    journal = SqliteJournal(node.path / "state" / JOURNAL_NAME)
+    try:
+        return next((record.phase for record in await journal.load() if record.id.task_id == task_id), None)
+    finally:
+        await journal.close()
 
 
 PHASES = {

@@ -11,6 +11,8 @@ import pytest
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskSpec
 from nodeservice.errors import NodeServiceError, RequestError, TransientError
 from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.ports import ContainerState
+from nodeservice.testing.fake_disk import FakeTaskDisk
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import LiveNode, World, living, spec
 
@@ -26,6 +28,10 @@ class Cgroups(NoTaskCgroups):
         self.fails = list(fails)
         self.asked_count = 0
         self.present: set[AttemptId] = set()
+        self.used: set[AttemptId] = set()
+
+    async def was_used(self, id_: AttemptId) -> bool:
+        return id_ in self.used
 
     async def prepare(self, spec: TaskSpec, cpu_ids: Sequence[int] = ()) -> str | None:
         self.asked_count += 1
@@ -37,6 +43,26 @@ class Cgroups(NoTaskCgroups):
 
     async def remove(self, id_: AttemptId) -> None:
         self.present.discard(id_)
+
+
+class StartsNothing(FakeRuntime):
+    """Until it may. Then it notes for whose container cgroup and disk are there."""
+
+    def __init__(self, world: World, cgroups: Cgroups) -> None:
+        super().__init__(images={"demo": FakeImage()})
+        self.world = world
+        self.cgroups = cgroups
+        self.may_start = False
+        self.refused_count = 0
+        self.found: list[tuple[set[AttemptId], tuple[AttemptId, ...]]] = []
+
+    async def start(self, container_id: str) -> ContainerState:
+        self._untouched.discard(container_id)
+        if not self.may_start:
+            self.refused_count += 1
+            raise TransientError("the engine hangs", reason="ENGINE_AWAY")
+        self.found.append((set(self.cgroups.present), self.world.disk.prepared))
+        return await super().start(container_id)
 
 
 @pytest.fixture
@@ -127,3 +153,29 @@ async def test_a_node_that_ends_meanwhile_leaves_no_work_behind_and_makes_it_aft
     assert record.verdict is not None
     assert record.verdict.outcome is Outcome.SUCCEEDED
     assert cgroups.asked_count == 2
+
+
+@pytest.mark.parametrize("was_used", [False, True], ids=["not begun", "begun"])
+async def test_what_went_with_the_host_is_made_again_before_a_container_that_was_left_is_started(
+    world: World, was_used: bool
+) -> None:
+    world.cgroups = cgroups = Cgroups()
+    cgroups.allowed.set()
+    world.runtime = runtime = StartsNothing(world, cgroups)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: node.phase(T) is Phase.STARTING and runtime.refused_count > 1)
+        await node.driver.settled()
+    world.disk = FakeTaskDisk()
+    cgroups.present.clear()
+    cgroups.used = {T} if was_used else set()
+    asked_before, runtime.may_start = cgroups.asked_count, True
+    async with living(world) as node:
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    if was_used:  # by a start that the engine forgot: a cgroup made anew must not hide that
+        assert (record.verdict.reason, runtime.found) == (Reason.ENGINE_FAULT, [])
+        assert cgroups.asked_count == asked_before
+    else:
+        assert (record.verdict.outcome, runtime.found) == (Outcome.SUCCEEDED, [({T}, (T,))])
+        assert len(runtime.specs) == 1

@@ -121,6 +121,8 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was started")
     container_id = _container(record)
     try:
+        if not context.runtime.is_untouched(container_id):
+            await _bound_disk(context, record)
         if context.disk.holds_layers():
             await persist(context, lambda: _bound_layer(context, record, container_id))
         state = await persist(context, lambda: _start_once(context, record, container_id))
@@ -152,20 +154,30 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
 
 
 async def _start_once(context: Context, record: TaskRecord, container_id: str) -> ContainerState:
-    """Raises NodeFaultError (ENGINE_FAULT) for one that ran and whose engine, killed in the middle of its start, forgot it.
+    """Start it in a cgroup that has its limits.
+
+    Raises NodeFaultError (ENGINE_FAULT) for one that ran and whose engine, killed in the middle of its start, forgot it.
 
     Docker hands a container to containerd before it notes the start; the next engine ends what it finds there, and shows a
     container that never ran. The kernel's counts outlive both, and this service too.
     """
-    if not context.runtime.is_untouched(container_id) and await context.cgroups.was_used(record.id):
-        state = await context.runtime.find(container_id)
-        if state is not None and not state.has_run:
-            raise NodeFaultError(
-                f"the engine was ended while it started {container_id[:12]}",
-                reason="ENGINE_FAULT",
-                hint="whether the command has run is not known, so it is not run again in this attempt",
-            )
+    if not context.runtime.is_untouched(container_id):
+        if await context.cgroups.was_used(record.id):
+            await _refuse_if_forgotten(context, container_id)
+        else:
+            # It may have gone with the host's last boot, and an engine that finds none makes one without limits.
+            await context.cgroups.prepare(record.spec, record.lease.cpu_ids)
     return await context.runtime.start(container_id)
+
+
+async def _refuse_if_forgotten(context: Context, container_id: str) -> None:
+    state = await context.runtime.find(container_id)
+    if state is not None and not state.has_run:
+        raise NodeFaultError(
+            f"the engine was ended while it started {container_id[:12]}",
+            reason="ENGINE_FAULT",
+            hint="whether the command has run is not known, so it is not run again in this attempt",
+        )
 
 
 def _inside(context: Context, container_id: str) -> Callable[[Sequence[str]], Awaitable[str]]:

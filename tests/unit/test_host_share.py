@@ -1,0 +1,109 @@
+"""What all tasks may have together, and which CPUs are whose, as the node tells its cgroups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nodeservice.core.cpus import Cpu
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import AttemptId, Phase, Resources
+from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.ports.cgroups import NOBODY
+from nodeservice.testing.fake_disk import FakeFreeSpace
+from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from tests.unit.node_harness import NODE, LiveNode, World, living, spec
+
+E, S = AttemptId("e"), AttemptId("s")
+CPUS = tuple(Cpu(numa_node=0, core=number, id=number) for number in range(2))
+
+
+class Cgroups(NoTaskCgroups):
+    """Remembers what it was told, and could not do it so many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail_count = 0
+        self.told: list[tuple[Resources, Sequence[int], Mapping[AttemptId, Sequence[int]]]] = []
+
+    async def share(
+        self,
+        allocatable: Resources,
+        cpu_ids: Sequence[int] = (),
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+    ) -> bool:
+        self.told.append((allocatable, cpu_ids, exclusive_cpu_ids))
+        self.fail_count -= 1
+        return self.fail_count < 0
+
+
+class CountedLooks(FakeFreeSpace):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    async def least(self) -> tuple[int, Path] | None:
+        self.count += 1
+        return await super().least()
+
+
+@pytest.fixture
+def cgroups() -> Cgroups:
+    return Cgroups()
+
+
+@pytest.fixture
+def world(tmp_path: Path, cgroups: Cgroups) -> World:
+    runtime = FakeRuntime(images={"demo": FakeImage(holds=True)})
+    return World(tmp_path, runtime=runtime, cgroups=cgroups)
+
+
+def node_with_cpus(world: World) -> LiveNode:
+    node = LiveNode(world)
+    node.driver.ledger = Ledger(NODE, cpus=CPUS)
+    return node
+
+
+async def test_the_cgroups_are_told_whose_cpus_are_exclusive_also_by_a_node_that_starts_again(
+    world: World, cgroups: Cgroups
+) -> None:
+    node = await node_with_cpus(world).start()
+    try:
+        await node.assign(spec("s"))
+        await node.until(lambda: node.phase(S) is Phase.RUNNING)
+        assert cgroups.told == [(NODE, (), {})]
+        await node.assign(spec("e", exclusive_cpus=True))
+        await node.until(lambda: node.phase(E) is Phase.RUNNING)
+        await node.until(lambda: len(cgroups.told) == 2)
+        assert cgroups.told[1] == (NODE, (1,), {E: (0,)})
+    finally:
+        await node.kill()
+    node = await node_with_cpus(world).start()
+    try:
+        assert cgroups.told[2] == (NODE, (1,), {E: (0,)})
+        for container_id in world.runtime.running:
+            world.runtime.finish(container_id, 0)
+        await node.until_finished(E)
+        await node.until_finished(S)
+        await node.until(lambda: cgroups.told[-1] == (NODE, (), {}))
+    finally:
+        await node.kill()
+
+
+@pytest.mark.parametrize("fail_count", [0, 1, 4])
+async def test_a_share_that_could_not_be_set_is_set_again_until_it_holds(
+    world: World, cgroups: Cgroups, fail_count: int
+) -> None:
+    cgroups.fail_count = fail_count
+    world.free_space = looks = CountedLooks()
+    async with living(world) as node:
+        await node.until(lambda: len(cgroups.told) > fail_count)
+        before = looks.count
+        await node.until(lambda: looks.count >= before + 4)
+        assert cgroups.told == [(NODE, (), {})] * (fail_count + 1)
+        less = replace(NODE, memory_bytes=NODE.memory_bytes // 2)
+        node.driver.ledger.resize(less, ())
+        await node.until(lambda: cgroups.told[-1] == (less, (), {}))
