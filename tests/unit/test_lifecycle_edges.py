@@ -61,6 +61,18 @@ async def test_an_engine_that_fails_to_list_its_containers_is_asked_again(world:
         await node.until_finished(T)
 
 
+def test_what_is_salvaged_twice_is_there_twice(tmp_path: Path) -> None:
+    dirs = WorkDirs(tmp_path)
+    for name in ("first", "second", "third"):
+        dirs.prepare(T)
+        (dirs.results(T) / name).touch()
+        dirs.salvage(T)
+        dirs.salvage(T)
+    found = sorted(str(path.relative_to(tmp_path / "salvage")) for path in tmp_path.glob("salvage/*/results/*"))
+    assert found == ["t.1.2/results/second", "t.1.3/results/third", "t.1/results/first"]
+    assert dirs.all() == []
+
+
 class SlowMaster(RecordingUplink):
     """Takes a report at once, and answers when told to."""
 
