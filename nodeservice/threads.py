@@ -18,6 +18,7 @@ import structlog
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+_RETRY_SECONDS = 1.0
 _Item = tuple[Callable[[], Any], "asyncio.Future[Any] | None"]
 
 
@@ -33,6 +34,9 @@ class Threads:
         self._waiting: SimpleQueue[_Item | None] = SimpleQueue()
         self._free: deque[None] = deque(maxlen=most)
         """One for each thread that no work is meant for: what comes takes one, and gives it back when it is done."""
+        self._owed: deque[None] = deque()
+        """One for each piece of work that no thread is meant for. A thread that has done its own takes it, or is free."""
+        self._retrying_on: asyncio.AbstractEventLoop | None = None
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._is_closed = False
@@ -77,13 +81,15 @@ class Threads:
         try:
             self._free.pop()
         except IndexError:
-            self._add_thread()
+            if not self._add_thread():
+                self._owed.append(None)
         self._waiting.put(item)
 
-    def _add_thread(self) -> None:
+    def _add_thread(self) -> bool:
+        """False where there are as many as may be, and where none is to be had just now, which is tried again."""
         with self._lock:
             if len(self._threads) == self._most or self._is_closed:
-                return
+                return False
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
             try:
                 thread.start()
@@ -93,11 +99,34 @@ class Threads:
                 log.warning("thread.not_started", threads=self._name, error=str(error))
             else:
                 self._threads.append(thread)
+                return True
+        self._retry_later()
+        return False
+
+    def _retry_later(self) -> None:
+        """Those that are there may be busy for hours. Where no loop runs, what comes next tries."""
+        with suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+            if self._retrying_on is not loop:
+                self._retrying_on = loop
+                loop.call_later(_RETRY_SECONDS, self._retry)
+
+    def _retry(self) -> None:
+        self._retrying_on = None
+        while self._owed and self._add_thread():
+            self._settle_turn()
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:
             _do(*item)
             del item  # what was done must not live on while there is nothing to do
+            self._settle_turn()
+
+    def _settle_turn(self) -> None:
+        """For a thread that has nothing to do."""
+        try:
+            self._owed.pop()
+        except IndexError:
             self._free.append(None)
 
 

@@ -1,4 +1,4 @@
-"""The next instant at which an attempt has to end, and why. Pure: the times are all in the record, so none is forgotten."""
+"""The instants at which an attempt has to end, and why. Pure: the times are all in the record, so none is forgotten."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ class Deadline:
     message: str
 
 
-def next_deadline(record: TaskRecord) -> Deadline | None:
-    """The first of its deadlines, be it past; None where it has none, or its end was requested or is over."""
+def deadlines(record: TaskRecord) -> list[Deadline]:
+    """All that hold in its phase, be they past; none where its end was requested or is over."""
     if record.stop is not None or record.phase > Phase.RUNNING:
-        return None
-    return min(_deadlines(record), key=lambda deadline: deadline.at, default=None)
-
-
-def _deadlines(record: TaskRecord) -> list[Deadline]:
+        return []
     spec = record.spec
     found: list[Deadline] = []
     if record.phase is Phase.RUNNING and record.deadline_at is not None:

@@ -15,6 +15,7 @@ from nodeservice.gpu.health import GpuState, HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.gpu.units import units_of
 from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
+from nodeservice.lifecycle.allocatable_disk import believe_note, with_disk
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import GpuInventory, NodeCapacity
 from nodeservice.runtime.docker import DockerRuntime
@@ -60,10 +61,11 @@ async def look(config: NodeConfig) -> Seen:
             journal = SqliteJournal(path)
             try:
                 ledger.restore(await journal.load())
+                await believe_note(ledger, journal)
             finally:
                 await journal.close()
         return Seen(
-            capacity=seen,
+            capacity=with_disk(seen, ledger.allocatable.disk_bytes),
             free=ledger.free,
             degraded=(*runtime.degraded, *await _without_cgroups(config, seen)),
             gpu_health={gpu.uuid: board.state(gpu.uuid) for gpu in seen.host.gpus.gpus},

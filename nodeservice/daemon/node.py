@@ -23,6 +23,7 @@ from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
+from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
@@ -54,6 +55,7 @@ class Node:
     clock: SystemClock
     runtime: DockerRuntime
     capacity: HostCapacity
+    disk: AllocatableDisk
     gpus: NvmlGpuProvider
     keeper: GpuKeeper
     mode: ModeKeeper
@@ -128,11 +130,14 @@ async def build(config: NodeConfig) -> Node:
     mode = ModeKeeper(driver, journal, clock)
     await driver.open()
     await mode.open()
+    disk = AllocatableDisk(driver, capacity, journal)
+    await disk.open()
     host_stops = HostStops(journal)
     runtime.ended_with_the_host(await host_stops.ended())
     return Node(
         config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
         driver=driver, logs=logs, dirs=dirs, host_stops=host_stops, lock=lock, keeper=keeper, mode=mode,
+        disk=disk,
     )  # fmt: skip
 
 

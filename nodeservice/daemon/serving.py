@@ -91,6 +91,7 @@ async def _serve(
         listen=f"{config.listen.rpartition(':')[0]}:{port}",
         version=__version__,
         capacity=node.capacity,
+        disk=node.disk,
         driver=node.driver,
         gpus=node.keeper,
     )
@@ -108,6 +109,7 @@ async def _serve(
         ),
     )
     node.driver.on_change(link.note_release)
+    node.disk.look_again = link.register_again
     known_master = config.master or await node.journal.get_note(MASTER_NOTE)
     if known_master:
         link.set_master(known_master)

@@ -47,6 +47,8 @@ class ModeKeeper:
         self._journal = journal
         self._clock = clock
         self._changed = asyncio.Event()
+        self._setting = asyncio.Lock()
+        """One at a time: what a mode that cannot be written is taken back to must be one that is."""
         self._patience: Patience | None = None
         self.current = NodeMode()
 
@@ -69,18 +71,19 @@ class ModeKeeper:
         if mode is Mode.DRAINING and deadline_seconds is not None:
             ends_at = self._clock.now() + timedelta(seconds=deadline_seconds)
         wanted = NodeMode(mode=mode, ends_at=ends_at)
-        if mode is Mode.ACTIVE:
-            await self._write(wanted)
-            self._take(wanted)
-        else:
-            # Nothing is taken from here on, also not while it is being written.
-            before = self.current
-            self._take(wanted)
-            try:
+        async with self._setting:
+            if mode is Mode.ACTIVE:
                 await self._write(wanted)
-            except BaseException:
-                self._take(before)
-                raise
+                self._take(wanted)
+            else:
+                # Nothing is taken from here on, also not while it is being written.
+                before = self.current
+                self._take(wanted)
+                try:
+                    await self._write(wanted)
+                except BaseException:
+                    self._take(before)
+                    raise
         log.info("node.mode", mode=mode.value, ends_at=ends_at.isoformat() if ends_at else None)
         return wanted
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 import structlog
 
 from nodeservice.core.model import AttemptId, Phase, PhaseTiming, TaskRecord
-from nodeservice.errors import NodeServiceError, TransientError
+from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.ports import ContainerState, labels
@@ -24,7 +24,7 @@ Decode = Callable[[str], TaskRecord]
 async def recover(context: Context, driver: Driver, decode: Decode) -> None:
     """Resume what the journal knows, then adopt or remove what only the engine knows.
 
-    Waits for an engine that is away. Run it beside the driver: journalled work goes on meanwhile.
+    Waits for an engine that is away or that fails at it. Run it beside the driver: journalled work goes on meanwhile.
     """
     leftover = await asyncio.to_thread(context.dirs.all)
     driver.resume_all()
@@ -33,8 +33,8 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
         try:
             containers = await context.runtime.list_owned(context.settings.worker_id)
             break
-        except TransientError as error:
-            log.warning("recovery.engine_away", error=str(error))
+        except NodeServiceError as error:
+            log.warning("recovery.not_listed", error=str(error))
             await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
             failures += 1
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}

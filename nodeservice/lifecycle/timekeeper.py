@@ -1,18 +1,29 @@
 """Ends attempts at their deadlines, whatever phase they are in.
 
-One sleeper per attempt that has a deadline. It sleeps for the time that is left when the deadline becomes known, on a clock
-that nobody sets, so a jump of the host's clock ends nothing early; after a restart the host's clock is all there is.
+One sleeper per attempt that has a deadline. The time that is left of each deadline is taken when that becomes known, and
+counted on a clock that nobody sets, so a jump of the host's clock ends nothing early and lets nothing last longer; after a
+restart the host's clock is all there is.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from nodeservice.core import events as ev
-from nodeservice.core.deadlines import Deadline, next_deadline
+from nodeservice.core.deadlines import Deadline, deadlines
 from nodeservice.core.model import AttemptId, StopRequest, TaskRecord
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.ports import Clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """An attempt's deadlines, each with when it is on the steady clock, and who sleeps until the first of them."""
+
+    due: Mapping[Deadline, float]
+    sleeper: asyncio.Task[None]
 
 
 class Timekeeper:
@@ -21,7 +32,7 @@ class Timekeeper:
     def __init__(self, driver: Driver, clock: Clock) -> None:
         self._driver = driver
         self._clock = clock
-        self._sleepers: dict[AttemptId, tuple[Deadline, asyncio.Task[None]]] = {}
+        self._held: dict[AttemptId, _Held] = {}
         self._open = False
         driver.on_change(self._note)
 
@@ -33,7 +44,7 @@ class Timekeeper:
 
     async def close(self) -> None:
         self._open = False
-        sleepers = [task for _, task in self._sleepers.values()]
+        sleepers = [held.sleeper for held in self._held.values()]
         for task in sleepers:
             task.cancel()
         await asyncio.gather(*sleepers, return_exceptions=True)
@@ -41,19 +52,24 @@ class Timekeeper:
     def _note(self, record: TaskRecord) -> None:
         if not self._open:
             return
-        deadline = next_deadline(record)
-        held = self._sleepers.get(record.id)
+        found = deadlines(record)
+        held = self._held.get(record.id)
         if held is not None:
-            if held[0] == deadline:
+            if held.due.keys() == set(found):
                 return
-            held[1].cancel()
-            del self._sleepers[record.id]
-        if deadline is not None:
-            task = asyncio.create_task(self._keep(record.id, deadline), name=f"deadline {record.id}")
-            self._sleepers[record.id] = (deadline, task)
+            held.sleeper.cancel()
+            del self._held[record.id]
+        if found:
+            now, elapsed = self._clock.now(), self._clock.elapsed()
+            due = {deadline: elapsed + (deadline.at - now).total_seconds() for deadline in found}
+            if held is not None:
+                due |= {deadline: at for deadline, at in held.due.items() if deadline in due}
+            task = asyncio.create_task(self._keep(record.id, due), name=f"deadline {record.id}")
+            self._held[record.id] = _Held(due=due, sleeper=task)
 
-    async def _keep(self, id_: AttemptId, deadline: Deadline) -> None:
-        await self._clock.sleep((deadline.at - self._clock.now()).total_seconds())
+    async def _keep(self, id_: AttemptId, due: Mapping[Deadline, float]) -> None:
+        first = min(due, key=lambda deadline: due[deadline])
+        await self._clock.sleep(due[first] - self._clock.elapsed())
         now = self._clock.now()
-        stop = StopRequest(cause=deadline.cause, requested_at=now, message=deadline.message)
+        stop = StopRequest(cause=first.cause, requested_at=now, message=first.message)
         self._driver.post(id_, ev.StopRequested(at=now, stop=stop))

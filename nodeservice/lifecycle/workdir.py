@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,11 +47,15 @@ class WorkDirs:
         remove_tree(self.root(id_))
 
     def salvage(self, id_: AttemptId) -> None:
-        """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless."""
+        """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless.
+
+        What lies there under its name already, of an attempt that was taken up a second time, stays: the next gets a number.
+        """
         root, target = self.root(id_), self.state_dir / "salvage" / str(id_)
         if root.exists():
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            root.rename(target)
+            numbered = (target.with_name(f"{id_}.{number}") for number in itertools.count(2))
+            root.rename(next(free for free in itertools.chain([target], numbered) if not os.path.lexists(free)))
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
         """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""

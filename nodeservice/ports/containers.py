@@ -221,7 +221,10 @@ class ContainerRuntime(Protocol):
         ...
 
     async def list_owned(self, node_id: str) -> Sequence[ContainerState]:
-        """All containers, running or not, whose labels name this node."""
+        """All containers, running or not, whose labels name this node.
+
+        Of one that the engine lists and fails to describe only id, name, status and labels are known.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nodeservice.core.model import GIB, Phase
+from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GPU_DRIVER, GpuKeeper
 from nodeservice.ports import CapacitySource, GpuInventory
@@ -20,18 +21,14 @@ class NodeStatus:
     listen: str
     version: str
     capacity: CapacitySource
+    disk: AllocatableDisk
     driver: Driver
     gpus: GpuKeeper
 
     async def registration(self) -> pb.WorkerInfo:
         """A fresh look at the host. The old `total_*` fields carry the allocatable amounts, since masters place on them."""
-        node = await self.capacity.read()
-        ledger, engine = self.driver.ledger, node.host.engine
-        allocatable = node.allocatable
-        if ledger.leased.disk_bytes:
-            # What tasks have written is missing from the free disk, and is leased: it must not count twice.
-            allocatable = replace(allocatable, disk_bytes=ledger.allocatable.disk_bytes)
-        ledger.resize(allocatable, node.gpu_units)
+        node = await self.disk.look()
+        ledger, engine, allocatable = self.driver.ledger, node.host.engine, node.allocatable
         return pb.WorkerInfo(
             worker_id=self.worker_id,
             worker_ip=self.advertise,

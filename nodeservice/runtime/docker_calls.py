@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.ports import ContainerSpec, ContainerState
 from nodeservice.runtime.cdi_specs import DEFAULT_DIRECTORIES, read_cdi_specs
 from nodeservice.runtime.docker_spec import is_same_request
-from nodeservice.runtime.docker_state import read_state
+from nodeservice.runtime.docker_state import read_listed, read_state
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import read_engine_process
-from nodeservice.runtime.errors import create_error, is_status, start_error
+from nodeservice.runtime.errors import create_error, is_status, start_error, translate
 from nodeservice.runtime.libpod import create_natively
 from nodeservice.runtime.profile import EngineProfile, read_profile
 
@@ -52,6 +53,22 @@ def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
         if is_status(error, 404):
             return None
         raise
+
+
+def look_at_listed(client: APIClient, *, entry: Mapping[str, Any]) -> ContainerState | None:
+    """As `inspect`, and where the engine fails at this one, what its list says: whose it is must not be lost with that.
+
+    Docker answers 500 for one whose writable layer is gone, and lists it all the same.
+    """
+    container_id = str(entry["Id"])
+    try:
+        return inspect(client, container_id)
+    except Exception as error:
+        failed = translate(error, doing=f"look at container {container_id[:12]}")
+        if not isinstance(failed, NodeFaultError):
+            raise
+        log.warning("container.not_described", container_id=container_id, error=str(failed))
+        return read_listed(entry)
 
 
 def inspected(status: int, body: bytes) -> ContainerState | None:

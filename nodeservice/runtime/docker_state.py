@@ -65,6 +65,23 @@ def read_state(inspected: Mapping[str, Any]) -> ContainerState:
     )
 
 
+def read_listed(entry: Mapping[str, Any]) -> ContainerState:
+    """From one in the answer to GET /containers/json, which tells whose it is, and not when it started or how it ended."""
+    names = entry.get("Names") or ("",)
+    return ContainerState(
+        id=str(entry["Id"]),
+        name=str(names[0]).removeprefix("/"),
+        status=read_status(str(entry.get("State", ""))),
+        pid=None,
+        started_at=None,
+        finished_at=None,
+        exit_code=None,
+        oom_killed=False,
+        error="",
+        labels=dict(entry.get("Labels") or {}),
+    )
+
+
 def _layer(graph_driver: Mapping[str, Any]) -> tuple[Path, ...]:
     """Of overlay drivers: what the container writes, and where the file system prepares it."""
     data = graph_driver.get("Data") or {}

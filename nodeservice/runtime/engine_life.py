@@ -35,6 +35,8 @@ _STARTED = 19
 """Field 22 of /proc/PID/stat, starttime, counted behind the name, which may hold spaces and parentheses (proc(5))."""
 _SLACK = timedelta(seconds=0.25)
 _LONGEST_START = timedelta(seconds=60)
+_LONGEST_CLEARING = timedelta(minutes=10)
+"""Of what a former engine had left running, where nobody saw how long it took."""
 _ENDED_BY_SIGNAL = (128 + 15, 128 + 9)
 _LOST = 255
 _FOUND_GONE = (_LOST, 0)
@@ -181,8 +183,11 @@ class EngineLife:
         if state.started_at >= began_at:
             return False
         if state.finished_at >= began_at - _SLACK:
-            at_its_start = state.finished_at <= began_at + _LONGEST_START
-            return not self.live_restore or (at_its_start and state.exit_code in _FOUND_GONE)
+            after_start = state.finished_at - began_at
+            if self.live_restore:
+                return after_start <= _LONGEST_START and state.exit_code in _FOUND_GONE
+            # One that ran on for longer with this engine began after it, by a clock that was set forward since.
+            return after_start <= _LONGEST_CLEARING or state.exit_code in (*_ENDED_BY_SIGNAL, _LOST)
         # An engine between its end and ours may have found it gone: then 255 is no exit code of its own.
         return state.exit_code == _LOST or (not self.live_restore and state.exit_code in _ENDED_BY_SIGNAL)
 

@@ -102,12 +102,24 @@ class ExitWatcher:
             await asyncio.to_thread(self._thread.join, _JOIN_SECONDS)
 
     def _start(self) -> None:
-        if self._thread is not None or self._stopping.is_set():
+        if self._stopping.is_set():
             return
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._follow_events, name="engine-events", daemon=True)
-        self._thread.start()
-        self._relisting = asyncio.create_task(self._relist(), name="engine-relist")
+        if self._relisting is None:
+            self._loop = asyncio.get_running_loop()
+            self._relisting = asyncio.create_task(self._relist(), name="engine-relist")
+        self._listen()
+
+    def _listen(self) -> None:
+        """Follow events, once. While no thread is to be had the list alone tells, and each round of it tries again."""
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._follow_events, name="engine-events", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("engine.events_not_followed", error=str(error))
+        else:
+            self._thread = thread
 
     def _register(self, container_id: str) -> asyncio.Event:
         signal = asyncio.Event()
@@ -131,14 +143,15 @@ class ExitWatcher:
     async def _relist(self) -> None:
         while True:
             await asyncio.sleep(self._relist_seconds)
+            self._listen()
             if not self._signals:
                 continue
             try:
                 listed = await self._connection.call(
                     lambda client: client.containers(filters={"label": [self._label]}), doing="list containers"
                 )
-            except NodeServiceError as error:
-                log.debug("engine.relist_failed", reason=error.reason)
+            except (NodeServiceError, RuntimeError) as error:  # the latter where not one thread can be started
+                log.debug("engine.relist_failed", error=str(error))
                 continue
             running: set[str] = set()
             for entry in listed:

@@ -1,4 +1,4 @@
-"""Which deadline comes next, in every phase."""
+"""Which deadlines hold, in every phase."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from nodeservice.core.deadlines import next_deadline
+from nodeservice.core.deadlines import Deadline, deadlines
 from nodeservice.core.model import (
     AttemptId,
     Lease,
@@ -44,6 +44,10 @@ def record(phase: Phase, **limits: float) -> TaskRecord:
     )
 
 
+def first(record: TaskRecord) -> Deadline | None:
+    return min(deadlines(record), key=lambda deadline: deadline.at, default=None)
+
+
 @pytest.mark.parametrize(
     ("phase", "limits", "expected"),
     [
@@ -62,16 +66,16 @@ def record(phase: Phase, **limits: float) -> TaskRecord:
 def test_the_first_deadline_of_a_phase_counts(
     phase: Phase, limits: dict[str, float], expected: tuple[float, StopCause] | None
 ) -> None:
-    deadline = next_deadline(record(phase, **limits))
+    deadline = first(record(phase, **limits))
     assert (deadline and (deadline.at, deadline.cause)) == (expected and (at(expected[0]), expected[1]))
 
 
 def test_a_task_that_is_being_ended_has_no_deadline_any_more() -> None:
     stop = StopRequest(cause=StopCause.CANCELLED, requested_at=T0)
-    assert next_deadline(replace(record(Phase.RUNNING), stop=stop)) is None
+    assert deadlines(replace(record(Phase.RUNNING), stop=stop)) == []
 
 
 def test_the_message_names_the_limit() -> None:
-    deadline = next_deadline(record(Phase.PULLING, pull_timeout_seconds=2.5))
+    deadline = first(record(Phase.PULLING, pull_timeout_seconds=2.5))
     assert deadline is not None
     assert "2.5 s" in deadline.message

@@ -1,4 +1,4 @@
-"""A proxy before the engine's socket that counts requests, hides events, loses an answer, starts nothing, or is down."""
+"""A proxy before the engine's socket: counts requests, hides events, loses or falsifies answers, starts nothing, is down."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ _PULL = re.compile(rb"POST /v[0-9.]+/images/create")
 _REQUEST = re.compile(rb"(GET|POST|DELETE) /v[0-9.]+(/[^ ?]+)")
 _ACTIONS = frozenset({"json", "create", "start", "stop", "kill", "logs", "wait", "prune", "exec"})
 _BLOCK = 65536
+_UNDESCRIBED_WORDS = b'{"message": "RWLayer of container is unexpectedly nil"}'
+_UNDESCRIBED = (
+    b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n%s" % (len(_UNDESCRIBED_WORDS), _UNDESCRIBED_WORDS)
+)
 
 
 class EngineProxy:
@@ -31,6 +36,8 @@ class EngineProxy:
         self.refuses_starts = False
         self.before_next_create: Callable[[], None] | None = None
         """Called once, blocking, when the next create is asked for."""
+        self.cannot_describe = ""
+        """The id of a container for which each look is answered as by an engine that has lost a part of it."""
         self.open_pulls_count = 0
         self.events_count = 0
         """How often events were asked for."""
@@ -69,7 +76,7 @@ class EngineProxy:
                 back, upstream = await asyncio.open_unix_connection(self._target)
                 answers = asyncio.create_task(_copy(back, writer))
                 try:
-                    await self._forward(reader, upstream, back, answers)
+                    await self._forward(reader, upstream, back, answers, writer)
                 finally:
                     answers.cancel()
                     await asyncio.wait({answers})
@@ -85,6 +92,7 @@ class EngineProxy:
         upstream: asyncio.StreamWriter,
         back: asyncio.StreamReader,
         answers: asyncio.Task[None],
+        writer: asyncio.StreamWriter,
     ) -> None:
         is_pull = False
         try:
@@ -94,6 +102,10 @@ class EngineProxy:
                 if _PULL.match(block):
                     is_pull = True
                     self.open_pulls_count += 1
+                if self.cannot_describe and f"/containers/{self.cannot_describe}/json ".encode() in block:
+                    writer.write(_UNDESCRIBED)
+                    await writer.drain()
+                    continue
                 if not await self._pass_on(block, reader, upstream, back, answers):
                     return
             if not is_pull:

@@ -14,9 +14,10 @@ from typing import Any
 import docker
 import pytest
 
-from nodeservice.core.model import MIB
+from nodeservice.core.model import MIB, AttemptId
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, Mount
+from nodeservice.lifecycle.recovery import identity
+from nodeservice.ports import ContainerSpec, Mount, labels
 from nodeservice.runtime.docker import DockerRuntime
 from tests.busy_threads import busy_threads
 from tests.integration.engine_proxy import EngineProxy
@@ -348,6 +349,21 @@ async def test_a_create_whose_answer_was_lost_gives_the_container_that_was_made(
     container_id = await behind_proxy.create(spec)
     assert [state.id for state in await behind_proxy.list_owned(node_id)] == [container_id]
     assert not proxy.loses_next_create
+
+
+async def test_a_container_that_the_engine_cannot_describe_is_listed_with_its_owner(
+    proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec, node_id: str
+) -> None:
+    named = replace(spec, labels={**spec.labels, labels.TASK_ID: "broken", labels.ATTEMPT: "2"})
+    broken = await behind_proxy.create(named)
+    whole = await behind_proxy.create(replace(spec, name=f"{spec.name}0"))
+    proxy.cannot_describe = broken
+    with pytest.raises(NodeFaultError):
+        await behind_proxy.find(broken)
+    listed = {state.id: state for state in await behind_proxy.list_owned(node_id)}
+    assert set(listed) == {broken, whole}
+    assert (listed[broken].name, listed[broken].status) == (named.name, "created")
+    assert identity(listed[broken]) == AttemptId("broken", 2)
 
 
 async def test_without_an_engine_every_call_is_transient_and_works_once_there_is_one(

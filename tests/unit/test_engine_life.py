@@ -195,6 +195,21 @@ async def test_of_what_ended_before_the_first_look_a_former_engine_may_have_been
     assert engine.life.took(now_ended(255, long_ago))  # as one writes down that finds it gone
 
 
+@pytest.mark.parametrize(
+    ("minutes_after_start", "code", "took"),
+    [(1, 0, True), (9, 3, True), (30, 0, False), (30, 3, False), (30, 255, True)],
+)
+async def test_what_ended_unseen_long_after_the_engine_had_come_ended_by_itself(
+    engine: Engine, minutes_after_start: int, code: int, took: bool
+) -> None:
+    """It began before this engine only by a clock that was set an hour forward since."""
+    assert engine.life._first is not None
+    began_at = datetime.now(UTC) - timedelta(minutes=40)
+    engine.life._first = replace(engine.life._first, started_at=began_at)
+    started_at, finished_at = began_at - timedelta(minutes=50), began_at + timedelta(minutes=minutes_after_start)
+    assert engine.life.took(ended_between(started_at, finished_at, code)) == took
+
+
 async def test_what_ran_when_the_host_was_shut_down_did_not_end_by_itself(engine: Engine) -> None:
     now = datetime.now(UTC)
     minute = timedelta(minutes=1)

@@ -47,6 +47,32 @@ async def test_what_an_adopted_container_has_written_is_still_there(world: World
     assert world.store.stored["t/1"]["a.txt"] == b"half of it"
 
 
+async def test_an_engine_that_fails_to_list_its_containers_is_asked_again(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(world.runtime.running))
+    world.journal = MemoryJournal()
+    for _ in range(3):  # one of them may be heard by the janitor
+        world.runtime.fail_next("list_owned", NodeFaultError("RWLayer is unexpectedly nil", reason="ENGINE_ERROR"))
+    async with living(world) as node:
+        await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        world.runtime.finish(world.runtime.running[0], 0)
+        await node.until_finished(T)
+
+
+def test_what_is_salvaged_twice_is_there_twice(tmp_path: Path) -> None:
+    dirs = WorkDirs(tmp_path)
+    for name in ("first", "second", "third"):
+        dirs.prepare(T)
+        (dirs.results(T) / name).touch()
+        dirs.salvage(T)
+        dirs.salvage(T)
+    found = sorted(str(path.relative_to(tmp_path / "salvage")) for path in tmp_path.glob("salvage/*/results/*"))
+    assert found == ["t.1.2/results/second", "t.1.3/results/third", "t.1/results/first"]
+    assert dirs.all() == []
+
+
 class SlowMaster(RecordingUplink):
     """Takes a report at once, and answers when told to."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from nodeservice.core.model import AttemptId, Phase, Reason
@@ -67,8 +69,6 @@ async def test_the_mode_holds_across_a_restart(world: World) -> None:
 
 
 async def test_what_still_runs_at_the_deadline_of_a_drain_is_ended_as_drained(world: World) -> None:
-    import asyncio
-
     async with living(world) as node:
         keeper = await keeper_of(node)
         work = asyncio.create_task(keeper.run())
@@ -97,6 +97,51 @@ async def test_a_mode_that_cannot_be_written_down_is_not_taken(world: World) -> 
             await keeper.set(Mode.CORDONED)
         assert keeper.current.mode is Mode.ACTIVE
         await node.assign(spec())
+
+
+class GatedJournal(MemoryJournal):
+    """Each write of a note waits to be let through, in order; so many of the first fail then."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.gate = asyncio.Semaphore(0)
+        self.waiting_count = 0
+        self._failures = failures
+
+    async def set_note(self, key: str, value: str) -> None:
+        self.waiting_count += 1
+        await self.gate.acquire()
+        self.waiting_count -= 1
+        if self._failures:
+            self._failures -= 1
+            raise TransientError("disk full", reason="JOURNAL_UNWRITABLE")
+        await super().set_note(key, value)
+
+
+@pytest.mark.parametrize(
+    ("failures", "modes", "left"),
+    [
+        (1, (Mode.CORDONED, Mode.CORDONED), Mode.CORDONED),
+        (1, (Mode.CORDONED, Mode.DRAINING), Mode.DRAINING),
+        (2, (Mode.CORDONED, Mode.DRAINING), Mode.ACTIVE),
+        (0, (Mode.ACTIVE, Mode.CORDONED), Mode.CORDONED),
+    ],
+)
+async def test_modes_that_are_set_at_once_leave_the_one_that_was_written_last(
+    world: World, failures: int, modes: tuple[Mode, Mode], left: Mode
+) -> None:
+    world.journal = journal = GatedJournal(failures)
+    async with living(world) as node:
+        keeper = await keeper_of(node)
+        setting = [asyncio.create_task(keeper.set(mode)) for mode in modes]
+        await node.until(lambda: journal.waiting_count > 0)
+        journal.gate.release()
+        journal.gate.release()
+        answers = await asyncio.gather(*setting, return_exceptions=True)
+        assert [isinstance(answer, TransientError) for answer in answers] == [failures > 0, failures > 1]
+        assert keeper.current.mode is left
+        assert node.driver.cordoned is (left is not Mode.ACTIVE)
+        assert (await keeper_of(node)).current.mode is left, "as after a restart"
 
 
 async def test_a_mode_that_cannot_be_read_is_taken_for_the_careful_one(world: World) -> None:

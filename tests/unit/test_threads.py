@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -88,6 +88,61 @@ async def test_where_no_thread_is_to_be_had_those_that_are_there_do_the_work(
     assert await first
     assert await second == "second"
     monkeypatch.setattr(threading.Thread, "start", start)
+    threads.close()
+    await threads.ended()
+
+
+@pytest.fixture
+def scarcity(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether threads can be had."""
+    start = threading.Thread.start
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    return lambda scarce: monkeypatch.setattr(threading.Thread, "start", refuse if scarce else start)
+
+
+async def test_work_for_which_no_thread_was_to_be_had_does_not_wait_for_the_end_of_other_work(
+    monkeypatch: pytest.MonkeyPatch, gate: threading.Event, scarcity: Callable[[bool], None]
+) -> None:
+    monkeypatch.setattr("nodeservice.threads._RETRY_SECONDS", 0.005)
+    threads = Threads(3, name="retried")
+    first = asyncio.ensure_future(threads.run(gate.wait))
+    await until_busy("retried")
+    scarcity(True)
+    others = [asyncio.ensure_future(threads.run(lambda: "done")) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    assert not any(other.done() for other in others)
+    scarcity(False)
+    async with asyncio.timeout(30):
+        assert await asyncio.gather(*others) == ["done", "done"]
+    assert not first.done()
+    gate.set()
+    await first
+    threads.close()
+    await threads.ended()
+
+
+async def test_a_thread_that_takes_over_work_without_one_is_not_counted_as_free(
+    monkeypatch: pytest.MonkeyPatch, gate: threading.Event, scarcity: Callable[[bool], None]
+) -> None:
+    monkeypatch.setattr("nodeservice.threads._RETRY_SECONDS", 3600.0)
+    threads, short = Threads(3, name="taken"), threading.Event()
+    first = asyncio.ensure_future(threads.run(short.wait))
+    await until_busy("taken")
+    scarcity(True)
+    second = asyncio.ensure_future(threads.run(gate.wait))
+    await asyncio.sleep(0)
+    scarcity(False)
+    short.set()
+    await first
+    await until_busy("taken")
+    async with asyncio.timeout(30):
+        assert await threads.run(lambda: "at once") == "at once"
+    assert not second.done()
+    gate.set()
+    await second
     threads.close()
     await threads.ended()
 

@@ -114,3 +114,20 @@ async def test_a_clock_that_is_set_ends_nothing_early() -> None:
         assert room.cause is None
         await room.clock.advance(2.0)
         assert room.cause is StopCause.DEADLINE
+
+
+@pytest.mark.parametrize("hours", [3, -3])
+async def test_a_deadline_that_is_not_the_first_is_not_moved_by_a_clock_that_is_set_before_its_turn(hours: int) -> None:
+    clock = JumpingClock()
+    async with opened(Room(clock)) as room:
+        await room.assign(spec(wait_timeout_seconds=600.0, total_timeout_seconds=7200.0))
+        await clock.advance(60.0)
+        clock.jump = timedelta(hours=hours)
+        await clock.advance(60.0)
+        record = room.driver.get(T)
+        assert record is not None
+        room.keeper._note(replace(record, phase=Phase.RUNNING))
+        await clock.advance(7075.0)
+        assert room.cause is None
+        await clock.advance(10.0)
+        assert room.cause is StopCause.DEADLINE

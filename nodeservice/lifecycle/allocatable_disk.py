@@ -1,0 +1,89 @@
+"""How much disk tasks may have. What they have written is missing from the free disk and is leased: it must not count twice.
+
+So the free disk is believed only as it was seen while nothing was leased. That is written down for a start with leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+
+from nodeservice.core.ledger import Ledger
+from nodeservice.core.model import TaskRecord
+from nodeservice.errors import NodeServiceError
+from nodeservice.lifecycle.driver import Driver
+from nodeservice.ports import CapacitySource, Journal, NodeCapacity
+
+log = structlog.get_logger(__name__)
+
+_NOTE = "allocatable_disk_bytes"
+
+
+class AllocatableDisk:
+    """Sizes the driver's ledger. `look_again` is called when the last lease goes that kept `look` from seeing the disk."""
+
+    def __init__(self, driver: Driver, capacity: CapacitySource, journal: Journal) -> None:
+        self._driver = driver
+        self._capacity = capacity
+        self._journal = journal
+        self._seen_unleased = False
+        self.look_again: Callable[[], None] = lambda: None
+        driver.on_change(self._note_change)
+
+    async def open(self) -> None:
+        """Call it once a ledger that was sized by a look at the host has its leases. Raises as the journal does."""
+        ledger = self._driver.ledger
+        if ledger.leased.disk_bytes:
+            await believe_note(ledger, self._journal)
+        else:
+            await self._write(ledger.allocatable.disk_bytes)
+
+    async def look(self) -> NodeCapacity:
+        """A fresh look at the host; the ledger has what it says."""
+        ledger = self._driver.ledger
+        was_leased = ledger.leased.disk_bytes > 0
+        node = await self._capacity.read()
+        is_believed = not was_leased and not ledger.leased.disk_bytes
+        if not is_believed:
+            node = with_disk(node, ledger.allocatable.disk_bytes)
+        ledger.resize(node.allocatable, node.gpu_units)
+        if is_believed:
+            self._seen_unleased = True
+            await self._write(node.allocatable.disk_bytes)
+        return node
+
+    def _note_change(self, _record: TaskRecord) -> None:
+        if not self._seen_unleased:
+            # The driver gives leases back after it has told of what changed.
+            asyncio.get_running_loop().call_soon(self._look_again)
+
+    def _look_again(self) -> None:
+        if not self._seen_unleased and not self._driver.ledger.leased.disk_bytes:
+            self.look_again()
+
+    async def _write(self, disk_bytes: int) -> None:
+        try:
+            await self._journal.set_note(_NOTE, str(disk_bytes))
+        except NodeServiceError as error:  # then the next start with leases knows less
+            log.warning("allocatable_disk.not_noted", error=str(error))
+
+
+async def believe_note(ledger: Ledger, journal: Journal) -> None:
+    """Size a ledger with leases, made from what is free now, by what was noted before them.
+
+    No more than could be free if its tasks had filled all they lease: others may have written meanwhile.
+    """
+    noted = await journal.get_note(_NOTE)
+    seen, leased = ledger.allocatable, ledger.leased.disk_bytes
+    if noted is not None and noted.isdecimal() and leased:
+        most_bytes = seen.disk_bytes + leased
+        ledger.resize(replace(seen, disk_bytes=min(int(noted), most_bytes)), ledger.gpus)
+
+
+def with_disk(node: NodeCapacity, disk_bytes: int) -> NodeCapacity:
+    """The same node with that much allocatable disk."""
+    allocatable = replace(node.allocatable, disk_bytes=disk_bytes)
+    return replace(node, allocatable=allocatable, reserved=node.capacity.minus(allocatable))
