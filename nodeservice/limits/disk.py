@@ -53,15 +53,16 @@ class BoundedDisk:
         self._rounds = DiskRounds(self._attempts, self._thread, processes=processes, clock=clock)
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
-        """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers."""
-        known = self._attempts.get(id_)
-        if known is not None and known.limit_bytes == limit_bytes:
-            return
-        watched = Watched(limit_bytes, work, log)
-        if self._quotas is not None:
-            quotas = self._quotas
+        """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers.
+
+        What it refuses is watched nevertheless, until a repetition succeeds.
+        """
+        watched = self._attempts.get(id_)
+        if watched is None or watched.limit_bytes != limit_bytes:
+            watched = self._attempts[id_] = Watched(limit_bytes, work, log)
+        quotas = self._quotas
+        if quotas is not None and watched.project is None:
             watched.project = await self._run(lambda: quotas.bind([work], limit_bytes), doing="set the disk quota")
-        self._attempts[id_] = watched
 
     async def add_layer(self, id_: AttemptId, layer: Sequence[Path], beside: Sequence[Path] = ()) -> None:
         watched = self._attempts.get(id_)

@@ -63,7 +63,7 @@ class TaskDisk(Protocol):
         ...
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
-        """Return once the attempt has written more than its limit; within two seconds of it.
+        """Return once the attempt has written more than its limit; within two seconds of it. It may be prepared later.
 
         Where that is hard, only what got past the kernel's bound is told, and later.
         """

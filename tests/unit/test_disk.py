@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import os
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from nodeservice.core.model import AttemptId
+from nodeservice.errors import NodeFaultError
 from nodeservice.limits.disk import BoundedDisk
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
 
@@ -120,6 +122,51 @@ async def test_what_the_engine_made_for_the_container_counts_too(disk: BoundedDi
     (places["layer"] / "more").write_bytes(b"x" * 8 * MIB)
     crossed = await asyncio.wait_for(disk.crossed(ME), 60)
     assert crossed.bytes > 10 * MIB
+
+
+class FakeQuotas:
+    """Of a file system that holds work directories alone. `failing` names the calls that the kernel refuses."""
+
+    is_for_layers = False
+
+    def __init__(self) -> None:
+        self.limits: dict[int, int] = {}
+        self.failing: set[str] = set()
+
+    def _call(self, name: str) -> None:
+        if name in self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def bind(self, directories: Sequence[Path], limit_bytes: int) -> int:
+        self._call("bind")
+        self.limits[7] = limit_bytes
+        return 7
+
+    def holds_layers(self, layer: Sequence[Path]) -> bool:
+        return False
+
+    def join(self, places: Sequence[Path], number: int) -> list[Path]:
+        return list(places)
+
+    def limit_of(self, number: int) -> int | None:
+        return self.limits.get(number)
+
+
+async def test_what_the_kernel_refuses_to_bound_is_watched_and_bounded_once_it_no_longer_refuses(
+    tmp_path: Path,
+) -> None:
+    quotas, work = FakeQuotas(), tmp_path / "work"
+    work.mkdir()
+    quotas.failing.add("bind")
+    disk = BoundedDisk(quotas=quotas)  # type: ignore[arg-type]
+    with pytest.raises(NodeFaultError, match="set the disk quota"):
+        await disk.prepare(ME, MIB, work=work, log=tmp_path / "log")
+    (work / "much").write_bytes(b"x" * 2 * MIB)
+    assert (await asyncio.wait_for(disk.crossed(ME), 60)).bytes >= 2 * MIB
+    quotas.failing.clear()
+    await disk.prepare(ME, MIB, work=work, log=tmp_path / "log")
+    assert quotas.limits == {7: MIB}
+    await disk.close()
 
 
 @pytest.fixture
