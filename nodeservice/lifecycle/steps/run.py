@@ -10,7 +10,7 @@ import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import AttemptId, PullPolicy, Reason, StopCause, StopRequest, TaskRecord, Usage
-from nodeservice.core.verdict import AT_ONCE
+from nodeservice.core.verdict import has_no_grace
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
@@ -280,15 +280,8 @@ async def _bound_again(context: Context, record: TaskRecord) -> bool:
 
 
 async def _end_at_the_disk_limit(context: Context, driver: Driver, record: TaskRecord) -> None:
-    """Ask for the end when it has written too much. One that is being ended already, gently, is ended now."""
-
     async def end() -> bool:
-        used = await context.disk.crossed(record.id)
-        ending = driver.get(record.id)
-        driver.post(record.id, _disk_stop(context, record, used))
-        if ending is not None and ending.stop is not None:
-            with contextlib.suppress(TransientError, NodeFaultError):
-                await context.runtime.kill(_container(record))
+        driver.post(record.id, _disk_stop(context, record, await context.disk.crossed(record.id)))
         return True
 
     await until_done(context, record.id, "watch its disk", end)
@@ -307,8 +300,7 @@ async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
     What broke a limit gets no grace. One that outlives SIGKILL is told as stuck, and killed again and again.
     """
     container_id = _container(record)
-    at_once = record.stop is not None and record.stop.cause in AT_ONCE
-    grace_seconds = 0.0 if at_once else record.spec.grace_seconds
+    grace_seconds = 0.0 if has_no_grace(record) else record.spec.grace_seconds
     patience = grace_seconds + context.settings.kill_patience_seconds
     while True:
         try:
