@@ -77,8 +77,11 @@ class TaskDisk(Protocol):
         """What was last seen, without a new look: a large tree takes its time. None as with `use`."""
         ...
 
-    async def remove(self, id_: AttemptId) -> None:
-        """Lift the bound, and forget it. Repeating is harmless. Call it while the directories still exist."""
+    async def remove(self, id_: AttemptId, *, work: Path) -> None:
+        """Lift the bound, and forget it, also one that an earlier process set. Repeating is harmless.
+
+        Call it while the directories still exist: `work` is the one that was prepared.
+        """
         ...
 
     async def close(self) -> None: ...

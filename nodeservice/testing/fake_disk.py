@@ -67,7 +67,7 @@ class FakeTaskDisk:
             return None
         return self._used.get(id_, DiskUse(bytes=0, file_count=0, peak_bytes=0))
 
-    async def remove(self, id_: AttemptId) -> None:
+    async def remove(self, id_: AttemptId, *, work: Path) -> None:
         self._limits.pop(id_, None)
         self._places.pop(id_, None)
 
