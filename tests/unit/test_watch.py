@@ -1,10 +1,13 @@
-"""What goes on beside a running task: its disk and its GPUs are watched, whatever failed once."""
+"""What goes on beside a running task: its disk and its GPUs are watched and its log followed, whatever failed once."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from nodeservice.core.gpus import GpuRequest, GpuShare
 from nodeservice.core.model import GIB, AttemptId, Phase, Reason, TaskRecord, TaskSpec
 from nodeservice.errors import NodeFaultError
 from nodeservice.gpu.units import SharingPolicy
+from nodeservice.lifecycle import logs
 from nodeservice.limits.disk import BoundedDisk
 from nodeservice.ports import NOBODY, DiskUse, GpuProcess
 from nodeservice.testing.fake_disk import FakeTaskDisk
@@ -156,3 +160,24 @@ async def test_a_disk_bound_that_cannot_be_set_or_looked_at_at_first_holds_later
     async with living(world) as node:
         assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
     assert disk.failures == {"prepare": 0, "crossed": 0}
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOSPC])
+async def test_a_log_that_could_not_be_opened_once_is_there_while_the_task_runs(
+    world: World, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True, output=b"hello")
+    codes, real = [code], logs._CappedFile
+
+    def opened(*arguments: Any) -> object:
+        if codes:
+            raise OSError(codes[0], os.strerror(codes.pop()))
+        return real(*arguments)
+
+    monkeypatch.setattr(logs, "_CappedFile", opened)
+    async with living(world) as node:
+        await running(node, spec())
+        path = node.dirs.log(T)
+        await node.until(lambda: path.exists() and path.read_bytes() == b"hello")
+        assert node.phase(T) is Phase.RUNNING
+    assert not codes
