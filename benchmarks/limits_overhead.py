@@ -106,7 +106,7 @@ class Bench:
         assert written.peak_bytes >= MIB
         await self.runtime.remove(container)
         await watch.timed("remove", self.cgroups.remove(id_))
-        await watch.timed("remove", self.disk.remove(id_))
+        await watch.timed("remove", self.disk.remove(id_, work=work))
         return (time.perf_counter() - began) * 1000
 
 

@@ -41,6 +41,11 @@ class StopContainer(Effect):
 
 
 @dataclass(frozen=True, slots=True)
+class KillContainer(Effect):
+    """SIGKILL at once, in place of a StopContainer that is under way."""
+
+
+@dataclass(frozen=True, slots=True)
 class CollectResults(Effect):
     """Make sure no container of the attempt runs, drain its log, read its usage, freeze its output.
 

@@ -107,7 +107,7 @@ def resume(record: TaskRecord, *, at: datetime) -> Step:
     """What to do with a record found after a restart.
 
     A stop that was journalled before the container ran is honoured without making or starting it; one that was journalled
-    while it ran is sent again.
+    while it ran is sent again, without grace where that was taken from it.
     """
     if record.stop is not None and record.phase < Phase.RUNNING:
         return _give_up(record, at, verdicts.of_stop(record.stop))
@@ -148,15 +148,25 @@ def _stop_while_pulling(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 def _stop_noted(record: TaskRecord, event: ev.StopRequested) -> Step:
     """A create or start is under way in the engine: its answer decides what there is to stop."""
-    if record.stop is not None:
-        return Step(record, changed=False)
-    return Step(replace(record, stop=event.stop))
+    stopped = _requested(record, event.stop)
+    return Step(stopped, changed=stopped is not record)
 
 
 def _stop_while_running(record: TaskRecord, event: ev.StopRequested) -> Step:
-    if record.stop is not None:
+    stopped = _requested(record, event.stop)
+    if stopped is record:
         return Step(record, changed=False)
-    return Step(replace(record, stop=event.stop), (fx.StopContainer(),))
+    return Step(stopped, (fx.StopContainer() if record.stop is None else fx.KillContainer(),))
+
+
+def _requested(record: TaskRecord, stop: StopRequest) -> TaskRecord:
+    """The first request decides on the verdict. One that allows no grace takes it from a gentler one, and is remarked on."""
+    if not verdicts.changes_the_end(record, stop.cause):
+        return record
+    if record.stop is None:
+        return replace(record, stop=stop)
+    remark = f"While it was being ended its grace was taken from it: {verdicts.of_stop(stop).message}"
+    return replace(record, escalation=stop, remarks=(*record.remarks, remark))
 
 
 def _pulled(record: TaskRecord, event: ev.ImagePulled) -> Step:
@@ -179,10 +189,10 @@ def _created(record: TaskRecord, event: ev.ContainerCreated) -> Step:
 def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
     timeout = record.spec.timeout_seconds
     deadline = None if timeout is None else event.started_at + timedelta(seconds=timeout)
-    stop = record.stop
-    if event.not_enforced and stop is None:
+    if event.not_enforced:
         message = f"Killed, because a limit does not hold: {'; '.join(event.not_enforced)}."
-        stop = StopRequest(cause=StopCause.LIMIT_NOT_ENFORCED, requested_at=event.started_at, message=message)
+        broken = StopRequest(cause=StopCause.LIMIT_NOT_ENFORCED, requested_at=event.started_at, message=message)
+        record = _requested(record, broken)
     step = _enter(
         record,
         Phase.RUNNING,
@@ -190,9 +200,8 @@ def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
         started_at=event.started_at,
         deadline_at=deadline,
         limits={**record.limits, **event.limits},
-        stop=stop,
     )
-    if stop is not None:
+    if record.stop is not None:
         return replace(step, effects=(*step.effects, fx.StopContainer()))
     return step
 

@@ -205,7 +205,7 @@ class StopCause(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequest:
-    """What was requested, kept apart from the phase. The first request is final."""
+    """What was requested, kept apart from the phase. The first request is final; a stricter one can only hasten the end."""
 
     cause: StopCause
     requested_at: datetime
@@ -321,6 +321,8 @@ class TaskRecord:
     phase: Phase
     timings: tuple[PhaseTiming, ...]
     stop: StopRequest | None = None
+    escalation: StopRequest | None = None
+    """What took the rest of the grace from a gentler `stop`. The verdict stays that of `stop`."""
     verdict: Verdict | None = None
     image_digest: str | None = None
     container_id: str | None = None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest, Verdict
+from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest, TaskRecord, Verdict
 
 _SIGNAL_BASE = 128
 _HIGHEST_SIGNAL = 64
@@ -73,6 +73,16 @@ class ExitFacts:
     """The fault of one of its GPUs that was seen before it ended, in words."""
     by_engine: bool = False
     engine_was_away: bool = False
+
+
+def has_no_grace(record: TaskRecord) -> bool:
+    """Whether it is to be killed at once, be that the first thing that was requested or not."""
+    return any(request is not None and request.cause in AT_ONCE for request in (record.stop, record.escalation))
+
+
+def changes_the_end(record: TaskRecord, cause: StopCause) -> bool:
+    """Whether one more request would do anything: the first does, and one that takes the grace from a gentler one."""
+    return record.stop is None or (cause in AT_ONCE and not has_no_grace(record))
 
 
 def is_retryable(reason: Reason) -> bool:

@@ -15,6 +15,7 @@ import structlog
 from nodeservice.core import events as ev
 from nodeservice.core.gpus import GpuUnit, GpuUsage, ShareMethod
 from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord
+from nodeservice.core.verdict import changes_the_end
 from nodeservice.gpu.health import GpuFault, GpuState, HealthBoard
 from nodeservice.gpu.holders import Place, left_behind_bytes, memory_of, places, sample, strangers
 from nodeservice.gpu.units import SharingPolicy, units_of
@@ -159,7 +160,7 @@ class GpuKeeper:
         return self._faults.get(id_, "")
 
     def _stop(self, record: TaskRecord, cause: StopCause, message: str) -> None:
-        if self._driver is None or record.stop is not None:
+        if self._driver is None or not changes_the_end(record, cause):
             return
         now = self._clock.now()
         stop = StopRequest(cause=cause, requested_at=now, message=message)

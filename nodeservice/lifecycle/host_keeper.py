@@ -12,14 +12,18 @@ import structlog
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, StopRequest, TaskRecord
+from nodeservice.core.verdict import has_no_grace
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import Patience
 
 log = structlog.get_logger(__name__)
 
 DISK_LOW = "DISK_LOW"
 Share = tuple[Resources, tuple[int, ...], Mapping[AttemptId, tuple[int, ...]]]
 """What all tasks may have together, the CPUs of those without exclusive ones, and whose CPUs are exclusive."""
+_MAKE_ROOM_SECONDS = 60.0
+"""For one that was killed to give back its disk, before the next one goes."""
 
 
 class HostKeeper:
@@ -36,6 +40,7 @@ class HostKeeper:
         self._asked: Share | None = None
         self._holds = False
         """Whether what was asked for was done; else it is asked for again at the next look."""
+        self._ending: dict[AttemptId, Patience] = {}
         driver.on_change(self._note)
 
     def _note(self, _record: TaskRecord) -> None:
@@ -76,11 +81,12 @@ class HostKeeper:
             self._end_the_largest(place, words)
 
     def _end_the_largest(self, place: Path, words: str) -> None:
-        if any(record.stop is not None and record.phase < Phase.UPLOADING for record in self._driver.live()):
-            return  # one is on its way out already
+        if self._is_making_room():
+            return
         largest: tuple[int, TaskRecord] | None = None
         for record in self._driver.live():
-            use = self._context.disk.seen(record.id) if record.phase is Phase.RUNNING else None
+            may_go = record.phase is Phase.RUNNING and not has_no_grace(record)
+            use = self._context.disk.seen(record.id) if may_go else None
             if use is not None and (largest is None or use.bytes > largest[0]):
                 largest = (use.bytes, record)
         if largest is None:
@@ -93,6 +99,15 @@ class HostKeeper:
         log.warning("disk.task_ended", task_id=record.id.task_id, attempt=record.id.attempt, place=str(place))
         stop = StopRequest(cause=StopCause.NODE_DISK_LOW, requested_at=now, message=message)
         self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+
+    def _is_making_room(self) -> bool:
+        """Whether one is on its way out, and not for long: neither a grace nor one that hangs keeps the disk filling."""
+        killed = [
+            record.id for record in self._driver.live() if has_no_grace(record) and record.phase < Phase.UPLOADING
+        ]
+        clock = self._context.clock
+        self._ending = {id_: self._ending.get(id_) or Patience(clock, _MAKE_ROOM_SECONDS) for id_ in killed}
+        return not all(patience.is_over for patience in self._ending.values())
 
 
 def _share(ledger: Ledger) -> Share:

@@ -41,30 +41,35 @@ class LogBook:
     async def capture(self, id_: AttemptId, container_id: str, path: Path, *, follow: bool) -> None:
         """Bring the file up to date: to the end of the log now, or (following) to its end at exit.
 
-        Raises TransientError when the stream breaks; call again. One capture at a time per attempt.
+        Raises TransientError when the stream breaks, or the file can't be opened or written; call again. One capture at a
+        time per attempt.
         """
         if id_ in self._complete:
             return
-        writer = _CappedFile(path, self._max_bytes, self._tail_bytes)
         try:
-            async for chunk in self._runtime.read_log(container_id, follow=follow):
-                writer.feed(chunk)
-                self._wake(id_)
+            await self._write(id_, container_id, path, follow=follow)
         except OSError as error:
             raise TransientError(
                 f"cannot write {path}: {error}",
                 reason="LOG_UNWRITABLE",
                 hint="free space on the state directory's disk",
             ) from error
+        if follow:
+            self._complete[id_] = None
+            while len(self._complete) > _COMPLETE_MEMORY:
+                self._complete.popitem(last=False)
+
+    async def _write(self, id_: AttemptId, container_id: str, path: Path, *, follow: bool) -> None:
+        writer = _CappedFile(path, self._max_bytes, self._tail_bytes)
+        try:
+            async for chunk in self._runtime.read_log(container_id, follow=follow):
+                writer.feed(chunk)
+                self._wake(id_)
         finally:
             writer.close()
             if writer.tail is not None:
                 self._tails[id_] = writer.tail
             self._wake(id_)
-        if follow:
-            self._complete[id_] = None
-            while len(self._complete) > _COMPLETE_MEMORY:
-                self._complete.popitem(last=False)
 
     async def follow_until_end(self, id_: AttemptId, container_id: str, path: Path) -> None:
         """Follow, and take the stream up again when it breaks. Ends with the container."""

@@ -13,7 +13,7 @@ from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core import machine
 from nodeservice.core.model import AttemptId, Phase, Reason, TaskRecord
-from nodeservice.core.verdict import of_failure
+from nodeservice.core.verdict import has_no_grace, of_failure
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
@@ -44,9 +44,9 @@ class Runner:
         match effect:
             case fx.CancelStep():
                 self._interrupt(record.id, fx.PullImage)
-            case fx.StopContainer():
+            case fx.StopContainer() | fx.KillContainer():
                 if record.phase is Phase.RUNNING:
-                    self._spawn(record.id, effect, self._stop(record))
+                    self._end(record)
             case _:
                 if record.phase is _PHASE_OF[type(effect)]:
                     self._spawn(record.id, effect, self._carry_out(record.id, effect))
@@ -85,8 +85,16 @@ class Runner:
         if task is not None:
             task.cancel()
 
-    async def _stop(self, record: TaskRecord) -> None:
-        await run.stop(self._context, self._driver, record)
+    def _end(self, record: TaskRecord) -> None:
+        """Where no grace is allowed, a gentle end that is under way gives way; no gentle one begins beside the other."""
+        stop = run.stop(self._context, self._driver, record)
+        if has_no_grace(record):
+            self._interrupt(record.id, fx.StopContainer)
+            self._spawn(record.id, fx.KillContainer(), stop)
+        elif (record.id, fx.KillContainer) in self._tasks:
+            stop.close()
+        else:
+            self._spawn(record.id, fx.StopContainer(), stop)
 
     async def _carry_out(self, id_: AttemptId, effect: fx.Effect) -> None:
         """Run the step until it tells how it went. A step that fails in a way it doesn't know is tried again."""

@@ -53,15 +53,21 @@ class BoundedDisk:
         self._rounds = DiskRounds(self._attempts, self._thread, processes=processes, clock=clock)
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
-        """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers."""
-        known = self._attempts.get(id_)
-        if known is not None and known.limit_bytes == limit_bytes:
+        """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers.
+
+        What it refuses is watched nevertheless, until a repetition succeeds.
+        """
+        watched = self._attempts.get(id_)
+        if watched is None or watched.limit_bytes != limit_bytes:
+            watched = self._attempts[id_] = Watched(limit_bytes, work, log)
+        quotas = self._quotas
+        if quotas is None or watched.project is not None:
             return
-        watched = Watched(limit_bytes, work, log)
-        if self._quotas is not None:
-            quotas = self._quotas
-            watched.project = await self._run(lambda: quotas.bind([work], limit_bytes), doing="set the disk quota")
-        self._attempts[id_] = watched
+
+        def bind() -> None:
+            watched.project = quotas.bind([work], limit_bytes)
+
+        await self._run(bind, doing="set the disk quota")
 
     async def add_layer(self, id_: AttemptId, layer: Sequence[Path], beside: Sequence[Path] = ()) -> None:
         watched = self._attempts.get(id_)
@@ -123,18 +129,26 @@ class BoundedDisk:
         watched = self._attempts.get(id_)
         return None if watched is None else watched.used
 
-    async def remove(self, id_: AttemptId) -> None:
-        watched = self._attempts.pop(id_, None)
-        quotas = self._quotas
-        if watched is not None and watched.project is not None and quotas is not None:
-            project = watched.project
-            await self._run(lambda: quotas.lift(project), doing="lift the disk quota")
+    async def remove(self, id_: AttemptId, *, work: Path) -> None:
+        if self._quotas is not None:
+            await self._run(partial(self._lift, self._quotas, id_, work), doing="lift the disk quota")
+        self._attempts.pop(id_, None)
 
     async def close(self) -> None:
         await self._rounds.close()
         self._thread.close()
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
+
+    def _lift(self, quotas: ProjectQuotas, id_: AttemptId, work: Path) -> None:
+        """A restart forgot the number: the directory bears it still. One that a task has set there is perhaps another's."""
+        attempts = dict(self._attempts)
+        watched = attempts.pop(id_, None)
+        project = watched.project if watched is not None else None
+        if project is None:
+            project = quotas.project_of(work)
+        if project is not None and all(other.project != project for other in attempts.values()):
+            quotas.lift(project)
 
     def _count(self, watched: Watched) -> Measured | None:
         """What the kernel counted, and the log beside it."""

@@ -94,14 +94,22 @@ class ProjectQuotas:
 
     def bind(self, directories: Sequence[Path], limit_bytes: int) -> int:
         """Bound them together; the project's number. Repeating takes the number that they bear already."""
-        number = _project_of(directories[0])
-        if not _FIRST_PROJECT <= number < _FIRST_PROJECT + 0x10000:
+        number = self.project_of(directories[0])
+        if number is None:
             number = self._unused()
         blocks = -(-limit_bytes // _BLOCK_BYTES)
         inodes = max(_LEAST_INODES, limit_bytes // LEAST_BYTES)
         self._set(number, blocks, inodes)
         self.join(directories, number)
         return number
+
+    def project_of(self, directory: Path) -> int | None:
+        """The number that it bears, if that is one of ours; None too where there is no such directory."""
+        with suppress(FileNotFoundError):
+            number = _project_of(directory)
+            if _FIRST_PROJECT <= number < _FIRST_PROJECT + 0x10000:
+                return number
+        return None
 
     def join(self, places: Sequence[Path], number: int) -> list[Path]:
         """With all that is there already. A task may change it meanwhile: nothing is reached through a link.

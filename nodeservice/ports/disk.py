@@ -63,7 +63,7 @@ class TaskDisk(Protocol):
         ...
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
-        """Return once the attempt has written more than its limit; within two seconds of it.
+        """Return once the attempt has written more than its limit; within two seconds of it. It may be prepared later.
 
         Where that is hard, only what got past the kernel's bound is told, and later.
         """
@@ -77,8 +77,11 @@ class TaskDisk(Protocol):
         """What was last seen, without a new look: a large tree takes its time. None as with `use`."""
         ...
 
-    async def remove(self, id_: AttemptId) -> None:
-        """Lift the bound, and forget it. Repeating is harmless. Call it while the directories still exist."""
+    async def remove(self, id_: AttemptId, *, work: Path) -> None:
+        """Lift the bound, and forget it, also one that an earlier process set. Repeating is harmless.
+
+        Call it while the directories still exist: `work` is the one that was prepared.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -25,6 +25,9 @@ class FakeTaskDisk:
     def write(self, id_: AttemptId, total_bytes: int, *, file_count: int = 1) -> None:
         peak_bytes = max(total_bytes, self._used[id_].peak_bytes if id_ in self._used else 0)
         self._used[id_] = DiskUse(bytes=total_bytes, file_count=file_count, peak_bytes=peak_bytes)
+        self._tell()
+
+    def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -35,6 +38,7 @@ class FakeTaskDisk:
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
         self._limits[id_] = limit_bytes
         self._places[id_] = self.prepared_places[id_] = (work, log)
+        self._tell()
 
     def holds_layers(self) -> bool:
         return self._enforcement is Enforcement.HARD
@@ -50,8 +54,8 @@ class FakeTaskDisk:
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
         while True:
-            used = self._used.get(id_)
-            if self._enforcement is Enforcement.WATCHED and used is not None and used.bytes > self._limits.get(id_, 0):
+            used, is_watched = self._used.get(id_), self._enforcement is Enforcement.WATCHED
+            if is_watched and used is not None and id_ in self._limits and used.bytes > self._limits[id_]:
                 return used
             await self._changed.wait()
 
@@ -63,7 +67,7 @@ class FakeTaskDisk:
             return None
         return self._used.get(id_, DiskUse(bytes=0, file_count=0, peak_bytes=0))
 
-    async def remove(self, id_: AttemptId) -> None:
+    async def remove(self, id_: AttemptId, *, work: Path) -> None:
         self._limits.pop(id_, None)
         self._places.pop(id_, None)
 

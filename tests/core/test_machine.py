@@ -27,7 +27,7 @@ from nodeservice.core.model import (
     TraceIds,
     Usage,
 )
-from nodeservice.core.verdict import of_failure
+from nodeservice.core.verdict import AT_ONCE, has_no_grace, of_failure, of_stop
 from nodeservice.errors import InvariantError
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -270,6 +270,41 @@ def test_a_limit_that_does_not_hold_ends_the_task_at_its_start() -> None:
     assert record.verdict is not None
     assert record.verdict.reason is Reason.LIMIT_NOT_ENFORCED
     assert "pids_limit: asked 10, in force no limit" in record.verdict.message
+
+
+@pytest.mark.parametrize("cause", sorted(AT_ONCE))
+def test_a_limit_that_allows_no_grace_takes_it_from_a_gentle_stop_and_leaves_the_verdict(cause: StopCause) -> None:
+    gentle = machine.advance(in_phase(Phase.RUNNING), stop_request()).record
+    step = machine.advance(gentle, stop_request(cause))
+    assert step.effects == (fx.KillContainer(),)
+    assert has_no_grace(step.record)
+    assert not machine.advance(step.record, stop_request(cause)).changed
+    again = machine.resume(step.record, at=at(6))
+    assert again.effects == (fx.WatchContainer(), fx.StopContainer())
+    assert has_no_grace(again.record), "a restart makes it no gentle stop again"
+    record = machine.advance(step.record, ev.ContainerExited(at=at(9), exit_code=137, oom_killed=False)).record
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    (remark,) = record.remarks
+    assert of_stop(StopRequest(cause=cause, requested_at=at(5))).message in remark
+
+
+@pytest.mark.parametrize("later", list(StopCause))
+def test_nothing_is_stricter_than_a_kill_and_a_gentle_stop_hastens_nothing(later: StopCause) -> None:
+    for first in (cause for cause in StopCause if cause in AT_ONCE or later not in AT_ONCE):
+        stopped = machine.advance(in_phase(Phase.RUNNING), stop_request(first)).record
+        assert not machine.advance(stopped, stop_request(later)).changed
+
+
+def test_a_limit_that_does_not_hold_kills_a_task_that_was_cancelled_while_it_started() -> None:
+    started = ev.ContainerStarted(at=at(3), started_at=at(3), not_enforced=("pids_limit: asked 10, in force no limit",))
+    step = after(*HAPPY[:2], stop_request(), started)
+    assert step.effects == (fx.WatchContainer(), fx.StopContainer())
+    assert has_no_grace(step.record)
+    record = machine.advance(step.record, ev.ContainerExited(at=at(4), exit_code=137, oom_killed=False)).record
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert "pids_limit: asked 10, in force no limit" in record.remarks[0]
 
 
 def test_a_stuck_container_keeps_its_lease_and_says_so_once() -> None:

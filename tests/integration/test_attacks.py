@@ -148,6 +148,13 @@ async def test_a_disk_filler_is_ended_for_it(bench: Bench, where: str) -> None:
     assert (await bench.end_of(quiet)).reason == "COMPLETED"
 
 
+async def test_one_that_fills_the_disk_in_its_long_grace_period_has_no_more_of_it(bench: Bench) -> None:
+    fill = 'trap "dd if=/dev/zero of=/results/big bs=1M count=200" TERM; while :; do sleep 1; done'
+    result = await bench.run(fill, cpu_milli=800, memory_bytes=64 * MIB, timeout_seconds=1.0, grace_seconds=86_400.0)
+    assert (result.outcome, result.reason, result.exit_code) == ("FAILED", "DEADLINE", 137)
+    assert any("disk limit" in remark for remark in result.remarks)
+
+
 async def test_a_volume_that_its_image_declares_is_bounded_too(bench: Bench, docker_client: docker.APIClient) -> None:
     image = f"nodeservice/volume-{uuid.uuid4().hex[:8]}"
     recipe = io.BytesIO(b"FROM nodeservice/demo\nVOLUME /data\n")

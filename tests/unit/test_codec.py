@@ -110,7 +110,7 @@ def test_an_instant_of_another_zone_is_the_same_instant_afterwards() -> None:
 
 
 def test_a_record_written_before_a_field_existed_takes_its_default() -> None:
-    decoded = decode_record(edited(remarks=..., retained=..., usage=...))
+    decoded = decode_record(edited(remarks=..., retained=..., usage=..., escalation=...))
     assert decoded == a_record()
 
 

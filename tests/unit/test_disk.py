@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import os
 import time
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from nodeservice.core.model import AttemptId
+from nodeservice.core.model import AttemptId, Phase
+from nodeservice.errors import NodeFaultError
 from nodeservice.limits.disk import BoundedDisk
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
+from tests.unit.node_harness import World, living, spec
 
 MIB = 1024**2
 ME, OTHER = AttemptId("me"), AttemptId("other")
@@ -120,6 +123,117 @@ async def test_what_the_engine_made_for_the_container_counts_too(disk: BoundedDi
     (places["layer"] / "more").write_bytes(b"x" * 8 * MIB)
     crossed = await asyncio.wait_for(disk.crossed(ME), 60)
     assert crossed.bytes > 10 * MIB
+
+
+class FakeQuotas:
+    """Of a file system that holds work directories alone. `failing` names the calls that the kernel refuses."""
+
+    is_for_layers = False
+
+    def __init__(self) -> None:
+        self.limits: dict[int, int] = {}
+        self.borne: dict[Path, int] = {}
+        """The project's number that a directory bears."""
+        self.failing: set[str] = set()
+
+    def _call(self, name: str) -> None:
+        if name in self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def bind(self, directories: Sequence[Path], limit_bytes: int) -> int:
+        self._call("bind")
+        number = self.borne.setdefault(directories[0], len(self.borne) + 1)
+        self.limits[number] = limit_bytes
+        return number
+
+    def project_of(self, directory: Path) -> int | None:
+        return self.borne.get(directory)
+
+    def holds_layers(self, layer: Sequence[Path]) -> bool:
+        return False
+
+    def join(self, places: Sequence[Path], number: int) -> list[Path]:
+        return list(places)
+
+    def limit_of(self, number: int) -> int | None:
+        return self.limits.get(number)
+
+    def lift(self, number: int) -> None:
+        self._call("lift")
+        self.limits.pop(number, None)
+
+
+async def test_what_the_kernel_refuses_to_bound_is_watched_and_bounded_once_it_no_longer_refuses(
+    tmp_path: Path,
+) -> None:
+    quotas, work = FakeQuotas(), tmp_path / "work"
+    work.mkdir()
+    quotas.failing.add("bind")
+    disk = BoundedDisk(quotas=quotas)  # type: ignore[arg-type]
+    with pytest.raises(NodeFaultError, match="set the disk quota"):
+        await disk.prepare(ME, MIB, work=work, log=tmp_path / "log")
+    (work / "much").write_bytes(b"x" * 2 * MIB)
+    assert (await asyncio.wait_for(disk.crossed(ME), 60)).bytes >= 2 * MIB
+    quotas.failing.clear()
+    await disk.prepare(ME, MIB, work=work, log=tmp_path / "log")
+    assert quotas.limits == {1: MIB}
+    await disk.close()
+
+
+@pytest.fixture
+async def quotas(tmp_path: Path) -> AsyncIterator[tuple[FakeQuotas, BoundedDisk]]:
+    """With a bound of one MiB for each of two attempts."""
+    quotas = FakeQuotas()
+    disk = BoundedDisk(quotas=quotas)  # type: ignore[arg-type]
+    await prepare(disk, tmp_path, ME, OTHER)
+    yield quotas, disk
+    await disk.close()
+
+
+async def test_a_quota_that_could_not_be_lifted_is_lifted_when_that_is_tried_again(
+    quotas: tuple[FakeQuotas, BoundedDisk], tmp_path: Path
+) -> None:
+    kernel, disk = quotas
+    kernel.failing.add("lift")
+    with pytest.raises(NodeFaultError, match="lift the disk quota"):
+        await disk.remove(ME, work=tmp_path / str(ME))
+    kernel.failing.clear()
+    for _ in range(2):
+        await disk.remove(ME, work=tmp_path / str(ME))
+    assert kernel.limits == {kernel.borne[tmp_path / str(OTHER)]: MIB}
+    assert disk.seen(ME) is None
+
+
+async def test_a_quota_of_an_earlier_process_is_lifted_by_the_number_that_the_directory_bears(
+    quotas: tuple[FakeQuotas, BoundedDisk], tmp_path: Path
+) -> None:
+    kernel, _ = quotas
+    after_a_restart = BoundedDisk(quotas=kernel)  # type: ignore[arg-type]
+    await after_a_restart.prepare(OTHER, MIB, work=tmp_path / str(OTHER), log=tmp_path / "log")
+    await after_a_restart.remove(ME, work=tmp_path / str(ME))
+    await after_a_restart.remove(ME, work=tmp_path / "gone")
+    assert kernel.limits == {kernel.borne[tmp_path / str(OTHER)]: MIB}
+    kernel.borne[tmp_path / str(ME)] = kernel.borne[tmp_path / str(OTHER)]  # a task may do that to its own
+    await after_a_restart.remove(ME, work=tmp_path / str(ME))
+    assert kernel.limits == {kernel.borne[tmp_path / str(OTHER)]: MIB}, "the bound of another is not lifted"
+    await after_a_restart.close()
+
+
+async def test_a_task_that_was_still_to_be_reported_when_the_node_restarted_leaves_no_quota(tmp_path: Path) -> None:
+    kernel, world = FakeQuotas(), World(tmp_path)
+    world.uplink.down = True
+    for is_reported in (False, True):
+        world.disk = disk = BoundedDisk(quotas=kernel)  # type: ignore[arg-type, assignment]
+        async with living(world) as node:
+            if is_reported:
+                world.uplink.down = False
+                await node.until_finished(AttemptId("t"))
+            else:
+                await node.assign(spec())
+                await node.until(lambda: node.phase(AttemptId("t")) is Phase.REPORTING)
+                assert kernel.limits
+        await disk.close()
+    assert not kernel.limits
 
 
 @pytest.fixture

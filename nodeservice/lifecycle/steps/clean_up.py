@@ -18,7 +18,7 @@ async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
         await context.runtime.remove(container_id)
     await prepare.drop(context, record.id)
     await context.cgroups.remove(record.id)
-    await context.disk.remove(record.id)
+    await context.disk.remove(record.id, work=context.dirs.results(record.id))
     context.gpus.forget(record.id)
     context.images.forget(record.id)
     if record.collected is None:  # what could not be collected is not thrown away either

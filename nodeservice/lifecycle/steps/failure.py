@@ -1,4 +1,4 @@
-"""Turns an adapter's error into the reason that the outcome will carry, and waits for an engine that is away."""
+"""Turns an adapter's error into the reason that the outcome will carry, and goes on trying where that may help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import structlog
 
-from nodeservice.core.model import Reason
+from nodeservice.core.model import AttemptId, Reason
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.patience import Patience
@@ -42,3 +42,22 @@ async def persist(context: Context, call: Callable[[], Awaitable[T]]) -> T:
             log.warning("engine.retry", failures=failures, error=str(error))
             await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
             failures += 1
+
+
+async def until_done(context: Context, id_: AttemptId, doing: str, work: Callable[[], Awaitable[bool]]) -> None:
+    """Repeat work beside a running task, whatever goes wrong with it, until it says that it is done.
+
+    A bound is never given up because it could not be set, or looked at, once. It ends with the task that it is beside.
+    """
+    failures = 0
+    while True:
+        story = {"doing": doing, "task_id": id_.task_id, "attempt": id_.attempt, "failures": failures}
+        try:
+            if await work():
+                return
+        except NodeServiceError as error:
+            log.warning("task.bound_failed", error=str(error), **story)
+        except Exception:
+            log.exception("task.bound_failed", **story)
+        await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+        failures += 1

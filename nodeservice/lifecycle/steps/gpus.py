@@ -8,7 +8,7 @@ from nodeservice.core.gpus import ShareMethod
 from nodeservice.core.model import MIB, TaskRecord
 from nodeservice.errors import NodeFaultError
 from nodeservice.lifecycle.context import Context
-from nodeservice.ports import ContainerSpec, Enforcement, GpuBound, Mount
+from nodeservice.ports import ContainerSpec, Enforcement, GpuBound, Mount, labels
 
 _MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 the place inside the container where CUDA looks by itself
 
@@ -71,6 +71,20 @@ async def bound(context: Context, record: TaskRecord, pid: int | None) -> GpuBou
                 source="NVML",
                 note="this GPU has no MIG instance for it, its driver limits no cgroups, and no MPS server serves it",
             )
+
+
+async def follow(context: Context, record: TaskRecord) -> bool:
+    """After a start and after a restart of the service alike; False where the container's process is not known yet.
+
+    Without it what is on the GPUs is nobody's: a part would be neither watched nor billed.
+    """
+    if not record.lease.gpu_uuids:
+        return True
+    state = await context.runtime.find(record.container_id or labels.container_name(record.id))
+    if state is not None and state.pid:
+        context.gpus.follow(record.id, state.pid)
+        return True
+    return state is None or not state.is_running
 
 
 async def _driver_bound(context: Context, record: TaskRecord, pid: int | None, asked_bytes: int) -> GpuBound:

@@ -10,12 +10,12 @@ import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import AttemptId, PullPolicy, Reason, StopCause, StopRequest, TaskRecord, Usage
-from nodeservice.core.verdict import AT_ONCE
+from nodeservice.core.verdict import has_no_grace
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import gpus, prepare, pull
-from nodeservice.lifecycle.steps.failure import persist, reason_of
+from nodeservice.lifecycle.steps.failure import persist, reason_of, until_done
 from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
 
@@ -193,24 +193,27 @@ async def _bound_layer(context: Context, record: TaskRecord, container_id: str) 
 async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Follow the log, watch the disk, observe what goes with the container, wait for the end."""
     id_, container_id = record.id, _container(record)
-    if record.lease.gpu_uuids:
-        await _follow_gpus(context, record)
+    are_gpus_followed = False
+    with contextlib.suppress(TransientError, NodeFaultError):
+        are_gpus_followed = await gpus.follow(context, record)
+    # A task that ends at once needs none of what goes on beside it: its log is read in one piece, when results are
+    # collected. After a restart its disk is to be bound again, whatever comes.
+    is_known = context.disk.seen(id_) is not None
     observed = _Observed(record.usage)
     beside: list[asyncio.Task[None]] = []
 
     def accompany() -> None:
-        follow = context.logs.follow_until_end(id_, container_id, context.dirs.log(id_))
-        beside.extend(
-            [
-                asyncio.create_task(follow, name=f"log {id_}"),
-                asyncio.create_task(_keep_disk_bound(context, driver, record), name=f"disk {id_}"),
-                asyncio.create_task(_observe(context, record, observed), name=f"observe {id_}"),
-            ]
-        )
+        work = {
+            "log": context.logs.follow_until_end(id_, container_id, context.dirs.log(id_)),
+            "disk": _end_at_the_disk_limit(context, driver, record),
+            "observe": _observe(context, record, observed),
+        }
+        if not is_known:
+            work["bound"] = until_done(context, id_, "bound its disk", lambda: _bound_again(context, record))
+        if not are_gpus_followed:
+            work["gpus"] = until_done(context, id_, "follow its GPUs", lambda: gpus.follow(context, record))
+        beside.extend(asyncio.create_task(some, name=f"{name} {id_}") for name, some in work.items())
 
-    # A task that ends at once needs none of it: its log is read in one piece, when results are collected. After a restart
-    # its disk is to be bound again, whatever comes.
-    is_known = context.disk.seen(id_) is not None
     timer = asyncio.get_running_loop().call_later(_ALONE_SECONDS if is_known else 0, accompany)
     try:
         state = await context.runtime.wait_exited(container_id)
@@ -254,14 +257,6 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
     )
 
 
-async def _follow_gpus(context: Context, record: TaskRecord) -> None:
-    """After a start and after a restart of the service alike."""
-    with contextlib.suppress(TransientError, NodeFaultError):
-        state = await context.runtime.find(_container(record))
-        if state is not None and state.pid:
-            context.gpus.follow(record.id, state.pid)
-
-
 class _Observed:
     __slots__ = ("usage",)
 
@@ -287,18 +282,21 @@ async def _observe(context: Context, record: TaskRecord, observed: _Observed) ->
             observed.usage = Usage(network_received_bytes=counted[0], network_sent_bytes=counted[1])
 
 
-async def _keep_disk_bound(context: Context, driver: Driver, record: TaskRecord) -> None:
-    """Ask for the end when it has written too much. One that is being ended already, gently, is ended now."""
-    if context.disk.seen(record.id) is None:  # a restart forgot it
+async def _bound_again(context: Context, record: TaskRecord) -> bool:
+    """After a restart, which forgot it. What can't be had of the one does not keep the other from being watched."""
+    try:
         await _bound_disk(context, record)
-        with contextlib.suppress(RequestError, TransientError, NodeFaultError):
-            await _bound_layer(context, record, _container(record))
-    used = await context.disk.crossed(record.id)
-    ending = driver.get(record.id)
-    driver.post(record.id, _disk_stop(context, record, used))
-    if ending is not None and ending.stop is not None:
-        with contextlib.suppress(TransientError, NodeFaultError):
-            await context.runtime.kill(_container(record))
+    finally:
+        await _bound_layer(context, record, _container(record))
+    return True
+
+
+async def _end_at_the_disk_limit(context: Context, driver: Driver, record: TaskRecord) -> None:
+    async def end() -> bool:
+        driver.post(record.id, _disk_stop(context, record, await context.disk.crossed(record.id)))
+        return True
+
+    await until_done(context, record.id, "watch its disk", end)
 
 
 def _disk_stop(context: Context, record: TaskRecord, used: DiskUse) -> ev.StopRequested:
@@ -314,8 +312,7 @@ async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
     What broke a limit gets no grace. One that outlives SIGKILL is told as stuck, and killed again and again.
     """
     container_id = _container(record)
-    at_once = record.stop is not None and record.stop.cause in AT_ONCE
-    grace_seconds = 0.0 if at_once else record.spec.grace_seconds
+    grace_seconds = 0.0 if has_no_grace(record) else record.spec.grace_seconds
     patience = grace_seconds + context.settings.kill_patience_seconds
     while True:
         try:
