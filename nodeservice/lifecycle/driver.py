@@ -171,15 +171,18 @@ class Driver:
     def _stop_unwritten(self, id_: AttemptId, event: ev.StopRequested) -> None:
         """Stop what is not told to yet, and again while it isn't. Stopping twice does no harm."""
         known = self._records.get(id_)
-        if known is None or known.stop is not None or self._is_idle:
+        if known is None or self._is_idle:
             return  # it was decided on
         record = self._writer.pending(id_) or known
         if not Phase.STARTING <= record.phase <= Phase.RUNNING:
             return
         # That it runs may be what can't be written. Where it doesn't yet, nothing is stopped, and the next look is soon.
-        as_running = replace(record, phase=Phase.RUNNING, stop=record.stop or event.stop)
-        self._start_effect(as_running, fx.StopContainer())
-        asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
+        as_known = replace(record, phase=Phase.RUNNING, stop=known.stop, escalation=known.escalation)
+        step = machine.advance(as_known, event)
+        for effect in step.effects:
+            self._start_effect(step.record, effect)
+        if step.effects:
+            asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
 
     # ---- start and run --------------------------------------------------------------------------------------------
 

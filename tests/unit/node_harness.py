@@ -108,6 +108,25 @@ class StoppingJournal:
         return getattr(self._journal, name)
 
 
+class HeldJournal(MemoryJournal):
+    """Fails while it is `full`, and hangs while it is not `free`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+        self.free = asyncio.Event()
+        self.free.set()
+        self.from_phase = Phase.PULLING
+        """Earlier ones are written."""
+
+    async def save(self, records: Sequence[TaskRecord]) -> None:
+        if any(record.phase >= self.from_phase for record in records):
+            await self.free.wait()
+            if self.full:
+                raise TransientError("the disk is full", reason="JOURNAL_UNWRITABLE")
+        await super().save(records)
+
+
 @dataclass
 class World:
     """What outlives a killed node: engine, journal, store, disk, master."""

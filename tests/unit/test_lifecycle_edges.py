@@ -19,7 +19,7 @@ from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage
-from tests.unit.node_harness import LiveNode, RecordingUplink, World, living, spec
+from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, spec
 
 T = AttemptId("t")
 
@@ -113,25 +113,6 @@ async def test_a_master_that_never_answers_does_not_keep_the_node_from_stopping(
         await node.assign(spec())
         await node.until(lambda: bool(master.reports))
     assert len(master.reports) == 1
-
-
-class HeldJournal(MemoryJournal):
-    """Fails while it is `full`, and hangs while it is not `free`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.full = False
-        self.free = asyncio.Event()
-        self.free.set()
-        self.from_phase = Phase.PULLING
-        """Earlier ones are written."""
-
-    async def save(self, records: Sequence[TaskRecord]) -> None:
-        if any(record.phase >= self.from_phase for record in records):
-            await self.free.wait()
-            if self.full:
-                raise TransientError("the disk is full", reason="JOURNAL_UNWRITABLE")
-        await super().save(records)
 
 
 class UnsyncedJournal(MemoryJournal):

@@ -10,15 +10,13 @@ import pytest
 
 from nodeservice.core.gpus import GpuRequest, GpuShare
 from nodeservice.core.model import GIB, AttemptId, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec, Usage
-from nodeservice.errors import TransientError
 from nodeservice.gpu.units import SharingPolicy
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle import host_keeper
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import GpuProcess, OomFacts
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage
-from tests.unit.node_harness import LiveNode, World, living, spec
+from tests.unit.node_harness import HeldJournal, LiveNode, World, living, spec
 
 T, BIG, SMALL = AttemptId("t"), AttemptId("big"), AttemptId("small")
 DAY = 86_400.0
@@ -90,28 +88,42 @@ async def test_a_cancelled_task_that_takes_too_much_gpu_memory_is_killed(world: 
         assert was_cancelled_and_tells(await node.until_finished(T), "GPU memory")
 
 
-class HeldJournal(MemoryJournal):
-    full = False
-
-    async def save(self, records: object) -> None:
-        if self.full:
-            raise TransientError("the disk is full", reason="JOURNAL_UNWRITABLE")
-        await super().save(records)  # type: ignore[arg-type]
-
-
-async def test_a_limit_ends_at_once_what_was_cancelled_gently_while_the_journal_was_away(world: World) -> None:
+async def test_a_limit_ends_at_once_what_was_cancelled_gently_before_the_journal_went_away(world: World) -> None:
     world.journal = journal = HeldJournal()
     async with living(world) as node:
+        await running(node, spec("small"))
+        (other,) = world.runtime.running
         await running(node, spec(grace_seconds=DAY))
-        journal.full = True
-        first = cancel(node)
-        await node.until(lambda: node.driver.journal_error is not None)
-        asked = cancel(node)
+        await cancel(node)
         await node.until(lambda: calls(node, "stop") == 1)
+        journal.full = True
+        world.runtime.finish(other, 0)
+        await node.until(lambda: node.driver.journal_error is not None)
         world.disk.write(T, 4 * MIB)
         await node.until(lambda: not world.runtime.running)
         journal.full = False
-        await asyncio.gather(first, asked)
+        assert was_cancelled_and_tells(await node.until_finished(T), "disk limit")
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_limit_ends_at_once_what_was_cancelled_gently_while_the_journal_was_away(
+    world: World, hangs: bool
+) -> None:
+    world.journal = journal = HeldJournal()
+    async with living(world) as node:
+        await running(node, spec(grace_seconds=DAY))
+        if hangs:
+            journal.free.clear()
+        else:
+            journal.full = True
+        asked = cancel(node)
+        await node.until(lambda: calls(node, "stop") == 1)
+        assert world.runtime.running
+        world.disk.write(T, 4 * MIB)
+        await node.until(lambda: not world.runtime.running)
+        journal.full = False
+        journal.free.set()
+        await asked
         assert was_cancelled_and_tells(await node.until_finished(T), "disk limit")
 
 
