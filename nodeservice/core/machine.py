@@ -257,6 +257,11 @@ def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
         remarks = (*remarks, what)
     if event.collected.log_error:
         remarks = (*remarks, f"the log may lack its end: {event.collected.log_error}")
+    if event.collected.log_has_gap:
+        remarks = (
+            *remarks,
+            "the log may lack lines, where it says so: the engine's own log was full before they were read",
+        )
     step = _enter(
         record,
         Phase.UPLOADING,

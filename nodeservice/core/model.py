@@ -293,6 +293,8 @@ class Collected:
     skipped: tuple[str, ...] = ()
     log_error: str | None = None
     """Why the log may lack its end, where the engine could not give the rest of it."""
+    log_has_gap: bool = False
+    """The log may lack lines, where it says so: the engine's own copy was full before they were read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

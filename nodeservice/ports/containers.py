@@ -31,6 +31,18 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogMark:
+    """Where a reading of a log stands after the bytes that it gave so far.
+
+    `is_gap`: bytes may be missing here, `may_lack`: anywhere before, since the engine threw them away before they were read.
+    """
+
+    position: str
+    is_gap: bool = False
+    may_lack: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PulledImage:
     """`digest` is what to create from and what to report: `name@sha256:…` if the registry gave one, else the image id."""
 
@@ -192,10 +204,20 @@ class ContainerRuntime(Protocol):
         """
         ...
 
-    def read_log(self, container_id: str, *, follow: bool) -> AsyncIterator[bytes]:
+    def read_log(
+        self,
+        container_id: str,
+        *,
+        follow: bool,
+        after: str | None = None,
+        on_mark: Callable[[LogMark], None] | None = None,
+    ) -> AsyncIterator[bytes]:
         """Both streams, in the order that the engine recorded, from the first byte; ends at exit when following.
 
-        Raises TransientError when the stream breaks. A repeated read gives the same bytes from the start.
+        Raises TransientError when the stream breaks. A repeated read gives the same bytes from the start, as long as the
+        engine's own copy has not reached its bound; then it throws the oldest away. `on_mark` is called between two pieces,
+        by engines whose records tell where they stand: with a position now and then, from which a later reading goes on
+        (`after`), and where bytes may be missing.
         """
         ...
 

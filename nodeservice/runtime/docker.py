@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -20,6 +19,7 @@ from nodeservice.ports import (
     ContainerState,
     EngineFacts,
     LocalImage,
+    LogMark,
     PulledImage,
     PullProgress,
     labels,
@@ -36,8 +36,7 @@ from nodeservice.runtime.gpu_access import GpuAccess, choose_gpu_access
 from nodeservice.runtime.inside import run_inside
 from nodeservice.runtime.libpod import libpod_body
 from nodeservice.runtime.local_images import list_images, remove_image
-from nodeservice.runtime.log_file import read_log_file
-from nodeservice.runtime.logs import read_log
+from nodeservice.runtime.log_choice import choose_reading
 from nodeservice.runtime.profile import EngineProfile
 from nodeservice.runtime.pulls import ImagePulls
 
@@ -209,8 +208,23 @@ class DockerRuntime:
                 else:
                     retry_seconds = _FIRST_RETRY_SECONDS
 
-    async def read_log(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
-        async with aclosing(await self._reading(container_id, follow=follow)) as pieces:
+    async def read_log(
+        self,
+        container_id: str,
+        *,
+        follow: bool,
+        after: str | None = None,
+        on_mark: Callable[[LogMark], None] | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        reading = await choose_reading(
+            self._connection,
+            await self._profile(),
+            container_id,
+            until_end=partial(self.wait_exited, container_id) if follow else None,
+            after=after,
+            on_mark=on_mark,
+        )
+        async with aclosing(reading) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -277,23 +291,6 @@ class DockerRuntime:
         return await self._connection.call_to_end(
             lambda client: calls.create(client, spec, body, native=is_native), doing=f"create {spec.name}"
         )
-
-    async def _reading(self, container_id: str, *, follow: bool) -> AsyncGenerator[bytes, None]:
-        profile = await self._profile()
-        if profile.log_driver != "k8s-file":
-            mends_lines = profile.log_driver == "local"
-            return read_log(self._connection, container_id, follow=follow, mends_lines=mends_lines)
-        path = await self._connection.call(
-            lambda client: calls.log_path(client, container_id), doing="find a container's log"
-        )
-        if await asyncio.to_thread(os.access, path.parent, os.R_OK | os.X_OK):
-            until_end = partial(self.wait_exited, container_id) if follow else None
-            return read_log_file(path, self._connection.readers, until_end=until_end)
-        if follow:
-            # Podman's own follower loses lines (see log_file). Late and whole is better than at once and with holes.
-            log.info("container.log_read_at_end", container_id=container_id, why=f"{path.parent} cannot be read")
-            await self.wait_exited(container_id)
-        return read_log(self._connection, container_id, follow=False, mends_lines=False)
 
     async def _profile(self, *, fresh: bool = False) -> EngineProfile:
         if self._known_profile is not None and not self._profile_is_stale and not fresh:

@@ -94,6 +94,14 @@ def log_path(client: APIClient, container_id: str) -> Path:
         raise
 
 
+def log_bound(body: bytes) -> int | None:
+    """How many bytes one file of the container's log takes, by the answer to an inspection; None if not known."""
+    try:
+        return int(json.loads(body)["HostConfig"]["LogConfig"]["Config"]["max-size"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any], *, native: bool = False) -> tuple[str, bool]:
     """Create, or find one of the same request: the id, and whether it is new.
 

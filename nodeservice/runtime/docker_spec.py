@@ -14,6 +14,8 @@ from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
 from nodeservice.runtime.profile import EngineProfile
 
 _MIN_LOG_BYTES = 1 * MIB
+_LOG_ROOM = 8
+_LOG_FILES = 2
 _MEMORY_MARGIN_BYTES = 1 * MIB
 _PERIOD_MICROSECONDS = 100_000
 _LONG_PERIOD_MICROSECONDS = 1_000_000
@@ -201,13 +203,15 @@ def cpu_quota(cpu_milli: int) -> tuple[int, int]:
 
 
 def log_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
-    """One file of twice the wanted size: each record has some 30 bytes of the engine's beside the line itself.
+    """The bounds of the engine's own copy: eight times the wanted size, in two files where the engine keeps several.
 
-    So lines of 30 bytes and more are all still there when `log_max_bytes` of them have been written, and no follower has to
-    get across a rotation before. Writing blocks when the engine is slow (mode non-blocking would drop lines).
+    Each record has some 30 bytes of the engine's beside the line itself. So of lines of 5 bytes and more all are still there
+    when `log_max_bytes` of them have been written. With two files, a follower that is behind when one is full can read it to
+    its end, and a log that would not fill one file is known to be whole. Writing blocks when the engine is slow (mode
+    non-blocking would drop lines).
     """
-    size = max(_MIN_LOG_BYTES, 2 * spec.log_max_bytes)
-    options = {"max-size": str(size)}
-    if profile.log_driver != "k8s-file":
-        options |= {"max-file": "1", "compress": "false"}
+    files = 1 if profile.log_driver == "k8s-file" else _LOG_FILES
+    options = {"max-size": str(max(_MIN_LOG_BYTES, _LOG_ROOM * spec.log_max_bytes // files))}
+    if files > 1:
+        options |= {"max-file": str(files), "compress": "false"}
     return {"Type": profile.log_driver, "Config": options}

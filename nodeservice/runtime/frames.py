@@ -6,24 +6,24 @@ import http.client
 from collections.abc import Iterable, Iterator
 from zlib import crc32
 
+from nodeservice.runtime.log_track import Records
+
 _HEADER_BYTES = 8
 _NEWLINE = 10
 _MAX_STAMP_BYTES = 40
+_FRAME_SURPLUS_BYTES = 12
+"""A frame is so much longer than its record in a file of the driver `local`, for lines below 128 bytes, by UTC."""
 _WHOLE_BUFFER_BYTES = 16384
 """The engine cuts lines that are longer than this into records of this size; the last one is always shorter."""
 
 
-def read_frames(chunks: Iterable[bytes], *, mends_lines: bool = False) -> Iterator[bytes]:
+def read_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The bytes of the records, joined per chunk. Raises IncompleteRead when the last frame is cut.
 
     A frame is a byte for the stream, three of zero, four for the length, then one record: a line with its end, or a part of
-    one. Docker's driver `local` loses the end of a line that it had to cut. `mends_lines` puts it back: a record without a
-    line end that follows one of full size in its stream, and is shorter itself, is the last of its line. The one case that
-    cannot be told apart is a stream whose very last line is that long and has no end; it gets one. Mending wants frames with
-    a time and a space before each record, which are taken off: without them the engine does not send records that are empty.
+    one.
     """
     rest = b""
-    cut_streams: set[int] = set()
     for chunk in chunks:
         data = rest + chunk if rest else chunk
         start, size = 0, len(data)
@@ -33,25 +33,56 @@ def read_frames(chunks: Iterable[bytes], *, mends_lines: bool = False) -> Iterat
             end = begin + int.from_bytes(data[start + 4 : begin], "big")
             if end > size:
                 break
-            if mends_lines:
-                begin = data.find(b" ", begin, min(end, begin + _MAX_STAMP_BYTES)) + 1
-                if not begin:
-                    raise http.client.HTTPException("a record of the log has no time")
             records.append(data[begin:end])
-            if mends_lines:
-                stream = data[start]
-                if end > begin and data[end - 1] == _NEWLINE:
-                    if cut_streams:
-                        cut_streams.discard(stream)
-                elif end - begin == _WHOLE_BUFFER_BYTES:
-                    cut_streams.add(stream)
-                elif stream in cut_streams:
-                    cut_streams.discard(stream)
-                    records.append(b"\n")
             start = end
         rest = data[start:]
         if records:
             yield b"".join(records)
+    if rest:
+        raise http.client.IncompleteRead(rest)
+
+
+def read_records(chunks: Iterable[bytes]) -> Iterator[Records]:
+    """The records of Docker's driver `local`, per chunk, with their lines mended. Raises as `read_frames`.
+
+    The driver loses the end of a line that it had to cut. It is put back: a record without a line end that follows one of
+    full size in its stream, and is shorter itself, is the last of its line. The one case that cannot be told apart is a
+    stream whose very last line is that long and has no end; it gets one. This wants frames with a time and a space before
+    each record: without them the engine does not send records that are empty.
+    """
+    rest = b""
+    cut_streams: set[int] = set()
+    for chunk in chunks:
+        data = rest + chunk if rest else chunk
+        start, size = 0, len(data)
+        texts: list[bytes] = []
+        stamps: list[bytes] = []
+        streams: list[int] = []
+        while size - start >= _HEADER_BYTES:
+            begin = start + _HEADER_BYTES
+            end = begin + int.from_bytes(data[start + 4 : begin], "big")
+            if end > size:
+                break
+            space = data.find(b" ", begin, min(end, begin + _MAX_STAMP_BYTES))
+            if space < 0:
+                raise http.client.HTTPException("a record of the log has no time")
+            stream, text = data[start], data[space + 1 : end]
+            if text and text[-1] == _NEWLINE:
+                if cut_streams:
+                    cut_streams.discard(stream)
+            elif len(text) == _WHOLE_BUFFER_BYTES:
+                cut_streams.add(stream)
+            elif stream in cut_streams:
+                cut_streams.discard(stream)
+                text += b"\n"
+            texts.append(text)
+            stamps.append(data[begin:space])
+            streams.append(stream)
+            start = end
+        rest = data[start:]
+        if texts:
+            stored_bytes = start - _FRAME_SURPLUS_BYTES * len(texts)
+            yield Records(texts=texts, stamps=stamps, streams=streams, engine_bytes=stored_bytes)
     if rest:
         raise http.client.IncompleteRead(rest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from nodeservice.ports import (
     ContainerState,
     EngineFacts,
     LocalImage,
+    LogMark,
     PulledImage,
     PullProgress,
     labels,
@@ -46,6 +47,7 @@ class FakeRuntime:
     ) -> None:
         self.images: dict[str, FakeImage] = dict(images or {"demo": FakeImage()})
         self.calls: list[tuple[str, str]] = []
+        self.marks: list[LogMark] = []
         self.specs: list[ContainerSpec] = []
         """The specs of all containers that were created."""
         self._node_id = node_id
@@ -222,7 +224,15 @@ class FakeRuntime:
                 return container.state
             await container.changed.wait()
 
-    async def read_log(self, container_id: str, *, follow: bool) -> AsyncIterator[bytes]:
+    async def read_log(
+        self,
+        container_id: str,
+        *,
+        follow: bool,
+        after: str | None = None,
+        on_mark: Callable[[LogMark], None] | None = None,
+    ) -> AsyncIterator[bytes]:
+        """Tells no positions; `marks` are told after the output that there is at first."""
         self._called("read_log", container_id, may_fail=False)
         broken = self._failures["read_log"].popleft() if self._failures["read_log"] else None
         container = self._containers.get(container_id)
@@ -238,6 +248,8 @@ class FakeRuntime:
             if has_output and (piece := container.image.output[done_bytes:]):
                 done_bytes += len(piece)
                 yield piece
+                while on_mark is not None and self.marks:
+                    on_mark(self.marks.pop(0))
                 continue
             if not follow or not container.state.is_running or container_id not in self._containers:
                 return

@@ -16,6 +16,7 @@ import pytest
 
 from nodeservice.core.model import MIB, AttemptId
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
+from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.recovery import identity
 from nodeservice.ports import ContainerSpec, Mount, labels
 from nodeservice.runtime.docker import DockerRuntime
@@ -131,7 +132,7 @@ async def test_every_limit_and_safeguard_stands_in_the_container(
     assert "no-new-privileges" in host["SecurityOpt"]
     assert {name.removeprefix("CAP_") for name in host["CapDrop"]} == {"NET_RAW", "MKNOD", "AUDIT_WRITE"}
     if not is_podman:  # its answer leaves the options out; that the log is bounded is tried further below
-        assert host["LogConfig"]["Config"]["max-size"] == str(8 * MIB)
+        assert host["LogConfig"]["Config"]["max-size"] == str(16 * MIB)
 
 
 async def test_past_its_memory_a_task_is_killed_and_flagged(
@@ -244,8 +245,67 @@ async def test_a_log_past_its_bound_is_bounded_in_the_engine_and_its_follower_en
         await runtime.wait_exited(container_id)
         kept = await read(runtime, container_id, follow=False)
     assert followed[:82] == b"0123456789012345678901234567890123456789\n" * 2
-    assert len(kept) <= 2 * MIB
+    assert len(kept) <= 8 * MIB
     assert kept.endswith(b"last-line\n")
+
+
+async def test_a_log_that_its_engine_threw_away_before_it_was_read_says_so(
+    runtime: DockerRuntime, spec: ContainerSpec, tmp_path: Path, is_podman: bool
+) -> None:
+    if is_podman:
+        pytest.skip("Podman keeps one file, and what it threw away before the first reading leaves no trace")
+    logs = LogBook(runtime, max_bytes=32 * MIB, tail_bytes=100)
+    for count, is_whole in ((20_000, True), (120_000, False)):  # a file of 1 MiB, the smallest, takes some 30,000
+        id_, path = AttemptId(f"t{count}"), tmp_path / f"{count}.log"
+        made = replace(spec, name=f"{spec.name}{count}", shell=f"seq {count}", log_max_bytes=1)
+        container_id = await run(runtime, made)
+        await runtime.wait_exited(container_id)
+        await logs.capture(id_, container_id, path, follow=False)
+        lines = path.read_text().splitlines()
+        assert logs.has_gap(id_) is not is_whole
+        assert (lines == [str(number) for number in range(1, count + 1)]) is is_whole
+        assert any("lines may be missing" in line for line in lines) is not is_whole
+
+
+async def test_a_log_that_outruns_its_follower_repeats_no_line_and_says_what_it_may_lack(
+    runtime: DockerRuntime, spec: ContainerSpec, tmp_path: Path, is_podman: bool
+) -> None:
+    if is_podman:
+        pytest.skip("Podman's log is followed in its file")
+    shell = "for i in $(seq 20); do seq $((i * 10000 + 100000)) $((i * 10000 + 109999)); sleep 0.1; done"
+    container_id = await run(runtime, replace(spec, shell=shell, log_max_bytes=1))
+    logs = LogBook(runtime, max_bytes=32 * MIB, tail_bytes=100)
+    async with asyncio.timeout(60):
+        await logs.capture(AttemptId("t"), container_id, tmp_path / "log", follow=True)
+    numbers = [int(line) for line in (tmp_path / "log").read_text().splitlines() if line.isdigit()]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == 309_999
+    assert len(numbers) == 200_000 or logs.has_gap(AttemptId("t"))
+
+
+async def test_a_log_is_read_on_from_a_position_also_when_its_beginning_is_gone(
+    runtime: DockerRuntime, spec: ContainerSpec, tmp_path: Path, is_podman: bool
+) -> None:
+    """Two captures of one file, by two processes: the first reads little, and 2 MiB of the engine's log are gone then."""
+    if is_podman:
+        pytest.skip("Podman's log is read from its file")
+    shell = "seq 100; while [ ! -e /results/go ]; do sleep 0.05; done; seq 101 120000"
+    mount = Mount(source=tmp_path, target="/results")
+    container_id = await run(runtime, replace(spec, shell=shell, log_max_bytes=1, mounts=(mount,)))
+    path, id_ = tmp_path / "log", AttemptId("t")
+    async with asyncio.timeout(SOON_SECONDS):
+        while not path.exists() or not path.read_bytes().endswith(b"\n100\n"):
+            first = LogBook(runtime, max_bytes=32 * MIB, tail_bytes=100)
+            await first.capture(id_, container_id, path, follow=False)
+            await asyncio.sleep(0.05)
+        (tmp_path / "go").touch()
+        await runtime.wait_exited(container_id)
+        await first.capture(id_, container_id, path, follow=False)
+    lines = path.read_text().splitlines()
+    assert lines[:100] == [str(number) for number in range(1, 101)]
+    assert "lines may be missing here" in lines[101]
+    assert [int(line) for line in lines[102:]] == list(range(int(lines[102]), 120_001))
+    assert first.has_gap(id_)
 
 
 @pytest.mark.parametrize(

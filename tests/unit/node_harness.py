@@ -236,6 +236,7 @@ class LiveNode:
             on_pull_progress=lambda _id: None,
         )
         self.driver.on_change(lambda record: self.logs.wake(record.id))
+        self.driver.on_forget(self.logs.forget)
         self._work = contextlib.AsyncExitStack()
 
     async def start(self) -> LiveNode:

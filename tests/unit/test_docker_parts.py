@@ -23,7 +23,7 @@ from nodeservice.runtime.docker_spec import cpu_quota, create_body
 from nodeservice.runtime.docker_state import init_failure, read_instant, read_state, read_status
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.errors import create_error, pull_error, start_error, translate
-from nodeservice.runtime.frames import Reread, read_frames
+from nodeservice.runtime.frames import Reread, read_frames, read_records
 from nodeservice.runtime.images import choose_digest, parse_image
 from nodeservice.runtime.profile import EngineProfile, read_profile
 
@@ -412,7 +412,7 @@ def test_the_ends_of_lines_that_the_engine_had_to_cut_are_put_back(
     frames: list[tuple[int, bytes]], expected: bytes
 ) -> None:
     data = b"".join(stamped(record, stream) for stream, record in frames)
-    assert b"".join(read_frames([data], mends_lines=True)) == expected
+    assert b"".join(text for records in read_records([data]) for text in records.texts) == expected
 
 
 @given(st.binary(max_size=60), st.integers(min_value=0, max_value=60), st.lists(st.integers(min_value=1, max_value=20)))

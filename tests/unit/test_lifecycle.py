@@ -12,6 +12,7 @@ import pytest
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, NodeFaultError, RequestError, TransientError
+from nodeservice.ports import LogMark
 from nodeservice.testing.failing_journal import FailingJournal
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import NODE, World, living, spec
@@ -282,6 +283,40 @@ async def test_a_broken_log_stream_is_taken_up_without_gap_or_duplicate(world: W
         await node.assign(spec())
         await node.until_finished(T)
         assert world.store.stored["t/1"]["stdout.log"] == b"0123456789" * 50
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [
+        (LogMark(position="p", is_gap=True), b"lines may be missing here"),
+        (LogMark(position="p", may_lack=True), b"lines may be missing before"),
+    ],
+)
+async def test_lines_that_may_be_missing_in_a_log_are_told_in_it_and_in_the_report(
+    world: World, mark: LogMark, words: bytes
+) -> None:
+    world.runtime.images["demo"] = FakeImage(output=b"what is left")
+    world.runtime.marks.append(mark)
+    async with living(world) as node:
+        await node.assign(spec())
+        record = await node.until_finished(T)
+        assert record.verdict is not None
+        assert record.verdict.outcome is Outcome.SUCCEEDED
+        assert world.store.stored["t/1"]["stdout.log"].startswith(b"what is left\n[nodeservice: " + words)
+        (report,) = world.uplink.reports
+        assert any("the log may lack lines" in remark for remark in report.remarks)
+
+
+async def test_lines_that_may_be_missing_past_the_limit_of_a_log_are_not_told(world: World) -> None:
+    world.log_max_bytes = 100
+    world.runtime.images["demo"] = FakeImage(output=b"x" * 500)
+    world.runtime.marks.append(LogMark(position="p", is_gap=True))
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until_finished(T)
+        assert b"may be missing" not in world.store.stored["t/1"]["stdout.log"]
+        (report,) = world.uplink.reports
+        assert not report.remarks
 
 
 async def _kill_at(world: World, writes: int | None, *, lost: bool, changes: int | None = None) -> bool:

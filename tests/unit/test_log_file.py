@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nodeservice.errors import TransientError
+from nodeservice.ports import LogMark
 from nodeservice.runtime.log_file import read_log_file, take_records
 from nodeservice.threads import Threads
 from tests.busy_threads import busy_threads
@@ -27,8 +28,10 @@ def record(text: bytes, kind: bytes = b"F") -> bytes:
 
 def test_records_of_a_log_file_give_back_the_bytes_that_were_written() -> None:
     written = record(b"a b  c") + record(b"\0\xff" * 9, b"P") + record(b"") + record(b"") + record(b"end", b"P")
-    assert take_records(written + b"2026-01-") == (b"a b  c\n" + b"\0\xff" * 9 + b"\n\nend", b"2026-01-")
-    assert take_records(b"2026-01-") == (b"", b"2026-01-")
+    records, rest = take_records(written + b"2026-01-")
+    assert (b"".join(records.texts), rest) == (b"a b  c\n" + b"\0\xff" * 9 + b"\n\nend", b"2026-01-")
+    records, rest = take_records(b"2026-01-")
+    assert (records.texts, rest) == ([], b"2026-01-")
 
 
 async def test_a_log_file_is_followed_across_its_replacement_to_its_end(tmp_path: Path, readers: Threads) -> None:
@@ -65,3 +68,22 @@ async def test_a_log_file_that_cannot_be_read_is_a_broken_stream(tmp_path: Path,
     with pytest.raises(TransientError) as caught:
         await anext(read_log_file(tmp_path, readers, until_end=None))
     assert caught.value.reason == "LOG_STREAM_BROKEN"
+
+
+async def test_a_log_file_whose_records_were_replaced_unread_says_so(tmp_path: Path, readers: Threads) -> None:
+    path = tmp_path / "ctr.log"
+    marks: list[LogMark] = []
+
+    async def read(after: str | None) -> bytes:
+        pieces = read_log_file(path, readers, until_end=None, after=after, on_mark=marks.append)
+        return b"".join([piece async for piece in pieces])
+
+    path.write_bytes(record(b"one"))
+    assert await read(None) == b"one\n"
+    position = marks[-1].position
+    path.write_bytes(record(b"one") + record(b"two"))
+    assert await read(position) == b"two\n"
+    assert not any(mark.is_gap for mark in marks)
+    path.write_bytes(record(b"nine").replace(b"T00:00:00", b"T00:00:09"))
+    assert await read(position) == b"nine\n"
+    assert any(mark.is_gap for mark in marks)

@@ -35,7 +35,9 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     except NodeServiceError as error:
         return ev.CollectFailed(at=context.clock.now(), message=f"cannot collect the results: {error}", usage=usage)
     context.frozen[record.id] = bundle
-    collected = replace(_collected(context, record, bundle), log_error=unread)
+    collected = replace(
+        _collected(context, record, bundle), log_error=unread, log_has_gap=context.logs.has_gap(record.id)
+    )
     return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
 
 
