@@ -15,13 +15,12 @@ from typing import Any
 
 import docker
 
-from benchmarks.rig.service import GRACE_SECONDS, IMAGE, MEMORY_BYTES, PIDS_LIMIT, engine_client
+from benchmarks.rig.service import DISK_BYTES, GRACE_SECONDS, IMAGE, MEMORY_BYTES, PIDS_LIMIT, engine_client
 from nodeservice.ports import ContainerSpec, Mount, labels
 from nodeservice.runtime import docker_calls
 from nodeservice.runtime.docker_spec import create_body
 from nodeservice.runtime.endpoint import resolve_endpoint
 
-LOG_MAX_BYTES = 100 * 1024**2
 CALL_SECONDS = 300
 """An engine that hangs ends the measurement, not only that of the one container."""
 _RECORD = "x" * 2_000
@@ -44,7 +43,7 @@ class BareEngine:
         self._spec = ContainerSpec(
             name="", image=image, argv=None, shell="", env=(("NODESERVICE_TASK_ID", "x"), ("NODESERVICE_ATTEMPT", "1")),
             labels={labels.TASK_ID: "x", labels.ATTEMPT: "1", labels.SPEC: "f", labels.RECORD: _RECORD}, cpu_milli=100,
-            memory_bytes=MEMORY_BYTES, pids_limit=PIDS_LIMIT, gpu_uuids=(), log_max_bytes=LOG_MAX_BYTES,
+            memory_bytes=MEMORY_BYTES, pids_limit=PIDS_LIMIT, gpu_uuids=(), log_max_bytes=DISK_BYTES,
             mounts=(Mount(source=results, target="/results"), Mount(source=results, target="/output")),
             grace_seconds=GRACE_SECONDS,
         )  # fmt: skip

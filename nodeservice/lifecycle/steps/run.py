@@ -103,7 +103,8 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
         pids_limit=spec.pids_limit,
         mounts=(Mount(source=results, target="/results"), Mount(source=results, target="/output")),
         gpu_uuids=record.lease.gpu_uuids,
-        log_max_bytes=context.settings.log_max_bytes,
+        # What is kept of its log is within its disk limit: the engine needs no larger copy.
+        log_max_bytes=min(context.settings.log_max_bytes, spec.request.disk_bytes),
         grace_seconds=spec.grace_seconds,
         cgroup_parent=cgroup_parent,
         stop_signal=spec.stop_signal,
