@@ -20,6 +20,8 @@ from nodeservice.ports import CapacitySource, Journal, NodeCapacity
 log = structlog.get_logger(__name__)
 
 _NOTE = "allocatable_disk_bytes"
+_LEAST_PAUSE_SECONDS = 60.0
+"""Between two looks on a node that is hardly ever without leases: a new task may come in the middle of each."""
 
 
 class AllocatableDisk:
@@ -30,6 +32,8 @@ class AllocatableDisk:
         self._capacity = capacity
         self._journal = journal
         self._seen_unleased = False
+        self._asked_at = -_LEAST_PAUSE_SECONDS
+        self._asking: asyncio.TimerHandle | None = None
         self.look_again: Callable[[], None] = lambda: None
         driver.on_change(self._note_change)
 
@@ -39,6 +43,7 @@ class AllocatableDisk:
         if ledger.leased.disk_bytes:
             await believe_note(ledger, self._journal)
         else:
+            self._seen_unleased = True
             await self._write(ledger.allocatable.disk_bytes)
 
     async def look(self) -> NodeCapacity:
@@ -56,12 +61,16 @@ class AllocatableDisk:
         return node
 
     def _note_change(self, _record: TaskRecord) -> None:
-        if not self._seen_unleased:
+        if not self._seen_unleased and self._asking is None:
             # The driver gives leases back after it has told of what changed.
-            asyncio.get_running_loop().call_soon(self._look_again)
+            loop = asyncio.get_running_loop()
+            pause_seconds = max(0.0, self._asked_at + _LEAST_PAUSE_SECONDS - loop.time())
+            self._asking = loop.call_later(pause_seconds, self._look_again)
 
     def _look_again(self) -> None:
+        self._asking = None
         if not self._seen_unleased and not self._driver.ledger.leased.disk_bytes:
+            self._asked_at = asyncio.get_running_loop().time()
             self.look_again()
 
     async def _write(self, disk_bytes: int) -> None:
