@@ -223,7 +223,11 @@ def logs(
     tls_ca: TlsCa = None,
     insecure: Insecure = False,
 ) -> None:
-    """Print a task's log, both streams in their order. With --json, one object a line."""
+    """Print a task's log, both streams in their order. With --json, one object a line.
+
+    What the master says about the log goes to stderr, or is an object with `notice`. Exit code 69 where the task's node does
+    not answer and has more of the log than was printed; with -f it is waited for.
+    """
     from nodeservice.wire import master_worker_pb2 as pb
 
     link = Connection(
@@ -233,6 +237,8 @@ def logs(
         for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow)):
             if as_json:
                 _print_json(_chunk(chunk), indent=None)
+            elif chunk.HasField("notice"):
+                say(chunk.notice)
             elif not chunk.is_complete:
                 sys.stdout.write(f"{chunk.content}\n")
             else:
@@ -243,7 +249,8 @@ def logs(
 def _chunk(chunk: pb.LogChunk) -> dict[str, object]:
     if chunk.is_complete:
         return {"task_id": chunk.task_id, "is_complete": True, "status": chunk.status}
-    return {"task_id": chunk.task_id, "timestamp": chunk.timestamp, "content": chunk.content}
+    told = {"notice": chunk.notice} if chunk.HasField("notice") else {"content": chunk.content}
+    return {"task_id": chunk.task_id, "timestamp": chunk.timestamp, **told}
 
 
 def wait(

@@ -100,6 +100,31 @@ async def test_the_whole_life_of_a_task_from_the_command_line(master: MasterProc
         assert "ACTIVE" in (await run("nodes", *at)).out
 
 
+async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empty_one(master: MasterProcess) -> None:
+    at = ("--master", master.address, "--insecure")
+    async with ScriptedNode(master.address) as node:
+        await node.register()
+        assert (await run("submit", *at, "--task-id", "t1", "--memory", "8m", "img")).code == 0
+        await node.got("t1")
+        node.lines["t1"] = ["one"]
+        assert (await run("logs", *at, "t1")).out == "one\n"
+        await node.deaf()
+        away = await run("logs", *at, "t1")
+        assert (away.code, away.out, away.err) == (69, "", "nodeservice: node w1 does not answer (ask again later)\n")
+        away = await run("logs", *at, "t1", "--json")
+        assert (away.code, away.json["reason"]) == (69, "NODE_UNANSWERED")
+        await node.listen()
+        await node.report("t1", logs="one\n")
+        await node.deaf()
+        reported = await run("logs", *at, "-f", "t1")
+        assert (reported.code, reported.out) == (0, "one\n")
+        assert "node w1 does not answer; this is what its report has of the log" in reported.err
+        objects = [json.loads(line) for line in (await run("logs", *at, "t1", "--json")).out.splitlines()]
+        assert [sorted(one) for one in objects] == [
+            ["notice", "task_id", "timestamp"], ["content", "task_id", "timestamp"], ["is_complete", "status", "task_id"],
+        ]  # fmt: skip
+
+
 async def test_waiting_for_several_succeeds_only_if_all_did(master: MasterProcess) -> None:
     env = {"NODESERVICE_MASTER": master.address, "NODESERVICE_INSECURE": "1"}
     async with ScriptedNode(master.address) as node:
