@@ -32,8 +32,13 @@ async def run(*arguments: str, **extra: str) -> Done:
         sys.executable, "-m", "nodeservice", *arguments,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=environment(**extra),
     )  # fmt: skip
-    async with asyncio.timeout(60):
-        out, err = await process.communicate()
+    try:
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode is not None
     assert b"Traceback" not in err, err.decode()
     return Done(process.returncode, out, err)
@@ -123,6 +128,24 @@ async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empt
         assert [sorted(one) for one in objects] == [
             ["notice", "task_id", "timestamp"], ["content", "task_id", "timestamp"], ["is_complete", "status", "task_id"],
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--node", "foo"), "--node is 'foo' (give HOST:PORT, such as gpu1:50052)"),
+        (("--listen", "foo"), "--listen is 'foo' (give HOST:PORT, such as 0.0.0.0:50051)"),
+        (("--http-listen", "foo"), "--http-listen is 'foo' (give HOST:PORT"),
+        (("--heartbeat-timeout", "x"), "--heartbeat-timeout is 'x' (give a duration"),
+        (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
+    ],
+)
+async def test_a_master_that_is_configured_wrongly_says_what_to_give_and_ends_with_78(
+    tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    ended = await run("master", "--listen", "127.0.0.1:0", "--insecure", "--state-dir", str(tmp_path), *options)
+    assert ended.code == 78
+    assert f"nodeservice: {words}" in ended.err
 
 
 async def test_waiting_for_several_succeeds_only_if_all_did(master: MasterProcess) -> None:
