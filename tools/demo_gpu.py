@@ -1,9 +1,10 @@
 """A mixed batch on two nodes with eight pretended H200 each, live, and everything promised about GPUs is checked.
 
 Tasks ask for 1, 2, 4 and 8 GPUs, for a part of one, or for none. One takes more GPU memory than its part; under another, the
-GPU falls off the bus, and comes back into service later. Master, nodes, engine, containers and limits are real; the NVIDIA
-driver is a false one. Exit 0 only if every task ended as it should, no GPU was ever held twice, and what the stand-in for
-NVIDIA's hook gave to each container is what the node had leased. Nothing is left behind.
+GPU falls off the bus: the master has it tried again on the other node, and the GPU comes back into service later. Master,
+nodes, engine, containers and limits are real; the NVIDIA driver is a false one. Exit 0 only if every attempt ended as it
+should, no GPU was ever held twice, and what the stand-in for NVIDIA's hook gave to each container is what the node had
+leased. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Sight:
 
     expected: list[Expected]
     views: dict[str, pb.TaskView] = field(default_factory=dict)
+    results: dict[tuple[str, int], pb.TaskResult] = field(default_factory=dict)
+    """By task and attempt."""
     out_of_service_at: float | None = None
     back_at: float | None = None
 
@@ -160,7 +163,9 @@ def watch(console: Console, client: pb_grpc.MasterWorkerStub, world: Machines, p
                 raise SystemExit(f"the batch did not end in {BATCH_SECONDS:g} s; {play.failed or ''}")
             time.sleep(0.15)
     for item in sight.expected:
-        sight.views[item.name] = client.GetTask(pb.TaskID(task_id=item.name), timeout=10)
+        for one in client.GetTask(pb.TaskID(task_id=item.name), timeout=10).attempts:
+            which = pb.TaskID(task_id=item.name, attempt=one.attempt)
+            sight.results[item.name, one.attempt] = client.GetTask(which, timeout=10).result
     return sight
 
 
@@ -188,24 +193,31 @@ def judge(
     console: Console, sight: Sight, play: Play, given: Mapping[str, HookCall], world: Machines
 ) -> tuple[int, list[str]]:
     """Show how all went; how many tasks ended as they should, and whatever is wrong."""
-    calls: dict[str, list[HookCall]] = {}
+    calls: dict[tuple[str, int], list[HookCall]] = {}
     for id_, call in given.items():
-        calls.setdefault(play.containers.get(id_, ""), []).append(call)
-    results = {item.name: sight.views[item.name].result for item in sight.expected}
-    faults = {
-        item.name: checks.of_task(item, results[item.name], calls.get(item.name, []), world) for item in sight.expected
+        calls.setdefault(play.containers.get(id_, ("", 0)), []).append(call)
+    attempts = {
+        item.name: [
+            checks.Attempt(item, number, result, calls.pop((name, number), []))
+            for (name, number), result in sight.results.items()
+            if name == item.name
+        ]
+        for item in sight.expected
     }
-    console.print(view.results(sight.expected, sight.views, faults, world))
+    everything = [attempt for of_one in attempts.values() for attempt in of_one]
+    faults = {name: checks.of_task(of_one, world) for name, of_one in attempts.items()}
+    console.print(view.results(everything, faults, world))
     console.print()
-    for item in sight.expected:
-        if item.reason != "COMPLETED":
-            console.print(Text(f"{item.name}: {world.named(results[item.name].message)}", style="yellow"))
-    console.print(story(sight, play, results[AGAIN], world))
+    for attempt in everything:
+        if attempt.reason != "COMPLETED":
+            console.print(Text(f"{attempt.item.name}: {world.named(attempt.result.message)}", style="yellow"))
+    again = attempts[AGAIN][-1].result
+    console.print(story(sight, play, again, world))
     wrongs = [f"{name}: {fault}" for name, fault in faults.items() if fault]
-    wrongs += checks.held_twice(sight.expected, results)
-    if "" in calls:
+    wrongs += checks.held_twice(everything)
+    if calls:
         wrongs.append("the hook was called for a container of no task")
-    if sight.back_at is None or play.fault.gpu not in results[AGAIN].gpu_uuids:
+    if sight.back_at is None or play.fault.gpu not in again.gpu_uuids:
         wrongs.append("the GPU that failed did not come back into service")
     for wrong in wrongs:
         console.print(Text(wrong, style="red"))

@@ -40,6 +40,7 @@ from nodeservice.cli.task_options import (
     TotalTimeout,
     WaitTimeout,
     WriteRate,
+    by_option,
     limits_given,
 )
 from nodeservice.errors import RequestError
@@ -75,7 +76,7 @@ def submit(
     gpu_sms: GpuSms = None,
     timeout: Annotated[str | None, typer.Option(help="Running time, such as 20s or 1h30m.")] = None,
     grace: Annotated[str | None, typer.Option(help="From SIGTERM to SIGKILL.")] = None,
-    pids: Annotated[int | None, typer.Option(min=1, help="Most processes and threads.")] = None,
+    pids: Annotated[int | None, typer.Option(help="Most processes and threads.")] = None,
     wait_timeout: WaitTimeout = None,
     pull_timeout: PullTimeout = None,
     total_timeout: TotalTimeout = None,
@@ -85,7 +86,7 @@ def submit(
     read_rate: ReadRate = None,
     write_rate: WriteRate = None,
     env: Annotated[
-        list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE; a bare NAME: this shell's value.")
+        list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE; a bare NAME: this shell's value, if any.")
     ] = None,
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     task_id: Annotated[str, typer.Option(help="Id. Default: the master makes one up.")] = "",
@@ -131,9 +132,9 @@ def submit(
         with link.open() as stub:
             ack = stub.SubmitTask(task, timeout=CALL_SECONDS, metadata=traceparent())
     except RequestError as error:
-        _submitted(as_json, success=False, task_id=task_id, reason=error.reason, message=str(error))
+        _submitted(as_json, success=False, task_id=task_id, reason=error.reason, message=by_option(str(error)))
         return
-    _submitted(as_json, success=ack.success, task_id=ack.task_id, reason=ack.reason, message=ack.message)
+    _submitted(as_json, success=ack.success, task_id=ack.task_id, reason=ack.reason, message=by_option(ack.message))
 
 
 def _submitted(as_json: bool, *, success: bool, task_id: str, reason: str, message: str) -> None:
@@ -223,7 +224,11 @@ def logs(
     tls_ca: TlsCa = None,
     insecure: Insecure = False,
 ) -> None:
-    """Print a task's log, both streams in their order. With --json, one object a line."""
+    """Print a task's log, both streams in their order. With --json, one object a line.
+
+    What the master says about the log goes to stderr, or is an object with `notice`. Exit code 69 where the task's node does
+    not answer and has more of the log than was printed; with -f it is waited for.
+    """
     from nodeservice.wire import master_worker_pb2 as pb
 
     link = Connection(
@@ -233,6 +238,8 @@ def logs(
         for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow)):
             if as_json:
                 _print_json(_chunk(chunk), indent=None)
+            elif chunk.HasField("notice"):
+                say(chunk.notice)
             elif not chunk.is_complete:
                 sys.stdout.write(f"{chunk.content}\n")
             else:
@@ -243,7 +250,8 @@ def logs(
 def _chunk(chunk: pb.LogChunk) -> dict[str, object]:
     if chunk.is_complete:
         return {"task_id": chunk.task_id, "is_complete": True, "status": chunk.status}
-    return {"task_id": chunk.task_id, "timestamp": chunk.timestamp, "content": chunk.content}
+    told = {"notice": chunk.notice} if chunk.HasField("notice") else {"content": chunk.content}
+    return {"task_id": chunk.task_id, "timestamp": chunk.timestamp, **told}
 
 
 def wait(

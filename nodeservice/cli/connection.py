@@ -27,6 +27,8 @@ CALL_SECONDS = 40.0
 
 _MAX_ANSWER_BYTES = 64 * 1024**2
 _ADDRESS = re.compile(r"(\S+:///?)?[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}|unix:\S+")
+_REASON_KEY = "nodeservice-reason"
+"""Trailing metadata of errors that the other side tells; who does not answer has none."""
 _HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe", "closed unexpectedly")
 
 Master = Annotated[str, typer.Option("--master", envvar="NODESERVICE_MASTER", help="HOST:PORT of the master.")]
@@ -61,9 +63,9 @@ class Connection:
     def open(self) -> Iterator[Any]:
         """A stub (`MasterWorkerStub`, which has no types) for the body of the block.
 
-        A call that fails inside ends the command with one line on stderr: code 69 where the master doesn't answer, 66 for
-        a task that it doesn't know, 75 where it refuses. Raises ConfigError for options that are wrong or contradict each
-        other.
+        A call that fails inside ends the command with one line on stderr: code 69 where the master doesn't answer, or says
+        that it can't for now, 66 for a task that it doesn't know, 75 where it refuses. Raises ConfigError for options that
+        are wrong or contradict each other.
         """
         # gRPC prints failed handshakes itself; what they mean is said below.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -104,6 +106,10 @@ class Connection:
 
         code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
         details = (error.details() or "") if isinstance(error, grpc.Call) else str(error)
+        metadata: dict[str, Any] = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.Call) else {}
+        reason = str(metadata.get(_REASON_KEY, ""))
+        if code is grpc.StatusCode.UNAVAILABLE and reason:
+            return self._exit(ExitCode.UNAVAILABLE, reason, details[:2000])
         if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return self._exit(
                 ExitCode.UNAVAILABLE,

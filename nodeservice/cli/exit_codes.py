@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     NOT_FOUND = 66
     """The master knows no such task (EX_NOINPUT)."""
     UNAVAILABLE = 69
-    """No engine or master answers (EX_UNAVAILABLE)."""
+    """No engine, master or node answers (EX_UNAVAILABLE)."""
     NODE_FAULT = 70
     """The node failed, not the task (EX_SOFTWARE)."""
     DISK_LIMIT = 73

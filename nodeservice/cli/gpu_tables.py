@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nodeservice.cli.cells import bytes_text, color_of, printable, state, table, text
+from nodeservice.cli.cells import bytes_text, color_of, printable, state, text
+from nodeservice.cli.fitted import FittedTable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
     from rich.text import Text
 
 Gpu = Mapping[str, Any]
@@ -30,9 +30,13 @@ def driver_words(driver: str | None, cuda: str | None) -> str:
     return ", ".join(filter(None, (f"driver {driver}" if driver else "", f"CUDA {cuda}" if cuda else "")))
 
 
-def bill_table(bill: Iterable[Gpu]) -> Table:
+def bill_table(bill: Iterable[Gpu]) -> FittedTable:
     """What a task used of each GPU. Their whole names stand elsewhere."""
-    made = table("GPU", "NAME", "SECONDS", "LOAD", "PEAK", "MEMORY", "ENERGY", "THROTTLED", "XID")
+    made = FittedTable(
+        ("GPU", "NAME", "SECONDS", "LOAD", "PEAK", "MEMORY", "ENERGY", "THROTTLED", "XID"),
+        text="NAME",
+        spare=("NAME", "PEAK", "THROTTLED"),
+    )
     for gpu in bill:
         made.add_row(
             text(gpu["uuid"][:_SHORT]),
@@ -98,8 +102,9 @@ def part_words(part: Mapping[str, Any]) -> str:
 # ---- the tables --------------------------------------------------------------------------------------------------------
 
 
-def _states(gpus: Sequence[Gpu], title: str) -> Table:
-    made = table("GPU", "NAME", "STATE", "HELD", "LOAD", "USED", "MEMORY", title=title)
+def _states(gpus: Sequence[Gpu], title: str) -> FittedTable:
+    columns = ("GPU", "NAME", "STATE", "HELD", "LOAD", "USED", "MEMORY")
+    made = FittedTable(columns, text="NAME", spare=("LOAD", "USED", "NAME", "MEMORY"), title=title)
     for gpu in gpus:
         split = bool(gpu["mig_instances"])
         made.add_row(
@@ -124,8 +129,12 @@ def _states(gpus: Sequence[Gpu], title: str) -> Table:
     return made
 
 
-def _hardware(gpus: Sequence[Gpu]) -> Table:
-    made = table("GPU", "ADDRESS", "CAPABILITY", "NUMA", "NVLINKS", "ECC", "POWER", "TEMP", "PARTS")
+def _hardware(gpus: Sequence[Gpu]) -> FittedTable:
+    made = FittedTable(
+        ("GPU", "ADDRESS", "CAPABILITY", "NUMA", "NVLINKS", "ECC", "POWER", "TEMP", "PARTS"),
+        text="PARTS",
+        spare=("ADDRESS", "NVLINKS", "NUMA", "POWER"),
+    )
     for gpu in gpus:
         errors = gpu["ecc_uncorrected_count"]
         made.add_row(

@@ -22,8 +22,7 @@ def inspect(
     import json
     import sys
 
-    from rich.console import Console
-
+    from nodeservice.cli.fitted import console
     from nodeservice.cli.inspect_view import render_seen, seen_as_dict
     from nodeservice.config import load_config
     from nodeservice.daemon.look import look
@@ -35,4 +34,4 @@ def inspect(
     if as_json:
         sys.stdout.write(json.dumps(seen_as_dict(seen), indent=2) + "\n")
     else:
-        render_seen(seen, Console())
+        render_seen(seen, console())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nodeservice.errors import ConfigError
+from nodeservice.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     import ssl
@@ -132,7 +132,6 @@ def master(
     import faulthandler
     import os
 
-    from nodeservice.cli.units import parse_bytes, parse_seconds
     from nodeservice.service_manager import ServiceManager
     from nodeservice.telemetry.logs import configure_logging
 
@@ -140,14 +139,12 @@ def master(
     configure_logging(log_level, log_format)
     daemon, settings_type = _import_master()
     settings = settings_type(
+        **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),
         listen=listen,
         state_dir=state_dir,
         results_dir=results_dir,
         database_url=database_url,
         http_listen=http_listen,
-        http_limit_bytes=parse_bytes(http_limit, option="--http-limit"),
-        heartbeat_timeout_seconds=parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
-        gone_after_seconds=parse_seconds(gone_after, option="--gone-after"),
         node_loss_retries=node_loss_retries,
         nodes=tuple(node or ()),
         advertise=advertise,
@@ -156,6 +153,20 @@ def master(
     )
     faulthandler.enable()
     asyncio.run(daemon.serve_master(settings, manager=ServiceManager.of(os.environ)))
+
+
+def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
+    """As settings. What is no amount is a wrong configuration, not a request that is refused."""
+    from nodeservice.cli.units import parse_bytes, parse_seconds
+
+    try:
+        return {
+            "http_limit_bytes": parse_bytes(http_limit, option="--http-limit"),
+            "heartbeat_timeout_seconds": parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
+            "gone_after_seconds": parse_seconds(gone_after, option="--gone-after"),
+        }
+    except RequestError as error:
+        raise ConfigError(error.message, field=error.field, hint=error.hint) from error
 
 
 def _import_master() -> tuple[Any, type[MasterSettings]]:

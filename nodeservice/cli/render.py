@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from nodeservice.cli.cells import bytes_ratio, bytes_text, printable, state, table, text
+from nodeservice.cli.fitted import FittedTable, console
 from nodeservice.cli.gpu_tables import asked_words, bill_table, driver_words, gpu_tables, part_words
 from nodeservice.cli.receipt_view import other_limits, receipt_rows, receipt_summary
 
@@ -19,9 +21,14 @@ _LONGEST_MESSAGE = 120
 
 
 def show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
-    """The column of GPUs is there where any task asks for some."""
+    """The column of GPUs is there where any task asks for some. AGE is how long ago it was submitted."""
     gpus = ("GPU",) if any(task["gpu_count"] or task["gpu"] for task in tasks) else ()
-    made = table("TASK", "TRY", "STATE", *gpus, "PHASE", "NODE", "IMAGE", "REASON", "MESSAGE")
+    made = FittedTable(
+        ("TASK", "TRY", "STATE", *gpus, "PHASE", "AGE", "NODE", "IMAGE", "REASON", "MESSAGE"),
+        text="MESSAGE",
+        spare=("IMAGE", "TRY", "PHASE", *gpus, "NODE", "AGE", "MESSAGE"),
+    )
+    now = datetime.now(UTC)
     for task in tasks:
         made.add_row(
             text(task["task_id"]),
@@ -29,12 +36,24 @@ def show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
             state(task["state"]),
             *([_gpu_cell(task)] if gpus else []),
             text(task["phase"]),
+            _age(task["submitted_at"], now),
             text(task["worker_id"]),
             text(task["image"]),
             text(task["reason"]),
             text(_beginning(task["message"] or "")),
         )
-    _console().print(made)
+    console().print(made)
+
+
+def _age(instant: str | None, now: datetime) -> str:
+    """`42s`, `5m`, `3h`, `12d`. The clock of a master may be ahead of ours."""
+    if not instant:
+        return ""
+    seconds = max(0, int((now - datetime.fromisoformat(instant)).total_seconds()))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
 
 
 def _beginning(words: str) -> str:
@@ -50,8 +69,12 @@ def _gpu_cell(task: Mapping[str, Any]) -> str:
 
 def show_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
     """Amounts are assigned / allocatable. Below the table what is wrong, and the GPUs of each node."""
-    console = _console()
-    made = table("NODE", "STATE", "ADDRESS", "CPU", "MEMORY", "DISK", "GPU", "TASKS", "HEARD OF (UTC)")
+    out = console()
+    made = FittedTable(
+        ("NODE", "STATE", "ADDRESS", "CPU", "MEMORY", "DISK", "GPU", "TASKS", "HEARD OF (UTC)"),
+        text="ADDRESS",
+        spare=("ADDRESS", "DISK", "HEARD OF (UTC)", "MEMORY"),
+    )
     for node in nodes:
         assigned, allocatable = node["assigned"], node["allocatable"]
         made.add_row(
@@ -65,16 +88,16 @@ def show_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
             str(len(node["running_tasks"])),
             text(_second(node["last_heartbeat_at"])),
         )
-    console.print(made)
+    out.print(made)
     for node in nodes:
         for words in (*node["conditions"], *node["warnings"]):
-            console.print(Text(printable(f"{node['worker_id']} {words}"), style="red"))
+            out.print(Text(printable(f"{node['worker_id']} {words}"), style="red"))
     for node in nodes:
         if node["gpus"]:
             versions = driver_words(node["gpu_driver_version"], node["cuda_version"])
             title = text(f"GPUs of {node['worker_id']}" + (f": {versions}" if versions else ""))
             for part in gpu_tables(node["gpus"], title=title):
-                console.print(part)
+                out.print(part)
 
 
 def _lacks_driver(node: Mapping[str, Any]) -> bool:
@@ -89,7 +112,7 @@ def _second(instant: str | None) -> str:
 
 def show_task(task: Mapping[str, Any]) -> None:
     """The full story: how it ended, why, how long each phase took, what was used and what was granted."""
-    console = _console()
+    out = console()
     facts = table("", "", header=False)
     request = task["request"]
     rows = {
@@ -125,23 +148,27 @@ def show_task(task: Mapping[str, Any]) -> None:
         facts.add_row(f"limit {name}", text(value))
     for remark in task["remarks"]:
         facts.add_row("remark", text(remark))
-    console.print(facts)
-    _show_attempts(task["attempts"], console)
+    out.print(facts)
+    _show_attempts(task["attempts"], out)
     if task["usage"]["gpus"]:
-        console.print(bill_table(task["usage"]["gpus"]))
-    _show_receipt(task["limits"], console)
+        out.print(bill_table(task["usage"]["gpus"]))
+    _show_receipt(task["limits"], out)
     if task["phases"]:
         phases = table("PHASE", "START", "SECONDS")
         for phase in task["phases"]:
             phases.add_row(text(phase["name"]), text(phase["start"]), f"{phase['duration']:.3f}")
-        console.print(phases)
+        out.print(phases)
 
 
-def _show_attempts(attempts: Sequence[Mapping[str, Any]], console: Console) -> None:
+def _show_attempts(attempts: Sequence[Mapping[str, Any]], out: Console) -> None:
     """Where there was more than one, or a lost one that told its end after all."""
     if len(attempts) < 2 and not any(one["late_outcome"] for one in attempts):
         return
-    made = table("TRY", "STATE", "NODE", "QUEUED", "ENDED", "REASON", "MESSAGE", "TOLD LATE")
+    made = FittedTable(
+        ("TRY", "STATE", "NODE", "QUEUED", "ENDED", "REASON", "MESSAGE", "TOLD LATE"),
+        text="MESSAGE",
+        spare=("QUEUED", "ENDED", "NODE", "MESSAGE"),
+    )
     for one in attempts:
         late = f"{one['late_outcome']} {one['late_reason']}" if one["late_outcome"] else ""
         made.add_row(
@@ -154,19 +181,19 @@ def _show_attempts(attempts: Sequence[Mapping[str, Any]], console: Console) -> N
             text(_beginning(one["message"] or "")),
             text(late),
         )
-    console.print(made)
+    out.print(made)
 
 
-def _show_receipt(limits: object, console: Console) -> None:
+def _show_receipt(limits: object, out: Console) -> None:
     rows = list(receipt_rows(limits))
     if rows:
         receipt = table("LIMIT", "ASKED", "IN FORCE", "KEPT", "READ FROM")
         for cells in rows:
             receipt.add_row(*(text(cell) for cell in cells))
-        console.print(receipt)
+        out.print(receipt)
     for sentence in receipt_summary(limits):
         if sentence.startswith("limit not"):
-            console.print(text(sentence), style="red")
+            out.print(text(sentence), style="red")
 
 
 def _usage_row(name: str, value: float) -> tuple[str, str]:
@@ -178,12 +205,3 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
     if isinstance(value, Mapping):
         return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}{key} ")]
     return [(prefix.strip(), value)] if prefix else []
-
-
-def _console() -> Console:
-    import sys
-
-    from rich.console import Console
-
-    # A pipe has no width; tables that are cut at 80 columns would lose ids.
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)

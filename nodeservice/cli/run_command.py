@@ -29,8 +29,9 @@ from nodeservice.cli.task_options import (
     TotalTimeout,
     WaitTimeout,
     WriteRate,
+    by_option,
     limits_given,
-    variable,
+    variables,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run(
     open_files: OpenFiles = None,
     read_rate: ReadRate = None,
     write_rate: WriteRate = None,
-    env: list[str] = typer.Option([], "--env", "-e", help="NAME=VALUE; a bare NAME takes this shell's value."),
+    env: list[str] = typer.Option([], "--env", "-e", help="NAME=VALUE; a bare NAME: this shell's value, if any."),
     name: str = typer.Option("", help="A name for people."),
     task_id: str = typer.Option(None, help="Id. Default: made up."),
     pull: str = typer.Option("if-not-present", help="always, if-not-present or never."),
@@ -122,6 +123,7 @@ def run(
         finished = asyncio.run(_run(config, spec, view))
     except NodeServiceError as error:
         code = code_of_error(error)
+        error.message = by_option(error.message)
         view.say(f"rejected: {error}" if code is ExitCode.REJECTED else str(error))
         if as_json:
             view.put(json.dumps(failure_as_dict(task_id=id_, image=image, error=error)))
@@ -161,7 +163,7 @@ def _spec(
         id=AttemptId(id_),
         image=image,
         argv=tuple(command),
-        env=tuple(variable(text) for text in env),
+        env=tuple(variables(env)),
         request=Resources(
             cpu_milli=parse_cpus(cpus),
             memory_bytes=parse_bytes(memory),

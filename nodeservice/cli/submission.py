@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nodeservice.cli.gpu_options import GpuAsk
-from nodeservice.cli.task_options import variable
+from nodeservice.cli.task_options import variables
 from nodeservice.cli.units import parse_bytes, parse_cpus, parse_seconds
 from nodeservice.errors import RequestError
+from nodeservice.task_bounds import check_pids
 
 if TYPE_CHECKING:
     from nodeservice.wire import master_worker_pb2 as pb
@@ -47,7 +48,7 @@ class Submission:
     """As `task_options.limits_given` gives them."""
 
     def task(self) -> pb.Task:
-        """Old and exact fields, filled with the same amounts. Raises RequestError naming the option."""
+        """Old and exact fields, filled with the same amounts. Raises RequestError."""
         from nodeservice.wire import master_worker_pb2 as pb
 
         if self.shell and self.argv:
@@ -70,7 +71,7 @@ class Submission:
             user_id=self.user,
             task_name=self.name,
             argv=self.argv,
-            env=[pb.EnvVar(name=name, value=value) for name, value in map(variable, self.env)],
+            env=[pb.EnvVar(name=name, value=value) for name, value in variables(self.env)],
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
             disk_bytes=disk_bytes,
@@ -81,6 +82,7 @@ class Submission:
         if self.grace is not None:
             task.grace_seconds = parse_seconds(self.grace, option="--grace")
         if self.pids is not None:
+            check_pids(self.pids)
             task.pids_limit = self.pids
         if self.pull:
             task.pull_policy = self.pull

@@ -13,6 +13,16 @@ from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.ledger import Ledger, Shortfall
 from nodeservice.core.model import GIB, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, RequestError, invalid_request
+from nodeservice.task_bounds import (
+    check_cpu,
+    check_grace,
+    check_memory,
+    check_open_files,
+    check_pids,
+    check_rate,
+    check_seconds,
+    check_stop_signal,
+)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
@@ -23,19 +33,13 @@ _MAX_TEXT = 256
 _MAX_COMMAND_BYTES = 128 * 1024
 """Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
 _MAX_ENV_COUNT = 1_000
-_MIN_MEMORY_BYTES = 6 * 1024**2
-"""Docker Engine refuses less than 6 MiB."""
-_MIN_CPU_MILLI = 10
-"""The kernel's least quota is 1 ms in a period of 100 ms."""
-_DAY_SECONDS = 86_400.0
-_MOST_PIDS = 4_000_000
-"""The kernel takes at most 4,194,304 (PID_MAX_LIMIT) in pids.max, and the runtime needs some beside."""
-_MAX_SECONDS = 366 * _DAY_SECONDS
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL")
-_MAX_OPEN_FILES = 1_048_576
-"""Linux's fs.nr_open unless the host raised it."""
-_MIN_BYTES_PER_SECOND = 4096
-"""One block a second: less would never end."""
+_TIMES = (
+    "timeout_seconds",
+    "wait_timeout_seconds",
+    "pull_timeout_seconds",
+    "total_timeout_seconds",
+    "disconnect_limit_seconds",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,37 +118,21 @@ def _check_amounts(spec: TaskSpec) -> None:
     ):
         if value < 0:
             raise invalid_request(field, f"is {value}", "ask for zero or more")
-    if request.cpu_milli < _MIN_CPU_MILLI:
-        raise invalid_request("req_cpu", f"is {request.cpu_milli / 1000:g} cores", "ask for at least 0.01 cores")
-    if request.memory_bytes < _MIN_MEMORY_BYTES:
-        raise invalid_request("req_memory", f"is {request.memory_bytes} bytes", "ask for at least 6 MiB")
-    if not 1 <= spec.pids_limit <= _MOST_PIDS:
-        raise invalid_request("pids_limit", f"is {spec.pids_limit}", f"allow 1 to {_MOST_PIDS} processes")
-    if spec.timeout_seconds is not None and not 0 < spec.timeout_seconds <= _MAX_SECONDS:
-        raise invalid_request("timeout_seconds", f"is {spec.timeout_seconds:g}", "use more than 0 and at most a year")
-    if not 0 <= spec.grace_seconds <= _DAY_SECONDS:
-        raise invalid_request("grace_seconds", f"is {spec.grace_seconds:g}", "use 0 to a day")
+    check_cpu(request.cpu_milli, exclusive=spec.exclusive_cpus)
+    check_memory(request.memory_bytes)
+    check_pids(spec.pids_limit)
+    check_grace(spec.grace_seconds)
     check_gpu_request(spec.gpu, gpu_count=request.gpu_count)
     _check_details(spec)
 
 
 def _check_details(spec: TaskSpec) -> None:
-    for field in ("wait_timeout_seconds", "pull_timeout_seconds", "total_timeout_seconds", "disconnect_limit_seconds"):
-        seconds: float | None = getattr(spec, field)
-        if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
-            raise invalid_request(field, f"is {seconds:g}", "use more than 0 and at most a year")
-    if spec.stop_signal not in STOP_SIGNALS:
-        raise invalid_request("stop_signal", f"is {_shown(spec.stop_signal)}", f"use one of {', '.join(STOP_SIGNALS)}")
-    if not 16 <= spec.open_files_limit <= _MAX_OPEN_FILES:
-        raise invalid_request("open_files_limit", f"is {spec.open_files_limit}", f"use 16 to {_MAX_OPEN_FILES}")
-    if spec.exclusive_cpus and spec.request.cpu_milli % 1000:
-        raise invalid_request(
-            "exclusive_cpus", f"goes with {spec.request.cpu_milli / 1000:g} cores", "ask for whole cores"
-        )
+    for field in _TIMES:
+        check_seconds(field, getattr(spec, field))
+    check_stop_signal(spec.stop_signal)
+    check_open_files(spec.open_files_limit)
     for field in ("read_bytes_per_second", "write_bytes_per_second"):
-        rate: int | None = getattr(spec, field)
-        if rate is not None and rate < _MIN_BYTES_PER_SECOND:
-            raise invalid_request(field, f"is {rate}", f"use at least {_MIN_BYTES_PER_SECOND} bytes per second")
+        check_rate(field, getattr(spec, field))
 
 
 def admit(

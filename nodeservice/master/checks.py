@@ -9,6 +9,16 @@ from nodeservice.errors import RequestError
 from nodeservice.master.amounts import GIB, Amounts
 from nodeservice.master.gpu_checks import wish_of
 from nodeservice.master.request import Request
+from nodeservice.task_bounds import (
+    check_cpu,
+    check_grace,
+    check_memory,
+    check_open_files,
+    check_pids,
+    check_rate,
+    check_seconds,
+    check_stop_signal,
+)
 from nodeservice.wire import master_worker_pb2 as pb
 
 TASK_MAX_BYTES = 1024**2
@@ -20,8 +30,14 @@ _PORT = re.compile(r"[0-9]{1,5}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _PULL_POLICIES = ("always", "if-not-present", "never")
 _LARGEST = {"cpu_milli": 10**9, "memory_bytes": 2**60, "disk_bytes": 2**60}
-_LONGEST_SECONDS = 10 * 366 * 86400.0
 _MOST_RETRIES = 1000
+_TIMES = (
+    "timeout_seconds",
+    "wait_timeout_seconds",
+    "pull_timeout_seconds",
+    "total_timeout_seconds",
+    "disconnect_limit_seconds",
+)
 _LATEST_UNIX = 253402300799
 """The last second of the year 9999."""
 
@@ -115,20 +131,36 @@ def check_task(task: pb.Task) -> Request:
     if task.command and task.argv:
         raise invalid("argv", "excludes command", hint="give one of them")
     _check_texts(task)
-    for field, value in (("timeout_seconds", task.timeout_seconds), ("grace_seconds", task.grace_seconds)):
-        if not math.isfinite(value) or not 0 <= value <= _LONGEST_SECONDS:
-            raise invalid(field, f"{value} is not a number of seconds from 0 to ten years")
+    _check_limits(task)
     if task.HasField("pull_policy") and task.pull_policy not in _PULL_POLICIES:
         raise invalid("pull_policy", f"{shown(task.pull_policy)} is none of {', '.join(_PULL_POLICIES)}")
-    if task.HasField("pids_limit") and task.pids_limit < 1:
-        raise invalid("pids_limit", f"{task.pids_limit} is less than 1")
     if not 0 <= task.max_retries <= _MOST_RETRIES:
         raise invalid("max_retries", f"{task.max_retries} is not between 0 and {_MOST_RETRIES}")
     if not math.isfinite(task.sla_multiplier) or task.sla_multiplier < 0:
         raise invalid("sla_multiplier", f"{task.sla_multiplier} is not a finite number from 0 up")
     if not 0 <= task.submitted_at <= _LATEST_UNIX:
         raise invalid("submitted_at", f"{task.submitted_at} is not a time in Unix seconds")
-    return request_of(task)
+    request = request_of(task)
+    if request.amounts.cpu_milli or task.HasField("cpu_milli"):
+        check_cpu(request.amounts.cpu_milli, exclusive=task.exclusive_cpus)
+    if request.amounts.memory_bytes or task.HasField("memory_bytes"):
+        check_memory(request.amounts.memory_bytes)
+    return request
+
+
+def _check_limits(task: pb.Task) -> None:
+    """By the node's own bounds; 0 is no limit, and what is not given is the node's to choose."""
+    for field in _TIMES:
+        check_seconds(field, getattr(task, field) or None)
+    check_grace(task.grace_seconds)
+    if task.HasField("pids_limit"):
+        check_pids(task.pids_limit)
+    if task.HasField("open_files_limit"):
+        check_open_files(task.open_files_limit)
+    if task.stop_signal:
+        check_stop_signal(task.stop_signal)
+    for field in ("read_bytes_per_second", "write_bytes_per_second"):
+        check_rate(field, getattr(task, field) or None)
 
 
 def _check_texts(task: pb.Task) -> None:

@@ -14,7 +14,7 @@ import structlog
 
 from nodeservice.errors import ConfigError, InvariantError, RequestError
 from nodeservice.master.announce import announce
-from nodeservice.master.checks import check_address
+from nodeservice.master.checks import check_address, shown
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer
 from nodeservice.master.fault_points import armed
@@ -170,10 +170,7 @@ class Master:
         self.http_address = f"{host}:{bound}"
 
     def _announce(self, opened: contextlib.AsyncExitStack) -> None:
-        try:
-            addresses = tuple(check_address("node", address, default_port=50052) for address in self.settings.nodes)
-        except RequestError as error:
-            raise ConfigError(str(error), field="node") from error
+        addresses = tuple(map(_node_address, self.settings.nodes))
         advertised = self.settings.advertise or self.address
         if _split(advertised, "advertise")[0] in _WILDCARDS:
             raise ConfigError(
@@ -234,5 +231,17 @@ def _split(address: str, field: str) -> tuple[str, int]:
     """Host and port of an address to listen on; the host may be empty or a wildcard, the port 0."""
     host, separator, port = address.rpartition(":")
     if not separator or not port.isascii() or not port.isdigit() or int(port[:6]) > 65535:
-        raise ConfigError(f"{field} {address} is not HOST:PORT", field=field)
+        option = field.replace("_", "-")
+        raise ConfigError(f"--{option} is {shown(address)}", field=field, hint="give HOST:PORT, such as 0.0.0.0:50051")
     return host, int(port)
+
+
+def _node_address(text: str) -> str:
+    """With its port: one that is forgotten would be somebody else's, and dialled for ever."""
+    try:
+        address = check_address("node", text, default_port=0)
+    except RequestError as error:
+        raise ConfigError(
+            f"--node is {shown(text)}", field="node", hint="give HOST:PORT, such as gpu1:50052"
+        ) from error
+    return address

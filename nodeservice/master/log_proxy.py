@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,9 +24,21 @@ log = structlog.get_logger(__name__)
 _RETRY_SECONDS = 1.0
 _FIRST_LINE_SECONDS = 5.0
 """How long a node may take to answer for a task that has ended, before the stored tail is shown instead."""
+_LOOK_SECONDS = 1.0
+"""How often it is looked, while a log that is followed gives nothing, whether its node is there at all."""
 _REPORT_SECONDS = 5.0
 """How long the report of a node may stay behind the end of its log."""
 _STATUS = {State.SUCCEEDED: "completed", State.CANCELLED: "cancelled"}
+
+
+@dataclass(slots=True)
+class _Heard:
+    """Of an attempt's log. `sent` lines were given to the client, who was told if the node `is_away`."""
+
+    sent: int = 0
+    is_away: bool = False
+    end: pb.LogChunk | None = None
+    unanswered: TransientError | None = None
 
 
 class LogProxy:
@@ -36,39 +50,35 @@ class LogProxy:
         """Lines, then one chunk with `is_complete` once the task has ended.
 
         Without `follow`, a task that has not ended gives what is there and no such chunk. While following, a node that
-        goes away is waited for, and lines already given are not given again; where an attempt is followed by another, a line
-        says so and the log of that one begins. Raises TransientError when a node went away in the middle of the log of a
-        task that has ended.
+        does not answer is waited for, which a notice says once, and lines already given are not given again; where an
+        attempt is followed by another, a notice says so and the log of that one begins. Raises TransientError where a node
+        that does not answer has more than was given.
         """
-        sent = 0
+        heard = _Heard()
         while True:
             event = self._book.changed()
             row = await self._book.find(*row.key) or row
             if follow and row.state.is_final and (following := await self._following(row)) is not None:
-                words = f"[attempt {row.attempt} is over: {row.reason}; attempt {following.attempt} follows]"
-                yield pb.LogChunk(task_id=row.task_id, content=words, timestamp=_now())
-                row, sent = following, 0
+                yield _notice(row, f"attempt {row.attempt} is over: {row.reason}; attempt {following.attempt} follows")
+                row, heard = following, _Heard()
                 continue
-            if row.worker_id:
-                end: pb.LogChunk | None = None
-                async for chunk in self._from_node(row, skip=sent, follow=follow):
-                    if chunk.is_complete:
-                        end = chunk
-                        break
-                    sent += 1
+            if row.worker_id and row.state is not State.REJECTED:
+                async for chunk in self._from_node(row, heard, follow=follow):
                     yield chunk
-                row = await self._book.find(*row.key) or row
-                if end is not None and end.status == "failed" and follow:
-                    # Whether the task ends with that is known once it is reported.
-                    row = await self._reported(row)
-                    if row.state.is_final and await self._following(row) is not None:
-                        continue
+                row = await self._settled(row, heard, follow=follow)
+                if follow and row.state.is_final and await self._following(row) is not None:
+                    continue
                 # A node that has cleaned up gives an empty log; the report remembers the end of it.
-                if end is not None and (sent or not _tail(row)):
-                    yield end
+                if heard.end is not None and (heard.sent or not _tail(row)):
+                    yield heard.end
                     return
+                if heard.unanswered is not None:
+                    words = _instead(row, heard.unanswered, sent=heard.sent, follow=follow)
+                    if not heard.is_away:
+                        yield _notice(row, words)
+                    heard.is_away = True
             if row.state.is_final:
-                for last in self._from_report(row, sent):
+                for last in self._from_report(row, heard.sent):
                     yield last
                 return
             if not follow:
@@ -79,36 +89,66 @@ class LogProxy:
             if row.worker_id:
                 await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _from_node(self, row: TaskRow, *, skip: int, follow: bool) -> AsyncIterator[pb.LogChunk]:
-        """What the node gives, without its first `skip` lines. A node that does not answer gives nothing."""
+    async def _from_node(self, row: TaskRow, heard: _Heard, *, follow: bool) -> AsyncIterator[pb.LogChunk]:
+        """The lines that the node has beyond those heard before; none where it does not know the task."""
+        heard.end = heard.unanswered = None
         stub = self._nodes.stub(row.worker_id)
         if stub is None or (row.state.is_final and not self._nodes.is_active(row.worker_id)):
+            heard.unanswered = _unanswered(row, "does not answer")
             return
+        skip = heard.sent
         request = pb.TaskLogRequest(task_id=row.task_id, user_id=row.task.user_id, follow=follow)
         call = stub.StreamTaskLogs(request)
         try:
             while True:
-                patience = _FIRST_LINE_SECONDS if row.state.is_final or not follow else None
-                async with asyncio.timeout(patience):
-                    chunk = await call.read()
+                chunk = await self._read(call, row, follow=follow)
                 if not isinstance(chunk, pb.LogChunk):  # The end of the stream.
                     return
-                if skip and not chunk.is_complete:
+                heard.is_away = False
+                if chunk.is_complete:
+                    heard.end = chunk
+                    return
+                if skip:
                     skip -= 1
                     continue
+                heard.sent += 1
                 yield chunk
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             log.info("log.node_unanswered", task_id=row.task_id, worker_id=row.worker_id, error=type(error).__name__)
+            if isinstance(error, TimeoutError) or error.code() is grpc.StatusCode.UNAVAILABLE:
+                heard.unanswered = _unanswered(row, "does not answer")
+            elif error.code() is not grpc.StatusCode.NOT_FOUND:
+                heard.unanswered = _unanswered(row, f"can't tell its log: {error.code().name} {error.details()}")
         finally:
             call.cancel()
+
+    async def _read(self, call: Any, row: TaskRow, *, follow: bool) -> object:
+        """The next chunk, or that there is none. Raises TimeoutError for a node that is silent; a task may be, for hours."""
+        if row.state.is_final or not follow:
+            async with asyncio.timeout(_FIRST_LINE_SECONDS):
+                return await call.read()
+        reading = asyncio.ensure_future(call.read())
+        try:
+            while not (await asyncio.wait({reading}, timeout=_LOOK_SECONDS))[0]:
+                if not self._nodes.is_active(row.worker_id):
+                    raise TimeoutError
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _following(self, row: TaskRow) -> TaskRow | None:
         """The task's current attempt, where it is another."""
         newest = await self._book.find(row.task_id)
         return newest if newest is not None and newest.sequence > row.sequence else None
 
-    async def _reported(self, row: TaskRow) -> TaskRow:
-        """The attempt once it has ended here too, or as it is after a while."""
+    async def _settled(self, row: TaskRow, heard: _Heard, *, follow: bool) -> TaskRow:
+        """The attempt as it is now; where its log has ended with a failure, once that is reported, or after a while.
+
+        Only then is it known whether the task ends with it.
+        """
+        row = await self._book.find(*row.key) or row
+        if not follow or heard.end is None or heard.end.status != "failed":
+            return row
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REPORT_SECONDS):
                 while not row.state.is_final:
@@ -120,15 +160,38 @@ class LogProxy:
 
     def _from_report(self, row: TaskRow, sent: int) -> list[pb.LogChunk]:
         if sent:
-            raise TransientError(
-                f"node {row.worker_id} went away after {sent} lines of the log",
-                reason="LOG_INCOMPLETE",
-                hint="ask again, or read stdout.log in the results",
-            )
+            raise _incomplete(row, sent)
         now = _now()
         lines = [pb.LogChunk(task_id=row.task_id, content=line, timestamp=now) for line in _tail(row)]
         end = pb.LogChunk(task_id=row.task_id, timestamp=now, is_complete=True, status=_STATUS.get(row.state, "failed"))
         return [*lines, end]
+
+
+def _unanswered(row: TaskRow, what: str) -> TransientError:
+    return TransientError(f"node {row.worker_id} {what}", reason="NODE_UNANSWERED", hint="ask again later")
+
+
+def _instead(row: TaskRow, unanswered: TransientError, *, sent: int, follow: bool) -> str:
+    """What comes where a node does not answer, in words: its report, or later its log. Raises TransientError if nothing."""
+    if row.state.is_final and sent:
+        raise _incomplete(row, sent)
+    if row.state.is_final and row.result is not None:
+        return f"{unanswered.message}; this is what its report has of the log"
+    if row.state.is_final or not follow:
+        raise unanswered
+    return f"{unanswered.message}; its log goes on once it does"
+
+
+def _incomplete(row: TaskRow, sent: int) -> TransientError:
+    return TransientError(
+        f"node {row.worker_id} went away after {sent} lines of the log",
+        reason="LOG_INCOMPLETE",
+        hint="ask again, or read stdout.log in the results",
+    )
+
+
+def _notice(row: TaskRow, words: str) -> pb.LogChunk:
+    return pb.LogChunk(task_id=row.task_id, content=f"[{words}]", timestamp=_now(), notice=words)
 
 
 def _now() -> str:

@@ -31,6 +31,8 @@ Context = grpc.aio.ServicerContext[object, object]
 
 _LIST_LIMIT = 1_000
 _CANCEL_WAIT_SECONDS = 5.0
+REASON_KEY = "nodeservice-reason"
+"""Trailing metadata of every call that ends with an error of ours."""
 _CODES = {
     "NOT_FOUND": grpc.StatusCode.NOT_FOUND,
     "ALREADY_STORED": grpc.StatusCode.ALREADY_EXISTS,
@@ -192,7 +194,9 @@ async def _abort(context: Context, error: NodeServiceError) -> None:
     if not isinstance(error, RequestError):
         log.warning("call.failed", reason=error.reason, error=str(error))
     fallback = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, RequestError) else grpc.StatusCode.UNAVAILABLE
-    await context.abort(_CODES.get(error.reason, fallback), str(error)[:2000])
+    # A client can't tell UNAVAILABLE that we say from that of its own gRPC, which doesn't reach us.
+    said = ((REASON_KEY, error.reason),)
+    await context.abort(_CODES.get(error.reason, fallback), str(error)[:2000], trailing_metadata=said)
 
 
 def _metadata(context: Context, key: str) -> str:

@@ -479,18 +479,20 @@ class TaskLogRequest(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., user_id: _Optional[str] = ..., follow: _Optional[bool] = ...) -> None: ...
 
 class LogChunk(_message.Message):
-    __slots__ = ("task_id", "content", "timestamp", "is_complete", "status")
+    __slots__ = ("task_id", "content", "timestamp", "is_complete", "status", "notice")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     IS_COMPLETE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     content: str
     timestamp: str
     is_complete: bool
     status: str
-    def __init__(self, task_id: _Optional[str] = ..., content: _Optional[str] = ..., timestamp: _Optional[str] = ..., is_complete: _Optional[bool] = ..., status: _Optional[str] = ...) -> None: ...
+    notice: str
+    def __init__(self, task_id: _Optional[str] = ..., content: _Optional[str] = ..., timestamp: _Optional[str] = ..., is_complete: _Optional[bool] = ..., status: _Optional[str] = ..., notice: _Optional[str] = ...) -> None: ...
 
 class FileChunk(_message.Message):
     __slots__ = ("task_id", "user_id", "task_name", "file_path", "data", "is_last_chunk", "is_last_file", "timestamp", "attempt", "worker_id")

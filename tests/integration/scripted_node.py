@@ -42,6 +42,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
         self.hang = False
         self.lines: dict[str, list[str]] = {}
         self.log_ended: dict[str, str] = {}
+        self.log_calls = 0
         self.logs_told = 0
         """To their end."""
         self.port = 0
@@ -115,6 +116,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
     async def StreamTaskLogs(  # noqa: N802
         self, request: pb.TaskLogRequest, context: Any
     ) -> AsyncIterator[pb.LogChunk]:
+        self.log_calls += 1
         lines = self.lines.get(request.task_id)
         if lines is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown task")

@@ -32,8 +32,13 @@ async def run(*arguments: str, **extra: str) -> Done:
         sys.executable, "-m", "nodeservice", *arguments,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=environment(**extra),
     )  # fmt: skip
-    async with asyncio.timeout(60):
-        out, err = await process.communicate()
+    try:
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode is not None
     assert b"Traceback" not in err, err.decode()
     return Done(process.returncode, out, err)
@@ -98,6 +103,49 @@ async def test_the_whole_life_of_a_task_from_the_command_line(master: MasterProc
             ("w1", "ACTIVE", 4000)
         ]
         assert "ACTIVE" in (await run("nodes", *at)).out
+
+
+async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empty_one(master: MasterProcess) -> None:
+    at = ("--master", master.address, "--insecure")
+    async with ScriptedNode(master.address) as node:
+        await node.register()
+        assert (await run("submit", *at, "--task-id", "t1", "--memory", "8m", "img")).code == 0
+        await node.got("t1")
+        node.lines["t1"] = ["one"]
+        assert (await run("logs", *at, "t1")).out == "one\n"
+        await node.deaf()
+        away = await run("logs", *at, "t1")
+        assert (away.code, away.out, away.err) == (69, "", "nodeservice: node w1 does not answer (ask again later)\n")
+        away = await run("logs", *at, "t1", "--json")
+        assert (away.code, away.json["reason"]) == (69, "NODE_UNANSWERED")
+        await node.listen()
+        await node.report("t1", logs="one\n")
+        await node.deaf()
+        reported = await run("logs", *at, "-f", "t1")
+        assert (reported.code, reported.out) == (0, "one\n")
+        assert "node w1 does not answer; this is what its report has of the log" in reported.err
+        objects = [json.loads(line) for line in (await run("logs", *at, "t1", "--json")).out.splitlines()]
+        assert [sorted(one) for one in objects] == [
+            ["notice", "task_id", "timestamp"], ["content", "task_id", "timestamp"], ["is_complete", "status", "task_id"],
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--node", "foo"), "--node is 'foo' (give HOST:PORT, such as gpu1:50052)"),
+        (("--listen", "foo"), "--listen is 'foo' (give HOST:PORT, such as 0.0.0.0:50051)"),
+        (("--http-listen", "foo"), "--http-listen is 'foo' (give HOST:PORT"),
+        (("--heartbeat-timeout", "x"), "--heartbeat-timeout is 'x' (give a duration"),
+        (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
+    ],
+)
+async def test_a_master_that_is_configured_wrongly_says_what_to_give_and_ends_with_78(
+    tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    ended = await run("master", "--listen", "127.0.0.1:0", "--insecure", "--state-dir", str(tmp_path), *options)
+    assert ended.code == 78
+    assert f"nodeservice: {words}" in ended.err
 
 
 async def test_waiting_for_several_succeeds_only_if_all_did(master: MasterProcess) -> None:

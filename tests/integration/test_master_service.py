@@ -737,19 +737,70 @@ async def test_following_goes_on_after_a_node_was_away_and_repeats_no_line(clien
     await client.submit("t1")
     await node.got("t1")
     seen: list[str] = []
+    notices: list[str] = []
 
     async def follow() -> None:
         async for chunk in client.stub.StreamTaskLogs(pb.TaskLogRequest(task_id="t1", follow=True)):
-            seen.append(chunk.content)
+            (notices if chunk.HasField("notice") else seen).append(chunk.content)
 
     following = asyncio.create_task(follow())
     await eventually(lambda: seen == ["one", "two"])
     await node.deaf()
     node.lines["t1"].append("three")
     node.log_ended["t1"] = "completed"
+    await eventually(lambda: len(notices) == 1)
     await node.listen()
     await asyncio.wait_for(following, 20)
     assert seen == ["one", "two", "three", ""]
+    assert notices == ["[node w1 does not answer; its log goes on once it does]"]
+
+
+async def test_a_follower_hears_once_that_a_node_whose_log_is_quiet_is_silent(settings: MasterSettings) -> None:
+    master = Master(replace(settings, heartbeat_timeout_seconds=0.2))
+    await master.start()
+    client = Client(master.address)
+    try:
+        async with ScriptedNode(master.address) as node:
+            node.lines["t1"] = []
+            await node.register()
+            await client.submit("t1")
+
+            async def is_assigned() -> bool:
+                await node.beat()
+                return "t1" in node.ids()
+
+            await eventually(is_assigned)
+            following = asyncio.create_task(client.log("t1", follow=True))
+            await eventually(lambda: node.log_calls >= 3)
+            node.lines["t1"].append("late")
+            node.log_ended["t1"] = "completed"
+            chunks = await asyncio.wait_for(following, 20)
+    finally:
+        await client.channel.close(None)
+        await master.stop()
+    assert [chunk.content for chunk in chunks if not chunk.HasField("notice")] == ["late", ""]
+    assert [chunk.notice for chunk in chunks if chunk.HasField("notice")] == [
+        "node w1 does not answer; its log goes on once it does"
+    ]
+
+
+async def test_a_log_that_is_not_followed_fails_where_its_node_does_not_answer(
+    client: Client, node: ScriptedNode
+) -> None:
+    node.lines["t1"] = ["one"]
+    await client.submit("t1")
+    await node.got("t1")
+    await node.deaf()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.log("t1", follow=False)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "node w1 does not answer" in str(caught.value.details())
+    await node.listen()
+    await node.report("t1", status="failed", logs="one\n")
+    await node.deaf()
+    chunks = await client.log("t1", follow=False)
+    assert chunks[0].notice == "node w1 does not answer; this is what its report has of the log"
+    assert [(chunk.content, chunk.status) for chunk in chunks[1:]] == [("one", ""), ("", "failed")]
 
 
 async def test_after_the_end_a_node_that_forgot_the_log_is_replaced_by_the_tail_of_the_report(

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeservice.core import admission
+from nodeservice.core.model import Resources
 from nodeservice.errors import RequestError
 from nodeservice.master.amounts import GIB, Amounts
 from nodeservice.master.checks import check_address, check_task, check_traceparent, is_id
@@ -15,9 +17,17 @@ from nodeservice.master.dialing import node_address
 from nodeservice.master.incoming import check_path, read_manifest
 from nodeservice.master.nodes import amounts_of
 from nodeservice.master.request import GpuWish
+from nodeservice.rpc.convert import TaskDefaults, spec_from_task
 from nodeservice.wire import master_worker_pb2 as pb
 
 UUID = "GPU-00000000-0000-0000-0000-000000000001"
+DEFAULTS = TaskDefaults(
+    request=Resources(cpu_milli=1000, memory_bytes=GIB, disk_bytes=GIB),
+    pids_limit=100,
+    timeout_seconds=None,
+    grace_seconds=10.0,
+)
+"""Of a node."""
 
 
 def task(**fields: object) -> pb.Task:
@@ -107,7 +117,39 @@ def test_old_fields_count_cores_and_gib() -> None:
 
 def test_an_exact_field_wins_over_a_rounded_old_one() -> None:
     assert check_task(task(req_memory=0.0625, memory_bytes=64 * 1024**2 + 5)).amounts.memory_bytes == 64 * 1024**2 + 5
-    assert check_task(task(memory_bytes=7)).amounts.memory_bytes == 7
+    assert check_task(task(memory_bytes=64 * 1024**2 + 7)).amounts.memory_bytes == 64 * 1024**2 + 7
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"memory_bytes": 64},
+        {"memory_bytes": 0},
+        {"req_memory": 64 / GIB},
+        {"req_cpu": 0.001},
+        {"cpu_milli": 500, "exclusive_cpus": True},
+        {"pids_limit": 4_000_001},
+        {"open_files_limit": 3},
+        {"stop_signal": "SIGFOO"},
+        {"grace_seconds": 2 * 86400.0},
+        {"timeout_seconds": 800 * 86400.0},
+        {"wait_timeout_seconds": -1.0},
+        {"read_bytes_per_second": 5},
+    ],
+)
+def test_what_no_node_takes_for_its_value_alone_is_refused_at_once_and_in_the_same_words(
+    fields: dict[str, object],
+) -> None:
+    with pytest.raises(RequestError) as at_master:
+        check_task(task(**fields))
+    with pytest.raises(RequestError) as at_node:
+        admission.check(spec_from_task(task(**fields), DEFAULTS))
+    assert str(at_master.value) == str(at_node.value)
+
+
+def test_zero_is_no_limit_and_what_is_not_given_is_the_nodes_to_choose() -> None:
+    check_task(task())
+    check_task(task(timeout_seconds=0, pull_timeout_seconds=0, write_bytes_per_second=0, grace_seconds=0))
 
 
 def test_a_number_below_one_is_a_part_of_a_gpu_and_a_description_is_read() -> None:

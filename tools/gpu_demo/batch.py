@@ -21,12 +21,11 @@ GREEDY_BYTES = 24 * GIB
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """`seconds` is how long it runs, if nothing ends it. `uses_bytes` is what its process takes of each GPU."""
+    """`uses_bytes` is what its process takes of each GPU. `reasons` are why its attempts end, one after another."""
 
     task: pb.Task
-    seconds: float
     uses_bytes: int = 96 * GIB
-    reason: str = "COMPLETED"
+    reasons: tuple[str, ...] = ("COMPLETED",)
 
     @property
     def name(self) -> str:
@@ -48,9 +47,9 @@ def first_wave() -> list[Expected]:
         _whole("train-8a", 8, 6),
         _whole("tune-4a", 4, 5),
         _whole("tune-4b", 4, 5),
-        _whole(FAULTY, 1, 60, reason="GPU_FAULT"),
+        _whole(FAULTY, 1, "$((NODESERVICE_ATTEMPT == 1 ? 60 : 4))", reasons=("GPU_FAULT", "COMPLETED")),
         _part("part-a", PART_BYTES, 8, uses_bytes=30 * GIB),
-        _part(GREEDY, 16 * GIB, 60, uses_bytes=GREEDY_BYTES, reason="GPU_MEMORY_LIMIT"),
+        _part(GREEDY, 16 * GIB, 60, uses_bytes=GREEDY_BYTES, reasons=("GPU_MEMORY_LIMIT",)),
         _part("part-b", PART_BYTES, 8, uses_bytes=20 * GIB),
         _whole("eval-2a", 2, 4),
         _whole("eval-2b", 2, 4),
@@ -68,20 +67,20 @@ def after_the_repair(worker_id: str) -> Expected:
     return _whole(AGAIN, 8, 4, target=worker_id)
 
 
-def _whole(name: str, count: int, seconds: float, *, target: str = "", **more: Any) -> Expected:
-    return Expected(_task(name, seconds, req_gpu=count, target_worker_id=target), seconds, **more)
+def _whole(name: str, count: int, seconds: float | str, *, target: str = "", **more: Any) -> Expected:
+    return Expected(_task(name, seconds, req_gpu=count, target_worker_id=target), **more)
 
 
 def _part(name: str, memory_bytes: int, seconds: float, **more: Any) -> Expected:
     share = pb.GpuRequest(share=pb.GpuShare(memory_bytes=memory_bytes))
-    return Expected(_task(name, seconds, gpu=share), seconds, **more)
+    return Expected(_task(name, seconds, gpu=share), **more)
 
 
-def _task(name: str, seconds: float, **fields: Any) -> pb.Task:
-    """It writes down which GPUs it sees."""
+def _task(name: str, seconds: float | str, **fields: Any) -> pb.Task:
+    """It writes down which GPUs it sees, then sleeps for `seconds`, in which the shell may compute."""
     return pb.Task(
         task_id=name, task_name=name, docker_image="nodeservice/demo", user_id="demo",
-        command=f"if [ -e /usr/bin/nvidia-smi ]; then nvidia-smi -L; else ls /dev; fi; sleep {seconds:g}",
+        command=f"if [ -e /usr/bin/nvidia-smi ]; then nvidia-smi -L; else ls /dev; fi; sleep {seconds}",
         cpu_milli=50, memory_bytes=48 * MIB, disk_bytes=8 * MIB, timeout_seconds=90, grace_seconds=0.5,
         submitted_at=int(time.time()), **fields,
     )  # fmt: skip

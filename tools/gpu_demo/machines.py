@@ -13,6 +13,7 @@ from pathlib import Path
 import docker
 
 from gpu_demo.batch import FAULTY, NODES, Expected
+from nodeservice.ports import labels
 from nodeservice.testing.false_driver import MACHINES, FalseDriver
 from nodeservice.testing.false_driver.hook import PROGRAM, HookCall, calls, hook_script
 from tests.integration.docker_daemon import DockerDaemon, docker_daemon
@@ -85,8 +86,8 @@ class Play(contextlib.AbstractContextManager["Play"]):
     machines: Machines
     expected: dict[str, Expected] = field(default_factory=dict)
     """By task, from before it is submitted."""
-    containers: dict[str, str] = field(default_factory=dict)
-    """Container → task: all that were ever seen."""
+    containers: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Container → task and attempt: all that were ever seen."""
     fault: Fault = field(default_factory=Fault)
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -119,8 +120,8 @@ class Play(contextlib.AbstractContextManager["Play"]):
         given = self.machines.hook_calls()
         busy: set[str] = set()
         for entry in client.containers(all=True):
-            task = entry["Labels"].get("nodeservice.task_id", "")
-            self.containers[entry["Id"]] = task
+            task = entry["Labels"].get(labels.TASK_ID, "")
+            self.containers[entry["Id"]] = task, int(entry["Labels"].get(labels.ATTEMPT, 0))
             if entry["State"] == "running" and entry["Id"] in given:
                 busy |= set(given[entry["Id"]].uuids)
                 with contextlib.suppress(docker.errors.NotFound, ProcessLookupError, FileNotFoundError):
@@ -152,7 +153,7 @@ class Play(contextlib.AbstractContextManager["Play"]):
     def _break_and_repair(self, now: float, given: Mapping[str, HookCall]) -> None:
         fault = self.fault
         if not fault.gpu:
-            ill = [call.uuids for id_, call in given.items() if self.containers.get(id_) == FAULTY]
+            ill = [call.uuids for id_, call in given.items() if self.containers.get(id_) == (FAULTY, 1)]
             if ill:
                 fault.gpu, fault.failed_at = ill[0][0], now + _FAULT_AFTER_SECONDS
             return

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpu_demo.batch import GIB, NODES, Expected
+from gpu_demo.checks import Attempt
 from gpu_demo.machines import Machines
 from nodeservice.wire import master_worker_pb2 as pb
 
@@ -85,22 +86,23 @@ def _states(
     return table
 
 
-def results(
-    expected: Sequence[Expected], views: Mapping[str, pb.TaskView], faults: Mapping[str, str], machines: Machines
-) -> Table:
-    """With the part of the bill that is about GPUs, all GPUs of a task together. It fits into 80 columns."""
+def results(attempts: Sequence[Attempt], faults: Mapping[str, str], machines: Machines) -> Table:
+    """A row for each attempt, with the part of the bill that is about GPUs, all of a task together. It fits into 80 columns.
+
+    `faults` is what is wrong with which task.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for header in ("\ntask", "\nasks", "\noutcome", "\nreason", "node:\nGPUs"):
         table.add_column(header, no_wrap=True)
     for header in ("GPU\ns", "load\n%", "energy\nkJ", "peak\nGiB", "\nXID"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("\nok")
-    for item in expected:
-        result = views[item.name].result
+    for attempt in attempts:
+        item, result = attempt.item, attempt.result
         colour = "green" if result.outcome == "SUCCEEDED" else "yellow"
         table.add_row(
-            item.name, item.asks, f"[{colour}]{result.outcome}", result.reason,
-            _where(result, machines), *_bill(result.usage.gpus),
+            item.name if attempt.number == 1 else f"  try {attempt.number}",
+            item.asks, f"[{colour}]{result.outcome}", result.reason, _where(result, machines), *_bill(result.usage.gpus),
             "[red]NO" if faults.get(item.name) else "[green]yes",
         )  # fmt: skip
     return table
