@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -294,9 +295,8 @@ class BucketClient:
                 why, hint = "the certificate is not trusted", "set the certificate authority"
             raise NodeFaultError(f"{where}: {why}", reason="STORE_REFUSED", hint=hint) from error
         except (urllib3.exceptions.HTTPError, ParseError, OSError) as error:
-            raise TransientError(
-                f"{where}: cannot {action}: {type(error).__name__}", reason="STORE_UNREACHABLE"
-            ) from error
+            why, hint = _what_broke(error)
+            raise TransientError(f"{where}: cannot {action}: {why}", reason="STORE_UNREACHABLE", hint=hint) from error
         except (MinioException, ValueError) as error:
             raise NodeFaultError(f"{where}: cannot {action}: {error}", reason="STORE_REFUSED") from error
 
@@ -317,6 +317,22 @@ def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFa
         return TransientError(message, reason="STORE_UNREACHABLE")
     reason = "STORE_CREDENTIALS" if code in _CREDENTIALS_CODES else "STORE_REFUSED"
     return NodeFaultError(message, reason=reason, hint=_HINTS.get(code))
+
+
+def _what_broke(error: Exception) -> tuple[str, str]:
+    """In words, and where to look. The library's own texts tell objects of Python's."""
+    match error:
+        case urllib3.exceptions.NameResolutionError():
+            return "no host has this name", "see whether `minio` names the server, and whether this host's DNS knows it"
+        case urllib3.exceptions.NewConnectionError():  # which is a TimeoutError of urllib3's
+            cause = error.__cause__
+            why = os.strerror(cause.errno).lower() if isinstance(cause, OSError) and cause.errno else "no connection"
+            return why, "see whether the server runs there, and whether `minio` names it"
+        case urllib3.exceptions.TimeoutError() | TimeoutError():
+            return "no answer in time", "see whether the server is up, and what lies on the way to it"
+        case ParseError():
+            return "its answer is no XML", "see whether what listens there is S3"
+    return "the connection broke", "see whether the server is up, and what lies on the way to it"
 
 
 class _HashedOnce(Minio):

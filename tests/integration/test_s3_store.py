@@ -415,6 +415,8 @@ async def test_a_store_that_is_down_takes_the_results_when_it_is_back(
     with pytest.raises(TransientError) as caught:
         await store.put(bundle)
     assert caught.value.reason == "STORE_UNREACHABLE"
+    assert "(see whether the server " in str(caught.value)
+    assert "Error" not in str(caught.value)
     proxy.up()
     await store.put(bundle)
     assert_complete(client, bucket, bundle)
