@@ -174,6 +174,7 @@ def _spec(
         grace_seconds=parse_seconds(grace, option="--grace"),
         pull_policy=policy,
         task_name=name,
+        open_files_asked="open_files_limit" in limits,
         fingerprint=id_,
         **limits,
     )
