@@ -221,7 +221,7 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
     from nodeservice.lifecycle.removal import remove_tree
     from nodeservice.single import run_once, sweep_dead_runs
 
-    await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
+    await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host, say=view.say)
     try:
         finished = await run_once(
             config,

@@ -163,10 +163,11 @@ def test_the_next_run_removes_all_that_a_killed_one_left(
         read_until(process.stderr, "ready")
         process.kill()
     assert len(set(containers_of(docker_client, node_id))) == 1
-    subprocess.run(
+    ended = subprocess.run(
         [*RUN, "--task-id", f"{node_id}-next", demo_image, "--", "true"],
-        env=environment(tmp_path), check=True, capture_output=True, timeout=60,
+        env=environment(tmp_path), check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+    assert f"removed the container of {node_id}, which still ran" in ended.stderr
     assert containers_of(docker_client, node_id) == []
     assert list((tmp_path / "state/nodeservice/run").iterdir()) == []
     assert list(Path("/sys/fs/cgroup").glob(f"**/{node_id}*")) == []
