@@ -219,8 +219,13 @@ def _pass_on(path: Path, position: int, on_log: Callable[[bytes], None]) -> int:
     return position
 
 
-async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
-    """Remove what runs that were killed left behind: containers, cgroups, directories. A run that lives holds its lock."""
+async def sweep_dead_runs(
+    runs_dir: Path, *, docker_host: str | None, say: Callable[[str], None] = lambda _words: None
+) -> None:
+    """Remove what runs that were killed left behind: containers, cgroups, directories. A run that lives holds its lock.
+
+    `say` gets, in words for a person, of which runs a container was removed.
+    """
     if not runs_dir.is_dir():
         return
     for directory in sorted(runs_dir.iterdir()):
@@ -234,6 +239,8 @@ async def sweep_dead_runs(runs_dir: Path, *, docker_host: str | None) -> None:
             try:
                 for container in await runtime.list_owned(directory.name):
                     await runtime.remove(container.id)
+                    was = "which still ran" if container.is_running else "which had ended"
+                    say(f"removed the container of {directory.name}, {was}: its run was killed and left it")
                 await _remove_cgroup(runtime, directory.name)
                 await asyncio.to_thread(remove_tree, directory)
                 log.info("run.swept", directory=str(directory))

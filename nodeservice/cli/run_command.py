@@ -176,6 +176,7 @@ def _spec(
         grace_seconds=parse_seconds(grace, option="--grace"),
         pull_policy=policy,
         task_name=name,
+        open_files_asked="open_files_limit" in limits,
         fingerprint=id_,
         **limits,
     )
@@ -222,7 +223,7 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
     from nodeservice.lifecycle.removal import remove_tree
     from nodeservice.single import run_once, sweep_dead_runs
 
-    await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
+    await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host, say=view.say)
     try:
         finished = await run_once(
             config,

@@ -21,6 +21,7 @@ def serve(
     listen: str = typer.Option(None, help="HOST:PORT to serve on."),
     advertise: str = typer.Option(None, help="HOST[:PORT] for the master to dial, where it can't see the right one."),
     state_dir: Path = typer.Option(None, help="Journal, logs and work directories."),
+    docker_host: str = typer.Option(None, help="The engine's address. Default: DOCKER_HOST, or the usual socket."),
     results_dir: Path = typer.Option(None, help="Results on this host: the store itself, or what is kept meanwhile."),
     result_store: str = typer.Option(
         None, help="file, s3, http or master. Default: s3 if --minio is given, else file."

@@ -15,6 +15,7 @@ from nodeservice.core.gpus import GpuPart, GpuRequest, GpuUsage
 
 GIB = 1024**3
 MIB = 1024**2
+DEFAULT_OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,7 +100,9 @@ class TaskSpec:
     """For how long it may go on while the master is not heard; None for ever."""
     exclusive_cpus: bool = False
     """Whole cores of its own, instead of a share of all."""
-    open_files_limit: int = 65_536
+    open_files_limit: int = DEFAULT_OPEN_FILES
+    open_files_asked: bool = False
+    """Somebody asked for that many, so that it is kept or refused. Of the default an engine gives what it may."""
     read_bytes_per_second: int | None = None
     """Of each block device; None is no limit. Likewise for `write_bytes_per_second`."""
     write_bytes_per_second: int | None = None

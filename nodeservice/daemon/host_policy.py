@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from nodeservice.capacity.source import Reserve
 from nodeservice.config import NodeConfig
+from nodeservice.core.model import Resources
+from nodeservice.errors import ConfigError
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.limits.hierarchy import host_cgroup_version
 
@@ -23,3 +25,29 @@ def reserve(config: NodeConfig) -> Reserve:
         memory_bytes=config.reserve_memory_bytes,
         disk_bytes=config.reserve_disk_bytes,
     )
+
+
+HEARTBEAT_SLOW = "HEARTBEAT_SLOW"
+"""A warning, no error: a master can be told to wait for longer."""
+_MASTERS_WAIT_SECONDS = 30.0
+
+
+def check_reserve(config: NodeConfig, capacity: Resources) -> None:
+    """Raise ConfigError where the configuration keeps back all of something: no task could ever run here."""
+    for name in ("cpu_milli", "memory_bytes", "disk_bytes"):
+        kept, there = getattr(config, f"reserve_{name}"), getattr(capacity, name)
+        if kept is not None and kept >= there:
+            raise ConfigError(
+                f"reserve_{name} = {kept} leaves nothing for tasks: this host has {there}",
+                field=f"reserve_{name}",
+                hint="keep back less than there is; unset, a share of it is kept back",
+            )
+
+
+def doubts(config: NodeConfig) -> dict[str, str]:
+    """What may be meant and mostly is not, by name, in words."""
+    seconds = config.heartbeat_seconds
+    if seconds < _MASTERS_WAIT_SECONDS:
+        return {}
+    words = f"heartbeat_seconds = {seconds:g}, but masters take a node for silent after {_MASTERS_WAIT_SECONDS:g}"
+    return {HEARTBEAT_SLOW: f"{words} (set a few seconds, or raise the master's --heartbeat-timeout above it)"}

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import structlog
+
 from nodeservice.capacity.source import HostCapacity
 from nodeservice.capacity.topology import read_cpus
 from nodeservice.clock import SystemClock
@@ -15,7 +17,7 @@ from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId
 from nodeservice.core.retry import Backoff
 from nodeservice.daemon.fault_points import armed
-from nodeservice.daemon.host_policy import reserve, sharing_policy
+from nodeservice.daemon.host_policy import check_reserve, doubts, reserve, sharing_policy
 from nodeservice.daemon.host_stops import HostStops
 from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
@@ -45,6 +47,8 @@ from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import open_trace_sink
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,6 +117,7 @@ async def build(config: NodeConfig) -> Node:
     journal = armed(SqliteJournal(config.state_dir / JOURNAL_NAME), "journal")
     traces = open_trace_sink(config.otlp_endpoint, worker_id=config.worker_id, insecure=config.otlp_insecure)
     seen = await capacity.read()
+    check_reserve(config, seen.capacity)
     driver = Driver(
         journal=journal,
         ledger=Ledger(
@@ -123,6 +128,9 @@ async def build(config: NodeConfig) -> Node:
         finished_retention_count=config.finished_retention_count,
         finished_retention_seconds=config.finished_retention_seconds,
     )
+    driver.warnings.update(doubts(config))
+    for name, words in driver.warnings.items():
+        log.warning("config.doubtful", name=name, words=words)
     logs = LogBook(runtime, max_bytes=config.log_max_bytes, tail_bytes=config.log_tail_bytes)
     driver.on_change(lambda record: logs.wake(record.id))
     driver.on_forget(dirs.remove_log)

@@ -98,6 +98,12 @@ class Settings:
     """Removals of orphans, images and old results are logged, and not made."""
     path_list_max_bytes: int = 512 * 1024
     """Bound on the paths named in a report, since gRPC messages end at 4 MiB; the manifest names all."""
+    check_store_seconds: float = 30.0
+    """Between two questions to the store whether it takes results; sooner when it was just seen to take none."""
+    store_trouble_seconds: float = 5.0
+    """Between them while it would not."""
+    first_check_seconds: float = 2.0
+    """How long the store's first answer is waited for at the start; one that is away keeps nobody."""
     step_backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=0.5, max_seconds=30.0))
     report_backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=0.5, max_seconds=60.0))
     store_backoff: Backoff = field(default_factory=lambda: Backoff(first_seconds=0.5, max_seconds=30.0))
@@ -145,6 +151,8 @@ class Context:
     """Those that are not collected yet: neither the engine nor the kernel need be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)
     """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
+    store_in_doubt: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the store did not take results, so that it is asked what is wrong."""
     collecting: Threads = field(default_factory=lambda: Threads(2, name="nodeservice-collect"))
     """Hashes for as long as there are results: apart from all short work, which would have to wait for it."""
     filing: Threads = field(default_factory=lambda: Threads(4, name="nodeservice-files"))

@@ -13,6 +13,7 @@ from nodeservice.lifecycle.host_keeper import HostKeeper
 from nodeservice.lifecycle.janitor import Janitor
 from nodeservice.lifecycle.recovery import Decode, recover
 from nodeservice.lifecycle.runner import Runner
+from nodeservice.lifecycle.store_keeper import StoreKeeper
 from nodeservice.lifecycle.timekeeper import Timekeeper
 from nodeservice.ports import Journal
 
@@ -31,16 +32,19 @@ async def at_work(
     host_keeper = HostKeeper(context, driver)
     await host_keeper.apply_share()
     await context.images.open()
+    store_keeper = StoreKeeper(context, driver)
     tasks = [
         asyncio.create_task(driver.run(), name="driver"),
         asyncio.create_task(recover(context, driver, decode), name="recovery"),
         asyncio.create_task(host_keeper.run(), name="host keeper"),
+        asyncio.create_task(store_keeper.run(), name="store keeper"),
         asyncio.create_task(DisconnectKeeper(context, driver, journal).run(), name="disconnect keeper"),
         asyncio.create_task(Janitor(context, driver).run(), name="janitor"),
         asyncio.create_task(context.gpus.run(driver, on_change=context.on_capacity_change), name="GPU keeper"),
     ]
     timekeeper.open()
     try:
+        await store_keeper.has_looked()
         yield tasks
     finally:
         await runner.settle_reports()

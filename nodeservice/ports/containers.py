@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from nodeservice.core.model import PullPolicy
+from nodeservice.core.model import DEFAULT_OPEN_FILES, PullPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,9 @@ class ContainerSpec:
     cgroup_parent: str | None = None
     stop_signal: str = "SIGTERM"
     """What the engine sends by itself, when it shuts down."""
-    open_files_limit: int = 65_536
+    open_files_limit: int = DEFAULT_OPEN_FILES
+    open_files_asked: bool = False
+    """As in `TaskSpec`."""
     cpu_ids: tuple[int, ...] = ()
     """Logical CPUs to run on; empty means all."""
     read_bytes_per_second: int | None = None

@@ -47,6 +47,14 @@ class ResultStore(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Ask, as far as the store can be asked without storing anything, whether it would take results from us.
+
+        Raises as `put` does; with the reason STORE_CREDENTIALS where it refuses whoever we say we are, so that nothing at
+        all can be stored until somebody changes that.
+        """
+        ...
+
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         """Drop what broken-off puts of an attempt left, which nobody goes on with; how many there were.
 

@@ -28,7 +28,7 @@ from nodeservice.threads import Threads
 log = structlog.get_logger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class FileResultStore:
@@ -51,6 +51,9 @@ class FileResultStore:
         finally:
             stop.set()
 
+    async def check(self) -> None:
+        await self._pool.run(self._check)
+
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         """What a broken-off put left lies in the directory itself, where `results.folder` finds it."""
         return 0
@@ -58,6 +61,12 @@ class FileResultStore:
     async def close(self) -> None:
         self._pool.close()
         await self._pool.ended()
+
+    def _check(self) -> None:
+        with self._translated(self._root):
+            self._make_directory(self._root)
+            if not os.access(self._root, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def _put(self, bundle: ResultBundle, stop: threading.Event) -> str:
         target = self._root.joinpath(*bundle.prefix.split("/"))

@@ -87,6 +87,9 @@ class HttpResultStore:
         finally:
             stop.set()
 
+    async def check(self) -> None:
+        """The format knows no question."""
+
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         """A POST that broke off is the master's to forget."""
         return 0

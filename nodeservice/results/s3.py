@@ -42,8 +42,8 @@ class S3ResultStore:
     Every object carries its sha256 as user metadata. Repeating lists what is there and sends only what is missing or
     different (a few small files are sent at once, and looked for only if the store says that it has one of them); with
     another manifest there already it is NodeFaultError (RESULT_CONFLICT). A missing bucket is created.
-    TransientError: STORE_UNREACHABLE, STORE_FULL. NodeFaultError: STORE_REFUSED, RESULT_CHANGED. RequestError:
-    RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
+    TransientError: STORE_UNREACHABLE, STORE_FULL. NodeFaultError: STORE_CREDENTIALS, STORE_REFUSED, RESULT_CHANGED.
+    RequestError: RESULT_TOO_LARGE. Cancelling stops what is on its way between two blocks and drops its parts.
 
     A large file travels in parts, a few at a time; its sha256 is proven while it is read, and only then it is completed.
     Files of up to 1 MiB travel 16 at a time.
@@ -68,6 +68,12 @@ class S3ResultStore:
             else:
                 return f"s3://{self._access.bucket}/{base}"
         raise TransientError(f"bucket {self._access.bucket} was created and is gone again", reason="STORE_UNREACHABLE")
+
+    async def check(self) -> None:
+        try:
+            await self._run(lambda client: client.check())
+        except BucketMissing:
+            await self._run(lambda client: client.make_bucket())
 
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         """Parts of interrupted uploads. MinIO lists them for a whole key only, hence one call for each path."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,10 @@ _TRANSIENT_CODES = frozenset(
     }
 )
 _FULL_CODES = frozenset({"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"})
+_CREDENTIALS_CODES = frozenset(
+    {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
+)
+"""Answers to whoever asks, whatever it is that they ask."""
 _HINTS = {
     "AccessDenied": "allow s3:ListBucket, GetObject, PutObject, AbortMultipartUpload, ListBucketMultipartUploads",
     "InvalidAccessKeyId": "check the access key",
@@ -66,8 +71,8 @@ _HINTS = {
 class BucketClient:
     """Blocking operations on one bucket, for any thread. None retries: the lifecycle does, with backoff.
 
-    Raises BucketMissing; TransientError (STORE_UNREACHABLE, STORE_FULL); NodeFaultError (STORE_REFUSED); RequestError
-    (RESULT_TOO_LARGE); PutStopped once `stop` is set, within one block of an upload.
+    Raises BucketMissing; TransientError (STORE_UNREACHABLE, STORE_FULL); NodeFaultError (STORE_CREDENTIALS, STORE_REFUSED);
+    RequestError (RESULT_TOO_LARGE); PutStopped once `stop` is set, within one block of an upload.
     """
 
     def __init__(self, access: S3Access) -> None:
@@ -100,6 +105,15 @@ class BucketClient:
     def close(self) -> None:
         self._parts.close()
         self._http.clear()
+
+    def check(self) -> None:
+        """Look for one object: less than `put` needs, but with an answer that has a body to tell why it is no."""
+        prefix = self._access.prefix.strip("/")
+        with self._translated("list"):
+            listing = self._minio._list_objects(  # noqa: SLF001
+                self._bucket, prefix=f"{prefix}/" if prefix else "", max_keys=1
+            )
+            next(listing, None)
 
     def make_bucket(self) -> None:
         """Create the bucket. One that exists is success."""
@@ -134,6 +148,8 @@ class BucketClient:
             except S3Error as error:
                 if error.code == "NoSuchKey":
                     return None
+                if error.code == "AccessDenied":
+                    self.check()  # the answer to a HEAD has no body, so that each refusal looks like this one
                 raise
 
     def upload(
@@ -279,9 +295,8 @@ class BucketClient:
                 why, hint = "the certificate is not trusted", "set the certificate authority"
             raise NodeFaultError(f"{where}: {why}", reason="STORE_REFUSED", hint=hint) from error
         except (urllib3.exceptions.HTTPError, ParseError, OSError) as error:
-            raise TransientError(
-                f"{where}: cannot {action}: {type(error).__name__}", reason="STORE_UNREACHABLE"
-            ) from error
+            why, hint = _what_broke(error)
+            raise TransientError(f"{where}: cannot {action}: {why}", reason="STORE_UNREACHABLE", hint=hint) from error
         except (MinioException, ValueError) as error:
             raise NodeFaultError(f"{where}: cannot {action}: {error}", reason="STORE_REFUSED") from error
 
@@ -300,7 +315,24 @@ def _sorted_out(code: str, status: int, message: str) -> TransientError | NodeFa
         return NodeFaultError(message, reason="STORE_REFUSED")
     if code in _TRANSIENT_CODES or status >= 500 or status in (408, 429):
         return TransientError(message, reason="STORE_UNREACHABLE")
-    return NodeFaultError(message, reason="STORE_REFUSED", hint=_HINTS.get(code))
+    reason = "STORE_CREDENTIALS" if code in _CREDENTIALS_CODES else "STORE_REFUSED"
+    return NodeFaultError(message, reason=reason, hint=_HINTS.get(code))
+
+
+def _what_broke(error: Exception) -> tuple[str, str]:
+    """In words, and where to look. The library's own texts tell objects of Python's."""
+    match error:
+        case urllib3.exceptions.NameResolutionError():
+            return "no host has this name", "see whether `minio` names the server, and whether this host's DNS knows it"
+        case urllib3.exceptions.NewConnectionError():  # which is a TimeoutError of urllib3's
+            cause = error.__cause__
+            why = os.strerror(cause.errno).lower() if isinstance(cause, OSError) and cause.errno else "no connection"
+            return why, "see whether the server runs there, and whether `minio` names it"
+        case urllib3.exceptions.TimeoutError() | TimeoutError():
+            return "no answer in time", "see whether the server is up, and what lies on the way to it"
+        case ParseError():
+            return "its answer is no XML", "see whether what listens there is S3"
+    return "the connection broke", "see whether the server is up, and what lies on the way to it"
 
 
 class _HashedOnce(Minio):

@@ -15,6 +15,7 @@ from datetime import datetime
 
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import (
+    DEFAULT_OPEN_FILES,
     GIB,
     AttemptId,
     Outcome,
@@ -43,7 +44,7 @@ class TaskDefaults:
     pids_limit: int
     timeout_seconds: float | None
     grace_seconds: float
-    open_files_limit: int = 65_536
+    open_files_limit: int = DEFAULT_OPEN_FILES
 
 
 # ---- from the wire ----------------------------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
         disconnect_limit_seconds=_limit(task, "disconnect_limit_seconds"),
         exclusive_cpus=task.exclusive_cpus,
         open_files_limit=task.open_files_limit if task.HasField("open_files_limit") else defaults.open_files_limit,
+        open_files_asked=task.HasField("open_files_limit"),
         read_bytes_per_second=_exact(task, "read_bytes_per_second") or None,
         write_bytes_per_second=_exact(task, "write_bytes_per_second") or None,
         pull_policy=_pull_policy(task),

@@ -77,6 +77,9 @@ class MasterPushResultStore:
             )
         return f"master://{bundle.prefix}"
 
+    async def check(self) -> None:
+        """The protocol knows no question; that a master is away shows elsewhere."""
+
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         """A stream that broke off is the master's to forget."""
         return 0

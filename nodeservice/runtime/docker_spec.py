@@ -11,7 +11,7 @@ from nodeservice.errors import NodeFaultError, RequestError
 from nodeservice.limits.asked import CORE_FILE_BYTES, DROPPED_CAPABILITIES, ids_text, shm_bytes
 from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
-from nodeservice.runtime.profile import EngineProfile
+from nodeservice.runtime.profile import RAISE_OPEN_FILES, EngineProfile
 
 _MIN_LOG_BYTES = 1 * MIB
 _LOG_ROOM = 8
@@ -31,7 +31,8 @@ _STANDARD_DRIVER_CAPABILITIES = ("compute", "utility")
 def check_request(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> None:
     """Refuse what would not be kept. `access` is how the spec's GPUs are asked for, None for a spec without any.
 
-    Raises RequestError for amounts that would mean "no limit" to the engine, NodeFaultError for GPUs that it can't hand.
+    Raises RequestError for amounts that would mean "no limit" to the engine, NodeFaultError for GPUs that it can't hand and
+    for more open files than it can give, if they were asked for.
     """
     for name in ("cpu_milli", "memory_bytes", "pids_limit"):
         if getattr(spec, name) < 1:
@@ -41,6 +42,14 @@ def check_request(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess
                 field=name,
                 hint="ask for at least 1",
             )
+    most = profile.facts.open_files_max
+    if spec.open_files_asked and most is not None and spec.open_files_limit > most:
+        raise NodeFaultError(
+            f"open_files_limit is {spec.open_files_limit}: {profile.facts.name} on this node can give {most}",
+            reason="LIMIT_NOT_ENFORCED",
+            field="open_files_limit",
+            hint=f"ask for {most} at most, or {RAISE_OPEN_FILES}",
+        )
     if spec.gpu_uuids and (access is None or access.way is GpuWay.NONE):
         why = f" ({'; '.join(access.passed_over)})" if access else ""
         raise NodeFaultError(
@@ -175,7 +184,7 @@ def _gpu_config(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess |
 
 
 def ulimits(spec: ContainerSpec, profile: EngineProfile) -> list[dict[str, Any]]:
-    """As many open files as were asked, or as the engine may give: with more, no container would start."""
+    """As many open files as were asked; of the default as many as the engine can give: with more, nothing would start."""
     most = profile.facts.open_files_max
     files = spec.open_files_limit if most is None else min(spec.open_files_limit, most)
     wanted = {"nofile": files, "core": CORE_FILE_BYTES}

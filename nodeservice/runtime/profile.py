@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nodeservice.core.model import DEFAULT_OPEN_FILES
 from nodeservice.ports import EngineFacts
 from nodeservice.runtime.cdi_specs import CdiDevices
 from nodeservice.runtime.engine_process import EngineProcess
 from nodeservice.runtime.gpu_access import GpuFacts, GpuWay, choose_gpu_access, read_gpu_facts
+
+RAISE_OPEN_FILES = "raise the engine's own limit (LimitNOFILE of its service, and sysctl fs.nr_open) and restart it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,12 @@ def read_profile(
     if not has_init:
         degraded.append(
             f"the engine's init program {init_binary} is missing: zombies are not reaped, PID 1 ignores SIGTERM"
+        )
+
+    if process.open_files_max is not None and process.open_files_max < DEFAULT_OPEN_FILES:
+        degraded.append(
+            f"the engine can give a process {process.open_files_max} open files, less than the default of "
+            f"{DEFAULT_OPEN_FILES}: {RAISE_OPEN_FILES}"
         )
 
     gpus = read_gpu_facts(info, version, is_podman=is_podman, process=process, specs=specs)

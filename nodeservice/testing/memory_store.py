@@ -25,6 +25,8 @@ class MemoryResultStore:
         self.put_count = 0
         self.dropped: list[AttemptId] = []
         """The attempts whose leftovers were to be dropped."""
+        self.trouble: NodeServiceError | None = None
+        """What `check` raises."""
         self.is_closed = False
         self._failures: list[NodeServiceError] = []
         self._open = asyncio.Event()
@@ -56,6 +58,10 @@ class MemoryResultStore:
         files[MANIFEST_NAME] = bundle.manifest_bytes
         self.stored[bundle.prefix] = files
         return f"memory://{bundle.prefix}"
+
+    async def check(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
 
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         self.dropped.append(id_)

@@ -363,7 +363,14 @@ async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, work_d
     with pytest.raises(NodeFaultError) as caught:
         await store.put(bundle_of(work_dir, {"a": b"1"}))
     assert caught.value.reason == "STORE_REFUSED"
+    with pytest.raises(NodeFaultError) as asked:
+        await store.check()
+    assert asked.value.reason == "STORE_REFUSED"
     await store.close()
+
+
+async def test_a_store_that_takes_results_has_nothing_to_say(harness: Harness) -> None:
+    await harness.store.check()
 
 
 # ---- HTTP -------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import docker
 import pytest
 
 from nodeservice.cli.exit_codes import ExitCode
+from nodeservice.runtime.endpoint import resolve_endpoint
+from nodeservice.runtime.engine_process import read_engine_process
 
 RUN = [sys.executable, "-m", "nodeservice", "run"]
 
@@ -103,6 +105,31 @@ def test_a_running_time_of_zero_is_no_limit_as_it_is_for_submit(
     assert containers_of(docker_client, node_id) == []
 
 
+@pytest.mark.engine
+def test_open_files_are_given_as_asked_or_the_task_is_refused(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    def run(files: int) -> tuple[int, dict[str, Any]]:
+        options = ["--json", "--task-id", f"{node_id}-{files}", "--open-files", str(files)]
+        ended = subprocess.run(
+            [*RUN, *options, demo_image, "--", "sh", "-c", f"test $(ulimit -Hn) = {files}"],
+            env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        return ended.returncode, json.loads(ended.stdout)
+
+    most = read_engine_process(resolve_endpoint(None)).open_files_max
+    assert most is not None
+    assert run(1000)[0] == 0
+    if most >= 1_048_576:
+        pytest.skip("this engine may give all that a task can ask for")
+    assert run(most)[0] == 0
+    code, told = run(most + 1)
+    assert (code, told["reason"]) == (ExitCode.NODE_FAULT, "LIMIT_NOT_ENFORCED")
+    assert f"open_files_limit is {most + 1}: docker on this node can give {most}" in told["message"]
+    assert "LimitNOFILE" in told["message"]
+    assert containers_of(docker_client, f"{node_id}-{most + 1}") == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.engine
 def test_a_signal_cancels_and_a_second_one_does_not_wait_for_the_grace_period(
@@ -136,10 +163,11 @@ def test_the_next_run_removes_all_that_a_killed_one_left(
         read_until(process.stderr, "ready")
         process.kill()
     assert len(set(containers_of(docker_client, node_id))) == 1
-    subprocess.run(
+    ended = subprocess.run(
         [*RUN, "--task-id", f"{node_id}-next", demo_image, "--", "true"],
-        env=environment(tmp_path), check=True, capture_output=True, timeout=60,
+        env=environment(tmp_path), check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+    assert f"removed the container of {node_id}, which still ran" in ended.stderr
     assert containers_of(docker_client, node_id) == []
     assert list((tmp_path / "state/nodeservice/run").iterdir()) == []
     assert list(Path("/sys/fs/cgroup").glob(f"**/{node_id}*")) == []

@@ -174,6 +174,23 @@ async def test_results_stay_here_when_the_store_stays_down_and_go_there_when_it_
     assert master.count(task_id) == 1
 
 
+async def test_a_node_with_a_wrong_secret_key_says_so_and_runs_nothing_for_nothing(
+    tmp_path: Path, node_id: str, master: ReadingMaster, minio: MinioServer, bucket: str
+) -> None:
+    options = ("--master", f"127.0.0.1:{master.port}", "--minio", minio.endpoint, "--bucket", bucket)
+    keys = {"MINIO_ACCESS_KEY": minio.access_key, "MINIO_SECRET_KEY": "not-the-right-one"}
+    node = NodeProcess(tmp_path / "node", node_id, options, keys)
+    await node.start()
+    try:
+        async with OldClient(node.address) as caller:
+            refused = await caller.assign(task_id=f"task-{uuid.uuid4().hex[:8]}", command=COMMAND)
+        assert not refused.success
+        assert "check the secret key" in refused.message
+        assert "not-the-right-one" not in node.log.read_text()
+    finally:
+        await node.stop()
+
+
 @pytest.mark.crash
 async def test_a_node_killed_in_the_middle_of_an_upload_stores_all_and_reports_once(
     node: NodeProcess, master: ReadingMaster, proxy: FaultProxy

@@ -415,6 +415,8 @@ async def test_a_store_that_is_down_takes_the_results_when_it_is_back(
     with pytest.raises(TransientError) as caught:
         await store.put(bundle)
     assert caught.value.reason == "STORE_UNREACHABLE"
+    assert "(see whether the server " in str(caught.value)
+    assert "Error" not in str(caught.value)
     proxy.up()
     await store.put(bundle)
     assert_complete(client, bucket, bundle)
@@ -427,8 +429,39 @@ async def test_wrong_credentials_are_a_refusal_that_never_shows_them(
     store = open_store(**{wrong: "not-the-right-one"})
     with pytest.raises(NodeFaultError) as caught:
         await store.put(bundle_of(tmp_path, {"a": b"1"}))
-    assert caught.value.reason == "STORE_REFUSED"
+    assert caught.value.reason == "STORE_CREDENTIALS"
     assert "not-the-right-one" not in str(caught.value)
+    with pytest.raises(NodeFaultError) as asked:
+        await store.check()
+    assert asked.value.reason == "STORE_CREDENTIALS"
+    assert "not-the-right-one" not in str(asked.value)
+
+
+async def test_a_store_that_refuses_a_question_about_an_object_is_asked_why(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path
+) -> None:
+    """The answer to a HEAD has no body, and says no more than that it is no."""
+    client.make_bucket(bucket)
+    with pytest.raises(NodeFaultError, match=r"SignatureDoesNotMatch \(check the secret key\)"):
+        await open_store(secret_key="wrong").put(bundle_of(tmp_path, {"a": b"1"}))
+
+
+@pytest.mark.parametrize("prefix", ["", "team/a"])
+async def test_a_store_that_takes_results_says_so_before_there_is_a_bucket(
+    open_store: OpenStore, client: Minio, bucket: str, prefix: str
+) -> None:
+    store = open_store(prefix=prefix)
+    await store.check()
+    assert client.bucket_exists(bucket)
+    await store.check()
+    assert not list(client.list_objects(bucket, recursive=True))
+
+
+async def test_a_store_that_is_away_is_told_to_be_unreachable(open_store: OpenStore, proxy: FaultProxy) -> None:
+    proxy.down()
+    with pytest.raises(TransientError) as caught:
+        await open_store().check()
+    assert caught.value.reason == "STORE_UNREACHABLE"
 
 
 def test_a_refusal_is_heard_before_a_large_body_has_gone_out(

@@ -139,6 +139,7 @@ class World:
     uplink: RecordingUplink = field(default_factory=RecordingUplink)
     give_up_seconds: float = 3600.0
     store_backoff: Backoff = FAST
+    check_store_seconds: float = 0.02
     log_max_bytes: int = 2**20
     disk: FakeTaskDisk = field(default_factory=FakeTaskDisk)
     free_space: FakeFreeSpace = field(default_factory=FakeFreeSpace)
@@ -197,6 +198,9 @@ class LiveNode:
                 upload_give_up_seconds=world.give_up_seconds,
                 step_backoff=FAST,
                 report_backoff=FAST,
+                check_store_seconds=world.check_store_seconds,
+                store_trouble_seconds=0.01,
+                first_check_seconds=0.2,
                 store_backoff=world.store_backoff,
                 pull_attempt_count=3,
                 kill_patience_seconds=world.kill_patience_seconds,

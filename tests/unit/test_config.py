@@ -417,3 +417,13 @@ def test_logs_go_to_stderr_and_never_to_stdout() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout == ""
     assert json.loads(run.stderr)["event"] == "a.b"
+
+
+def test_serve_takes_the_engines_address_as_doctor_does() -> None:
+    from typer.testing import CliRunner
+
+    from nodeservice.cli import build_app
+
+    ended = CliRunner().invoke(build_app(), ["serve", "--insecure", "--docker-host", "/no/url"])
+    assert isinstance(ended.exception, ConfigError)
+    assert ended.exception.field == "docker_host"

@@ -22,6 +22,7 @@ from nodeservice.ports import ContainerSpec
 from nodeservice.runtime.docker_spec import cpu_quota, create_body
 from nodeservice.runtime.docker_state import init_failure, read_instant, read_state, read_status
 from nodeservice.runtime.endpoint import resolve_endpoint
+from nodeservice.runtime.engine_process import EngineProcess
 from nodeservice.runtime.errors import create_error, pull_error, start_error, translate
 from nodeservice.runtime.frames import Reread, read_frames, read_records
 from nodeservice.runtime.images import choose_digest, parse_image
@@ -195,6 +196,29 @@ def test_what_an_engine_lacks_is_left_out_and_told() -> None:
     host = body(SPEC, profile)["HostConfig"]
     assert "Init" not in host
     assert host["NetworkMode"] == "none"
+
+
+def with_open_files(most: int | None) -> EngineProfile:
+    return read_profile(INFO, VERSION, NETWORKS, process=EngineProcess(open_files_max=most))
+
+
+def test_open_files_that_were_asked_for_are_given_or_refused_with_the_remedy() -> None:
+    asked = replace(SPEC, open_files_limit=65_536, open_files_asked=True)
+    with pytest.raises(NodeFaultError, match=r"is 65536: docker on this node can give 20000 \(ask") as caught:
+        body(asked, with_open_files(20_000))
+    assert (caught.value.reason, caught.value.field) == ("LIMIT_NOT_ENFORCED", "open_files_limit")
+    assert "LimitNOFILE" in str(caught.value)
+    for most in (65_536, None):
+        assert {"Name": "nofile", "Soft": 65_536, "Hard": 65_536} in body(asked, with_open_files(most))["HostConfig"][
+            "Ulimits"
+        ]
+
+
+def test_of_the_default_of_open_files_an_engine_gives_what_it_can_and_that_is_told() -> None:
+    small = with_open_files(20_000)
+    assert {"Name": "nofile", "Soft": 20_000, "Hard": 20_000} in body(SPEC, small)["HostConfig"]["Ulimits"]
+    assert [sentence for sentence in small.degraded if "20000 open files" in sentence and "LimitNOFILE" in sentence]
+    assert with_open_files(65_536).degraded == ()
 
 
 def test_podman_is_known_by_its_component() -> None:

@@ -10,6 +10,9 @@ from contextlib import contextmanager, suppress
 import pytest
 import urllib3
 
+from nodeservice.errors import TransientError
+from nodeservice.results.access import S3Access
+from nodeservice.results.s3_client import BucketClient
 from nodeservice.results.s3_http import BlockwisePool, stopped_by
 from nodeservice.results.source import PutStopped
 
@@ -234,3 +237,41 @@ def test_a_header_that_would_be_two_is_refused() -> None:
         pytest.raises(ValueError, match="cannot be asked"),
     ):
         pool.urlopen("PUT", server.url, body=b"x", headers={"X-Meta": "a\r\nX-Other: b"})
+
+
+def _hears_out(connection: socket.socket, _number: int) -> None:
+    """And says nothing."""
+    while connection.recv(4096):
+        pass
+
+
+def _says_no_xml(connection: socket.socket, _number: int) -> None:
+    connection.recv(4096)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+
+@pytest.mark.parametrize(
+    ("serve", "words"),
+    [
+        (None, "connection refused (see whether the server runs there, and whether `minio` names it)"),
+        (_hears_out, "no answer in time (see whether the server is up, and what lies on the way to it)"),
+        (lambda _connection, _number: None, "the connection broke (see whether the server is up, "),
+        (_says_no_xml, "its answer is no XML (see whether what listens there is S3)"),
+    ],
+)
+def test_a_store_that_cannot_be_asked_is_told_in_words_with_the_remedy(serve: Serve | None, words: str) -> None:
+    server = Server(serve or _hears_out)
+    endpoint = server.url.split("/")[2]
+    if serve is None:
+        server.close()
+    access = S3Access(
+        endpoint=endpoint, bucket="bucket", access_key="a", secret_key="s", secure=False, timeout_seconds=0.3
+    )
+    client = BucketClient(access)
+    try:
+        with pytest.raises(TransientError) as caught:
+            client.check()
+    finally:
+        client.close()
+        server.close()
+    assert f"{endpoint}/bucket: cannot list: {words}" in str(caught.value)

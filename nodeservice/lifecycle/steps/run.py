@@ -109,6 +109,7 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
         cgroup_parent=cgroup_parent,
         stop_signal=spec.stop_signal,
         open_files_limit=spec.open_files_limit,
+        open_files_asked=spec.open_files_asked,
         cpu_ids=record.lease.cpu_ids,
         read_bytes_per_second=spec.read_bytes_per_second,
         write_bytes_per_second=spec.write_bytes_per_second,

@@ -35,6 +35,7 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
         try:
             return ev.ResultsStored(location=await context.store.put(bundle), at=context.clock.now())
         except (TransientError, NodeFaultError, RequestError) as error:
+            context.store_in_doubt.set()
             failures += 1
             refusals += isinstance(error, NodeFaultError)
             log.warning("results.not_stored", task_id=record.id.task_id, failures=failures, error=str(error))
