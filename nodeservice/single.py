@@ -17,7 +17,7 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store
-from nodeservice.errors import ConfigError, NodeServiceError, TransientError
+from nodeservice.errors import ConfigError, NodeServiceError, RequestError, TransientError
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.limits.cgroup import task_cgroups
@@ -67,6 +67,7 @@ async def run_once(
     `config.state_dir` must be this run's own. Raises RequestError or CapacityError when refused, TransientError
     (ENGINE_UNAVAILABLE) when no engine answers.
     """
+    _refuse_taken(config, spec)
     node = await build(config)
     interrupts = _Interrupts(node, say)
     manifest: list[Manifest] = []
@@ -106,6 +107,18 @@ async def run_once(
             ) from error
         finally:
             await node.close()
+
+
+def _refuse_taken(config: NodeConfig, spec: TaskSpec) -> None:
+    """Results are never replaced: what is there already would be found only after the task has run, and for ever."""
+    taken = config.results_dir.absolute() / spec.id.task_id / str(spec.id.attempt)
+    if config.result_store == "file" and taken.exists():
+        raise RequestError(
+            f"task_id is {spec.id.task_id}, of which there are results in {taken}",
+            reason="TASK_CONFLICT",
+            field="task_id",
+            hint="choose another, or move them away",
+        )
 
 
 async def _while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[None, None, T]) -> T:

@@ -52,6 +52,21 @@ def test_a_reader_who_has_enough_ends_the_task_and_nothing_is_left(
 
 
 @pytest.mark.engine
+def test_an_id_that_has_results_is_refused_before_anything_runs(tmp_path: Path, demo_image: str, node_id: str) -> None:
+    def run(words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*RUN, "--task-id", node_id, demo_image, "--", "sh", "-c", f"echo {words}"],
+            env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    assert run("one").returncode == 0
+    again = run("two")
+    assert (again.returncode, again.stdout) == (ExitCode.REJECTED, "")
+    assert f"--task-id is {node_id}, of which there are results in" in again.stderr
+    assert "choose another" in again.stderr
+
+
+@pytest.mark.engine
 def test_words_that_nobody_reads_do_not_stop_the_task(
     tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
 ) -> None:
