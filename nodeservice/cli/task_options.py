@@ -48,7 +48,6 @@ _OPTIONS = {
     "gpu.uuids": "--gpu-uuid",
     "gpu.share.memory_bytes": "--gpu-memory",
     "gpu.share.sm_percent": "--gpu-sms",
-    "task_id": "--task-id",
     "timeout_seconds": "--timeout",
     "wait_timeout_seconds": "--wait-timeout",
     "pull_timeout_seconds": "--pull-timeout",
