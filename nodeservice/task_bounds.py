@@ -7,6 +7,13 @@ from __future__ import annotations
 
 from nodeservice.errors import invalid_request
 
+TIMES = (
+    "timeout_seconds",
+    "wait_timeout_seconds",
+    "pull_timeout_seconds",
+    "total_timeout_seconds",
+    "disconnect_limit_seconds",
+)
 _MIN_MEMORY_BYTES = 6 * 1024**2
 """Docker Engine refuses less than 6 MiB."""
 _MIN_CPU_MILLI = 10

@@ -53,10 +53,8 @@ class FittedTable:
             wanted = Measurement.get(console, options.update(max_width=_PIPE_COLUMNS), made).maximum
             if wanted - (shrinks if self.text in shown else 0) <= options.max_width:
                 break
-        else:
-            made.columns[
-                0
-            ].no_wrap = False  # Nothing is left to leave out: the name of the row goes over several lines.
+        else:  # nothing is left to leave out: the name of the row goes over several lines
+            made.columns[0].no_wrap = False
         yield made
 
     def _table(self, shown: Sequence[str]) -> Table:

@@ -14,6 +14,7 @@ from nodeservice.core.ledger import Ledger, Shortfall
 from nodeservice.core.model import GIB, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, RequestError, invalid_request
 from nodeservice.task_bounds import (
+    TIMES,
     check_cpu,
     check_grace,
     check_memory,
@@ -33,13 +34,6 @@ _MAX_TEXT = 256
 _MAX_COMMAND_BYTES = 128 * 1024
 """Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
 _MAX_ENV_COUNT = 1_000
-_TIMES = (
-    "timeout_seconds",
-    "wait_timeout_seconds",
-    "pull_timeout_seconds",
-    "total_timeout_seconds",
-    "disconnect_limit_seconds",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +121,7 @@ def _check_amounts(spec: TaskSpec) -> None:
 
 
 def _check_details(spec: TaskSpec) -> None:
-    for field in _TIMES:
+    for field in TIMES:
         check_seconds(field, getattr(spec, field))
     check_stop_signal(spec.stop_signal)
     check_open_files(spec.open_files_limit)

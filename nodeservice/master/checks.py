@@ -10,6 +10,7 @@ from nodeservice.master.amounts import GIB, Amounts
 from nodeservice.master.gpu_checks import wish_of
 from nodeservice.master.request import Request
 from nodeservice.task_bounds import (
+    TIMES,
     check_cpu,
     check_grace,
     check_memory,
@@ -31,13 +32,6 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 _PULL_POLICIES = ("always", "if-not-present", "never")
 _LARGEST = {"cpu_milli": 10**9, "memory_bytes": 2**60, "disk_bytes": 2**60}
 _MOST_RETRIES = 1000
-_TIMES = (
-    "timeout_seconds",
-    "wait_timeout_seconds",
-    "pull_timeout_seconds",
-    "total_timeout_seconds",
-    "disconnect_limit_seconds",
-)
 _LATEST_UNIX = 253402300799
 """The last second of the year 9999."""
 
@@ -150,7 +144,7 @@ def check_task(task: pb.Task) -> Request:
 
 def _check_limits(task: pb.Task) -> None:
     """By the node's own bounds; 0 is no limit, and what is not given is the node's to choose."""
-    for field in _TIMES:
+    for field in TIMES:
         check_seconds(field, getattr(task, field) or None)
     check_grace(task.grace_seconds)
     if task.HasField("pids_limit"):
