@@ -48,12 +48,12 @@ def check_pids(limit: int) -> None:
 
 def check_seconds(field: str, seconds: float | None) -> None:
     if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
-        raise invalid_request(field, f"is {seconds:g}", "use more than 0 and at most a year")
+        raise invalid_request(field, f"is {seconds:.15g}", "use more than 0 and at most a year")
 
 
 def check_grace(seconds: float) -> None:
     if not 0 <= seconds <= _DAY_SECONDS:
-        raise invalid_request("grace_seconds", f"is {seconds:g}", "use 0 to a day")
+        raise invalid_request("grace_seconds", f"is {seconds:.15g}", "use 0 to a day")
 
 
 def check_stop_signal(name: str) -> None:

@@ -90,7 +90,9 @@ def submit(
     ] = None,
     name: Annotated[str, typer.Option(help="A name for people.")] = "",
     task_id: Annotated[str, typer.Option(help="Id. Default: the master makes one up.")] = "",
-    attempt: Annotated[int | None, typer.Option(min=1, help="A retry of an ended task is a higher attempt.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="A retry of an ended task is a higher attempt.")
+    ] = None,
     max_retries: Annotated[
         int | None,
         typer.Option(min=0, max=1000, help="New attempts after failures that are neither its own nor its node's."),
@@ -227,7 +229,8 @@ def logs(
     """Print a task's log, both streams in their order. With --json, one object a line.
 
     What the master says about the log goes to stderr, or is an object with `notice`. Exit code 69 where the task's node does
-    not answer and has more of the log than was printed; with -f it is waited for.
+    not answer; with -f it is waited for. Of an ended task the end of the log, from its report, is printed instead, and a
+    notice says so.
     """
     from nodeservice.wire import master_worker_pb2 as pb
 

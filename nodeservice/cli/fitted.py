@@ -45,17 +45,27 @@ class FittedTable:
 
         texts = [Text.from_markup(row[self.columns.index(self.text)]).cell_len for row in self.rows]
         shrinks = max(0, max([len(self.text), *texts]) - _TEXT_COLUMNS)
-        shown = list(self.columns)
-        for name in ("", *self.spare):
-            if name:
-                shown.remove(name)
-            made = self._table(shown)
-            wanted = Measurement.get(console, options.update(max_width=_PIPE_COLUMNS), made).maximum
-            if wanted - (shrinks if self.text in shown else 0) <= options.max_width:
+
+        def fits(names: Sequence[str]) -> bool:
+            wanted = Measurement.get(console, options.update(max_width=_PIPE_COLUMNS), self._table(names)).maximum
+            return wanted - (shrinks if self.text in names else 0) <= options.max_width
+
+        left_out: list[str] = []
+        for name in self.spare:
+            if fits(self._but(left_out)):
                 break
-        else:  # nothing is left to leave out: the name of the row goes over several lines
+            left_out.append(name)
+        for name in reversed(left_out[:-1]):  # a narrow one may have gone before a wide one that was too much
+            others = [other for other in left_out if other != name]
+            if fits(self._but(others)):
+                left_out = others
+        made = self._table(self._but(left_out))
+        if not fits(self._but(left_out)):  # nothing is left to leave out: the name of the row goes over several lines
             made.columns[0].no_wrap = False
         yield made
+
+    def _but(self, left_out: Sequence[str]) -> list[str]:
+        return [name for name in self.columns if name not in left_out]
 
     def _table(self, shown: Sequence[str]) -> Table:
         made = table(*shown, title=self.title)

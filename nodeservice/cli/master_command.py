@@ -133,9 +133,11 @@ def master(
     import os
 
     from nodeservice.service_manager import ServiceManager
-    from nodeservice.telemetry.logs import configure_logging
+    from nodeservice.telemetry.logs import LEVELS, configure_logging
 
     transport = _transport(tls_cert, tls_key, tls_ca, insecure=insecure)
+    if log_level not in LEVELS:
+        raise ConfigError(f"--log-level is {log_level!r}", field="log_level", hint=f"use one of {', '.join(LEVELS)}")
     configure_logging(log_level, log_format)
     daemon, settings_type = _import_master()
     settings = settings_type(
@@ -160,13 +162,19 @@ def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dic
     from nodeservice.cli.units import parse_bytes, parse_seconds
 
     try:
-        return {
+        amounts = {
             "http_limit_bytes": parse_bytes(http_limit, option="--http-limit"),
             "heartbeat_timeout_seconds": parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
             "gone_after_seconds": parse_seconds(gone_after, option="--gone-after"),
         }
     except RequestError as error:
         raise ConfigError(error.message, field=error.field, hint=error.hint) from error
+    if amounts["heartbeat_timeout_seconds"] <= 0:
+        words = f"--heartbeat-timeout is {heartbeat_timeout}: every node would be silent"
+        raise ConfigError(
+            words, field="heartbeat_timeout", hint="give a few times what nodes have as heartbeat_seconds"
+        )
+    return amounts
 
 
 def _import_master() -> tuple[Any, type[MasterSettings]]:

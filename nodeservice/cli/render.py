@@ -187,7 +187,9 @@ def _show_attempts(attempts: Sequence[Mapping[str, Any]], out: Console) -> None:
 def _show_receipt(limits: object, out: Console) -> None:
     rows = list(receipt_rows(limits))
     if rows:
-        receipt = table("LIMIT", "ASKED", "IN FORCE", "KEPT", "READ FROM")
+        receipt = FittedTable(
+            ("LIMIT", "ASKED", "IN FORCE", "KEPT", "READ FROM"), text="IN FORCE", spare=("READ FROM", "ASKED")
+        )
         for cells in rows:
             receipt.add_row(*(text(cell) for cell in cells))
         out.print(receipt)

@@ -104,7 +104,6 @@ class LogProxy:
                 chunk = await self._read(call, row, follow=follow)
                 if not isinstance(chunk, pb.LogChunk):  # The end of the stream.
                     return
-                heard.is_away = False
                 if chunk.is_complete:
                     heard.end = chunk
                     return
@@ -112,6 +111,7 @@ class LogProxy:
                     skip -= 1
                     continue
                 heard.sent += 1
+                heard.is_away = False
                 yield chunk
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             log.info("log.node_unanswered", task_id=row.task_id, worker_id=row.worker_id, error=type(error).__name__)

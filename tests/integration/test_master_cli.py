@@ -138,6 +138,8 @@ async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empt
         (("--http-listen", "foo"), "--http-listen is 'foo' (give HOST:PORT"),
         (("--heartbeat-timeout", "x"), "--heartbeat-timeout is 'x' (give a duration"),
         (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
+        (("--heartbeat-timeout", "0"), "--heartbeat-timeout is 0: every node would be silent"),
+        (("--log-level", "loud"), "--log-level is 'loud' (use one of debug"),
     ],
 )
 async def test_a_master_that_is_configured_wrongly_says_what_to_give_and_ends_with_78(

@@ -755,13 +755,16 @@ async def test_following_goes_on_after_a_node_was_away_and_repeats_no_line(clien
     assert notices == ["[node w1 does not answer; its log goes on once it does]"]
 
 
-async def test_a_follower_hears_once_that_a_node_whose_log_is_quiet_is_silent(settings: MasterSettings) -> None:
+@pytest.mark.parametrize("before", [[], ["early"]])
+async def test_a_follower_hears_once_that_a_node_whose_log_is_quiet_is_silent(
+    settings: MasterSettings, before: list[str]
+) -> None:
     master = Master(replace(settings, heartbeat_timeout_seconds=0.2))
     await master.start()
     client = Client(master.address)
     try:
         async with ScriptedNode(master.address) as node:
-            node.lines["t1"] = []
+            node.lines["t1"] = list(before)
             await node.register()
             await client.submit("t1")
 
@@ -778,7 +781,7 @@ async def test_a_follower_hears_once_that_a_node_whose_log_is_quiet_is_silent(se
     finally:
         await client.channel.close(None)
         await master.stop()
-    assert [chunk.content for chunk in chunks if not chunk.HasField("notice")] == ["late", ""]
+    assert [chunk.content for chunk in chunks if not chunk.HasField("notice")] == [*before, "late", ""]
     assert [chunk.notice for chunk in chunks if chunk.HasField("notice")] == [
         "node w1 does not answer; its log goes on once it does"
     ]

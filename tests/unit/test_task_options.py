@@ -24,7 +24,7 @@ NOTHING = dict.fromkeys(
         ({"stop_signal": "SIGFOO"}, "--stop-signal is 'SIGFOO'"),
         ({"open_files_limit": 3}, "--open-files is 3 (use 16 to"),
         ({"read_bytes_per_second": 5}, "--read-rate is 5 "),
-        ({"grace_seconds": 1e6}, "--grace is 1e+06 "),
+        ({"grace_seconds": 1e6}, "--grace is 1000000 "),
         ({"env": (("1A", ""),)}, "--env has a variable named '1A'"),
     ],
 )
