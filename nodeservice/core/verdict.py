@@ -133,7 +133,7 @@ def _cause(facts: ExitFacts) -> tuple[Reason, str]:
     message = f"Exited with code {exit_code}."
     if _SIGNAL_BASE < exit_code <= _SIGNAL_BASE + _HIGHEST_SIGNAL:
         signal = exit_code - _SIGNAL_BASE
-        message = f"Exited with code {exit_code}, which may mean signal {signal}; this service did not send it."
+        message = f"Exited with code {exit_code}, which may mean signal {signal}; no stop by this service is on record."
     if error:
         message = f"{message} The engine says: {error}"
     return Reason.EXIT_NONZERO, message

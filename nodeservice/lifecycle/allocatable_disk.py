@@ -20,6 +20,7 @@ from nodeservice.ports import CapacitySource, Journal, NodeCapacity
 log = structlog.get_logger(__name__)
 
 _NOTE = "allocatable_disk_bytes"
+_WRITE_SECONDS = 2.0
 _LEAST_PAUSE_SECONDS = 60.0
 """Between two looks on a node that is hardly ever without leases: a new task may come in the middle of each."""
 
@@ -75,9 +76,10 @@ class AllocatableDisk:
 
     async def _write(self, disk_bytes: int) -> None:
         try:
-            await self._journal.set_note(_NOTE, str(disk_bytes))
-        except NodeServiceError as error:  # then the next start with leases knows less
-            log.warning("allocatable_disk.not_noted", error=str(error))
+            async with asyncio.timeout(_WRITE_SECONDS):  # a journal that hangs must not hold up the node's registration
+                await self._journal.set_note(_NOTE, str(disk_bytes))
+        except (NodeServiceError, TimeoutError) as error:  # then the next start with leases knows less
+            log.warning("allocatable_disk.not_noted", error=repr(error))
 
 
 async def believe_note(ledger: Ledger, journal: Journal) -> None:

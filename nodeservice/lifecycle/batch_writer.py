@@ -66,6 +66,9 @@ class BatchWriter:
                 failures += 1
             else:
                 break
+        if not self._deferred and self._write_deferred is not None:  # written, or forgotten before
+            self._write_deferred.cancel()
+            self._write_deferred = None
         if self.trouble is not None:
             log.info("journal.writable_again")
         self.trouble = self._under_way = None
@@ -77,9 +80,6 @@ class BatchWriter:
         if unwritten := self._deferred | batch.changed:
             await self._journal.save(list(unwritten.values()))
         self._deferred.clear()
-        if self._write_deferred is not None:
-            self._write_deferred.cancel()
-            self._write_deferred = None
 
     def _refuse_admitted(self, batch: Batch) -> None:
         for id_ in batch.admitted:

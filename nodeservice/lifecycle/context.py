@@ -151,6 +151,8 @@ class Context:
     """Those that are not collected yet: neither the engine nor the kernel need be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)
     """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
+    unbound: set[AttemptId] = field(default_factory=set)
+    """Those that were taken up after a restart and whose disk is not bound again yet."""
     store_in_doubt: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the store did not take results, so that it is asked what is wrong."""
     collecting: Threads = field(default_factory=lambda: Threads(2, name="nodeservice-collect"))

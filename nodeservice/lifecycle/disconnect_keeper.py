@@ -6,6 +6,7 @@ Within the process silence is measured on a clock that nobody sets.
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime, timedelta
 
 import structlog
@@ -56,10 +57,10 @@ class DisconnectKeeper:
             self._heard_at, self._heard = heard_at, self._context.clock.elapsed()
         if not limited:
             return
-        if heard_at is not None and (self._written_at is None or abs(heard_at - self._written_at) >= _WRITE_EVERY):
-            await self._write(heard_at)
         for record in limited:
             self._keep(record)
+        if heard_at is not None and (self._written_at is None or abs(heard_at - self._written_at) >= _WRITE_EVERY):
+            await self._write(heard_at)
 
     def _keep(self, record: TaskRecord) -> None:
         sign = self._signs[record.id]
@@ -78,10 +79,11 @@ class DisconnectKeeper:
 
     async def _write(self, heard_at: datetime) -> None:
         try:
-            await self._journal.set_note(_NOTE, heard_at.isoformat())
+            async with asyncio.timeout(_LOOK_SECONDS):  # a journal that hangs must not hold up the looks
+                await self._journal.set_note(_NOTE, heard_at.isoformat())
             self._written_at = heard_at
-        except TransientError as error:
-            log.debug("master.heard_not_written", error=str(error))
+        except (TransientError, TimeoutError) as error:
+            log.debug("master.heard_not_written", error=repr(error))
 
 
 def _is_limited(record: TaskRecord) -> bool:

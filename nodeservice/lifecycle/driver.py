@@ -2,8 +2,8 @@
 
 All that happens to attempts passes through `Driver`, in batches: everything waiting in the queue is decided on, written in
 one synced journal transaction, and then answered and acted on. So one sync serves many, and nothing is ever answered or
-done that a crash could forget. Only notes that a crash may forget (`machine.Step.can_wait`) travel with the next write,
-which comes within a fraction of a second.
+done that a crash could forget, but for stops while the journal fails or hangs. Only notes that a crash may forget
+(`machine.Step.can_wait`) travel with the next write, which comes within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, TaskSpec, TraceIds
+from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import InvariantError, NodeServiceError, TransientError
 from nodeservice.lifecycle.batch_writer import BatchWriter
 from nodeservice.lifecycle.inbox import Assign, Batch, Occurred, Resume, Settled, fail
@@ -76,6 +77,8 @@ class Driver:
         """What is wrong with this node now, by name, in words. While there is any, it takes no new work."""
         self.warnings: dict[str, str] = {}
         """What else is wrong, by name, in words: it holds back only the tasks that need it."""
+        self._looks: set[tuple[AttemptId, bool]] = set()
+        """Stops that are looked after soon, by attempt and whether they allow no grace."""
         self._is_idle = False
         """All that was posted is decided on and journalled."""
         self._writer = BatchWriter(journal, ledger, clock, ask_for_write=self._ask_for_write)
@@ -163,13 +166,20 @@ class Driver:
 
     def _see_to_stop(self, id_: AttemptId, event: ev.StopRequested) -> None:
         """A limit holds, and a cancel is obeyed, also while the journal can't be written, or hangs."""
+        if _kind_of_stop(id_, event) in self._looks:
+            return  # whoever asked before sees to it; keepers ask again and again
         if self.journal_error is not None:
             self._stop_unwritten(id_, event)
         else:
-            asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
+            self._look_later(id_, event)
+
+    def _look_later(self, id_: AttemptId, event: ev.StopRequested) -> None:
+        self._looks.add(_kind_of_stop(id_, event))
+        asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
 
     def _stop_unwritten(self, id_: AttemptId, event: ev.StopRequested) -> None:
         """Stop what is not told to yet, and again while it isn't. Stopping twice does no harm."""
+        self._looks.discard(_kind_of_stop(id_, event))
         known = self._records.get(id_)
         if known is None or self._is_idle:
             return  # it was decided on
@@ -182,7 +192,7 @@ class Driver:
         for effect in step.effects:
             self._start_effect(step.record, effect)
         if step.effects:
-            asyncio.get_running_loop().call_later(_UNWRITTEN_SECONDS, self._stop_unwritten, id_, event)
+            self._look_later(id_, event)
 
     # ---- start and run --------------------------------------------------------------------------------------------
 
@@ -372,3 +382,7 @@ class Driver:
         left = tuple(attempt for attempt in self._attempts.pop(id_.task_id, ()) if attempt != id_.attempt)
         if left:
             self._attempts[id_.task_id] = left
+
+
+def _kind_of_stop(id_: AttemptId, event: ev.StopRequested) -> tuple[AttemptId, bool]:
+    return id_, event.stop.cause in AT_ONCE

@@ -85,7 +85,8 @@ class HostKeeper:
             return
         largest: tuple[int, TaskRecord] | None = None
         for record in self._driver.live():
-            may_go = record.phase is Phase.RUNNING and not has_no_grace(record)
+            is_going = has_no_grace(record) or record.id in self._ending
+            may_go = record.phase is Phase.RUNNING and not is_going
             use = self._context.disk.seen(record.id) if may_go else None
             if use is not None and (largest is None or use.bytes > largest[0]):
                 largest = (use.bytes, record)
@@ -98,12 +99,16 @@ class HostKeeper:
         )
         log.warning("disk.task_ended", task_id=record.id.task_id, attempt=record.id.attempt, place=str(place))
         stop = StopRequest(cause=StopCause.NODE_DISK_LOW, requested_at=now, message=message)
+        # Its record may not tell for long: a disk that is full may keep the journal from being written.
+        self._ending[record.id] = Patience(self._context.clock, _MAKE_ROOM_SECONDS)
         self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
 
     def _is_making_room(self) -> bool:
         """Whether one is on its way out, and not for long: neither a grace nor one that hangs keeps the disk filling."""
         killed = [
-            record.id for record in self._driver.live() if has_no_grace(record) and record.phase < Phase.UPLOADING
+            record.id
+            for record in self._driver.live()
+            if (has_no_grace(record) or record.id in self._ending) and record.phase < Phase.UPLOADING
         ]
         clock = self._context.clock
         self._ending = {id_: self._ending.get(id_) or Patience(clock, _MAKE_ROOM_SECONDS) for id_ in killed}

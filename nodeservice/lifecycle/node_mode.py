@@ -50,7 +50,7 @@ class ModeKeeper:
         self._setting = asyncio.Lock()
         """One at a time: what a mode that cannot be written is taken back to must be one that is."""
         self._patience: Patience | None = None
-        self.current = NodeMode()
+        self.current = self._written = NodeMode()
 
     async def open(self) -> None:
         """Take up the mode of before the restart. One that cannot be read is the careful one."""
@@ -63,6 +63,7 @@ class ModeKeeper:
             except (ValueError, KeyError, TypeError):
                 log.error("node.mode_unreadable", note=text[:200])
                 self.current = NodeMode(mode=Mode.CORDONED)
+        self._written = self.current
         self._apply()
 
     async def set(self, mode: Mode, *, deadline_seconds: float | None = None) -> NodeMode:
@@ -71,19 +72,18 @@ class ModeKeeper:
         if mode is Mode.DRAINING and deadline_seconds is not None:
             ends_at = self._clock.now() + timedelta(seconds=deadline_seconds)
         wanted = NodeMode(mode=mode, ends_at=ends_at)
-        async with self._setting:
-            if mode is Mode.ACTIVE:
+        if mode is not Mode.ACTIVE:
+            self._take(wanted)  # no task is from here on, also not while it is being written
+        try:
+            async with self._setting:
                 await self._write(wanted)
-                self._take(wanted)
-            else:
-                # Nothing is taken from here on, also not while it is being written.
-                before = self.current
-                self._take(wanted)
-                try:
-                    await self._write(wanted)
-                except BaseException:
-                    self._take(before)
-                    raise
+                self._written = wanted
+                if self.current != wanted:
+                    self._take(wanted)
+        except BaseException:
+            if self.current == wanted:
+                self._take(self._written)
+            raise
         log.info("node.mode", mode=mode.value, ends_at=ends_at.isoformat() if ends_at else None)
         return wanted
 

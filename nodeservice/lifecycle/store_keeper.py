@@ -56,6 +56,9 @@ class StoreKeeper:
             await self._context.store.check()
         except NodeServiceError as error:
             self._tell(error.reason, str(error))
+        except Exception as error:  # a question must not end the node
+            log.exception("store.not_asked")
+            self._tell("STORE_REFUSED", f"the store could not be asked: {error}")
         else:
             if self._told is not None:
                 log.info("store.takes_results_again")

@@ -92,6 +92,7 @@ class SliceTree(V2CgroupTree):
         """
         unit, cpus = place.rpartition("/")[2], [("AllowedCPUs", ("ay", _cpu_mask(cpu_ids)))]
         self._call("SetUnitProperties", "sba(sv)", (unit, True, cpus), tolerated=(_NO_SUCH_UNIT,))
+        self.hold_together(place)
 
     def remove(self, place: str) -> bool:
         if self.processes(place):

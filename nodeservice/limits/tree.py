@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -93,6 +93,16 @@ def do_all(calls: Iterable[Callable[[], None]]) -> None:
             refused = refused or error
     if refused is not None:
         raise refused
+
+
+@contextmanager
+def unless_gone() -> Iterator[None]:
+    """A container's cgroup may vanish between a look and the next, and between the opening of a file and its use."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
 
 
 def online_cpus() -> tuple[int, ...]:

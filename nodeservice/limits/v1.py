@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from nodeservice.limits.tree import (
     prune_parents,
     remove_tree,
     send_kill,
+    unless_gone,
 )
 from nodeservice.limits.v1_nodes import HierarchyNode
 from nodeservice.ports import OomFacts, Reading
@@ -83,13 +84,13 @@ class V1CgroupTree:
         wanted = frozenset(cpu_ids)
         held: dict[str, frozenset[int]] = {}
         for part in self._all_in("cpuset", place):
-            with _unless_gone():
+            with unless_gone():
                 held[part] = ids_of(self._node("cpuset", part).controller.get_property(b"cpuset.cpus"))
         # A child may hold no CPU that its parent lacks: all grow from the top, and then shrink from the bottom.
         grown = [(part, ids | wanted) for part, ids in held.items() if not wanted <= ids]
         shrunk = [(part, wanted) for part, ids in reversed(held.items()) if not ids <= wanted]
         for part, ids in (*grown, *shrunk):
-            with _unless_gone():
+            with unless_gone():
                 self._node("cpuset", part).controller.set_property(b"cpuset.cpus", ids_text(ids))
 
     def exists(self, place: str) -> bool:
@@ -327,16 +328,6 @@ def _set_memory(controller: Any, memory_bytes: int) -> None:
     controller.limit_in_bytes = memory_bytes
     if has_swap_account:
         controller.memsw_limit_in_bytes = memory_bytes
-
-
-@contextmanager
-def _unless_gone() -> Iterator[None]:
-    """A container's cgroup may vanish between a look and the next, and between the opening of a file and its use."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
-            raise
 
 
 def _read(controller: Any, interface: str) -> Any:

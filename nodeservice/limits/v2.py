@@ -27,6 +27,7 @@ from nodeservice.limits.tree import (
     prune_parents,
     remove_tree,
     send_kill,
+    unless_gone,
 )
 from nodeservice.ports import OomFacts, Reading
 
@@ -158,7 +159,8 @@ class V2CgroupTree:
 
     def _write_cpus(self, place: str, cpu_ids: tuple[int, ...]) -> None:
         # Where there are no cpusets no task gets exclusive CPUs.
-        UnifiedCgroup(self._top / place).set_if_offered("cpuset_cpus", ids_text(frozenset(cpu_ids)))
+        with unless_gone():
+            UnifiedCgroup(self._top / place).set_if_offered("cpuset_cpus", ids_text(frozenset(cpu_ids)))
 
     def throttles(self) -> bool:
         """Whether block I/O can be limited here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -9,6 +10,7 @@ import pytest
 
 from nodeservice.clock import SystemClock
 from nodeservice.core.model import AttemptId, Phase, Reason
+from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.disconnect_keeper import DisconnectKeeper
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import World, living, spec
@@ -31,6 +33,20 @@ async def test_a_task_with_a_limit_ends_once_the_master_was_silent_for_longer(wo
         assert record.verdict is not None
         assert record.verdict.reason is Reason.MASTER_LOST
         assert node.phase(AttemptId("patient")) is Phase.RUNNING
+
+
+async def test_a_journal_that_hangs_at_the_note_gives_it_no_more_time(world: World) -> None:
+    class HangsAtNotes(MemoryJournal):
+        async def set_note(self, key: str, value: str) -> None:
+            await asyncio.Event().wait()
+
+    world.journal = HangsAtNotes()
+    async with living(world) as node:
+        world.uplink.heard_at = node.clock.now()
+        await node.assign(spec(disconnect_limit_seconds=1.5))
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.MASTER_LOST
 
 
 async def test_a_master_that_is_heard_keeps_it_running(world: World) -> None:

@@ -172,6 +172,22 @@ async def test_a_stop_is_carried_out_while_the_journal_hangs(world: World) -> No
     assert record.verdict.reason is Reason.CANCELLED
 
 
+async def test_a_stop_that_is_asked_for_again_and_again_is_looked_after_once(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True, ignores_term=True)
+    journal = HeldJournal()
+    world.journal = journal
+    async with living(world) as node:
+        await node.assign(spec(grace_seconds=86_400.0))
+        await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        journal.full = True
+        asked = [cancel(node) for _ in range(50)]
+        await node.until(lambda: ("stop", world.runtime.running[0]) in world.runtime.calls)
+        assert len(node.driver._looks) == 1
+        journal.full = False
+        await asyncio.gather(*asked)
+        await node.until(lambda: not node.driver._looks)
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_what_started_before_its_start_could_be_journalled_can_be_stopped(world: World, hangs: bool) -> None:
     world.runtime.images["demo"] = FakeImage(holds=True)

@@ -161,6 +161,25 @@ async def test_the_largest_goes_at_once_on_a_full_host_though_it_is_being_ended_
         assert was_cancelled_and_tells(await node.until_finished(T), "run out of disk")
 
 
+async def test_one_goes_after_the_other_though_the_full_host_keeps_the_journal_from_being_written(
+    host: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_keeper, "_MAKE_ROOM_SECONDS", 0.05)
+    host.journal = journal = HeldJournal()
+    async with living(host) as node:
+        for name, written_bytes in (("small", 10), ("big", 900)):
+            await running(node, spec(name, grace_seconds=DAY))
+            host.disk.write(AttemptId(name), written_bytes)
+        journal.full = True
+        host.free_space.free_bytes = 10
+        await node.until(lambda: not host.runtime.running)
+        journal.full = False
+        for id_ in (SMALL, BIG):
+            record = await node.until_finished(id_)
+            assert record.verdict is not None
+            assert record.verdict.reason is Reason.NODE_DISK_LOW
+
+
 class CgroupsOfOneThatNeverEmpties(NoTaskCgroups):
     async def usage(self, id_: AttemptId) -> Usage | None:
         return None if id_ == BIG else await super().usage(id_)

@@ -85,3 +85,11 @@ async def test_a_store_that_does_not_answer_keeps_no_node_from_its_start(world: 
     async with living(world) as node:
         await node.assign(spec())
         await node.until_finished(T)
+
+
+async def test_a_store_that_cannot_even_be_asked_does_not_end_the_node(world: World) -> None:
+    world.store.trouble = ValueError("invalid region eu central")  # type: ignore[assignment]
+    async with living(world) as node:
+        assert node.driver.warnings == {"STORE_REFUSED": "the store could not be asked: invalid region eu central"}
+        world.store.trouble = None
+        await node.until(lambda: not node.driver.warnings)

@@ -200,7 +200,9 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         are_gpus_followed = await gpus.follow(context, record)
     # A task that ends at once needs none of what goes on beside it: its log is read in one piece, when results are
     # collected. After a restart its disk is to be bound again, whatever comes.
-    is_known = context.disk.seen(id_) is not None
+    if context.disk.seen(id_) is None:
+        context.unbound.add(id_)
+    is_known = id_ not in context.unbound
     observed = _Observed(record.usage)
     beside: list[asyncio.Task[None]] = []
 
@@ -232,6 +234,7 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         for task in beside:
             task.cancel()
         await asyncio.gather(*beside, return_exceptions=True)
+    context.unbound.discard(id_)
     now = context.clock.now()
     if state is None:
         return ev.ContainerLost(at=now, message="the container was removed from the engine while it ran")
@@ -290,6 +293,7 @@ async def _bound_again(context: Context, record: TaskRecord) -> bool:
         await _bound_disk(context, record)
     finally:
         await _bound_layer(context, record, _container(record))
+    context.unbound.discard(record.id)
     return True
 
 
@@ -320,9 +324,11 @@ async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
         try:
             async with asyncio.timeout(patience):
                 await context.runtime.stop(container_id, grace_seconds=grace_seconds, signal=record.spec.stop_signal)
-                ended = await context.runtime.wait_exited(container_id)
-            log.debug("container.stopped", task_id=record.id.task_id, gone=ended is None)
-            return
+                found = await context.runtime.find(container_id)
+            if found is None or not found.is_running:
+                log.debug("container.stopped", task_id=record.id.task_id, gone=found is None)
+                return
+            continue  # it had not been started yet when it was to be stopped
         except TimeoutError:
             _tell_stuck(context, driver, record.id)
         except (TransientError, NodeFaultError) as error:
