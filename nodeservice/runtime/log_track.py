@@ -71,6 +71,10 @@ class LogTrack:
         """When this reading begins; None before its first record."""
         self._follows = self._seeking = self._went_back = False
         self._met_count = 0
+        self._last_texts: dict[int, bytes] = {}
+        """What was handed on last of each stream."""
+        self._is_coarse = False
+        """Lines have been seen to share a time."""
         self._held: list[Records] = []
         self._held_bytes = 0
         self._unmarked_bytes = _MARK_EVERY_BYTES  # the first mark is early, for a process that is killed soon
@@ -120,15 +124,30 @@ class LogTrack:
     def _followed(self, batch: Records) -> Iterator[bytes | LogMark]:
         stamps = batch.stamps
         newest = max(self._newest.values(), default=b"")
-        if stamps[0] < newest or any(map(bytes.__gt__, stamps, stamps[1:])):
+        if stamps[0] <= newest or any(map(bytes.__ge__, stamps, stamps[1:])):
             for index, (stamp, stream) in enumerate(zip(stamps, batch.streams, strict=True)):
-                if stamp < self._newest.get(stream, b""):
+                before = self._newest.get(stream, b"")
+                if stamp < before or (stamp == before and self._is_again(batch, index)):
                     if index:
                         yield from self._handed_on(batch[:index])
                     yield from self._from_earlier(batch[index:])
                     return
                 self._newest[stream] = stamp
         yield from self._handed_on(batch)
+
+    def _is_again(self, batch: Records, index: int) -> bool:
+        """Whether this record is the one before it, given twice: a line of the same time, down to the nanosecond, and text.
+
+        Parts of one line share its time. So do lines where the clock is too coarse, which shows when their texts differ.
+        """
+        stream, text = batch.streams[index], batch.texts[index]
+        before = next((batch.texts[at] for at in range(index - 1, -1, -1) if batch.streams[at] == stream), None)
+        if before is None:
+            before = self._last_texts.get(stream)
+        if before is None or not before.endswith(b"\n"):
+            return False
+        self._is_coarse = self._is_coarse or before != text
+        return not self._is_coarse
 
     def _from_earlier(self, batch: Records) -> Iterator[bytes | LogMark]:
         """Either the engine gives records again, or the host's clock was set back: then the newest is yet to come."""
@@ -223,6 +242,7 @@ class LogTrack:
         if self._base is None:
             self._base = self._begin or stamps[0]
         self._newest.update(zip(streams, stamps, strict=True))
+        self._last_texts.update(zip(streams, batch.texts, strict=True))
         if self._in_backlog:
             self._backlog_bytes += batch.engine_bytes
             self._in_backlog = _instant(stamp) < self._opened

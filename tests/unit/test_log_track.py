@@ -75,6 +75,19 @@ def test_records_that_the_engine_gives_again_are_left_out() -> None:
     ]
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_the_last_record_given_again_is_left_out_wherever_a_batch_ends(cut: int) -> None:
+    track, numbers = LogTrack(), [0, 1, 2, 2, 3]
+    batches = [records(*numbers[:cut]), records(*numbers[cut:])]
+    assert told(track, batches, follows=True) == [b"0", b"1", b"2", b"3"]
+
+
+def test_lines_that_share_a_time_under_a_coarse_clock_are_all_there() -> None:
+    track, lines = LogTrack(), records(1, 1, 1, 1)
+    lines.texts[1] = b"other\n"
+    assert told(track, [lines[:2], lines[2:]], follows=True) == [b"1", b"other", b"1", b"1"]
+
+
 def test_a_clock_that_is_set_back_costs_no_line() -> None:
     ahead = (datetime.now(UTC) - BEGUN).total_seconds() + 3600
     track = LogTrack()
@@ -101,6 +114,7 @@ def test_records_of_two_streams_that_stand_a_moment_apart_are_neither_lost_nor_t
 
 def test_parts_of_a_line_share_their_time_and_are_counted() -> None:
     parts = records(1, 1, 1, 1, 2)
+    parts.texts = [text.replace(b"\n", b" ") for text in parts.texts]
     track = LogTrack()
     assert told(track, [parts[:1], parts[1:3]]) == [b"1"] * 3
     assert told(LogTrack(position(track)), [parts[:2], parts[2:]]) == [b"1", b"2"]
