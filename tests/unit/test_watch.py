@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from nodeservice.errors import NodeFaultError
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.lifecycle import logs
 from nodeservice.limits.disk import BoundedDisk
-from nodeservice.ports import NOBODY, DiskUse, GpuProcess
+from nodeservice.ports import NOBODY, ContainerState, DiskUse, GpuProcess
 from nodeservice.testing.fake_disk import FakeTaskDisk
 from nodeservice.testing.fake_gpu import FakeGpuProvider, FakeOwners, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage
@@ -83,6 +84,40 @@ async def test_a_layer_is_bound_again_though_the_engine_was_away_when_the_node_s
     try:
         async with living(world) as node:
             await back_after_looks_at(node, container_id)
+            (layer / "much").write_bytes(b"x" * 4 * MIB)
+            assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
+    finally:
+        await world.disk.close()
+
+
+async def test_a_watch_that_broke_off_before_the_layer_was_bound_binds_it_when_it_begins_again(
+    world: World, real_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = tmp_path / "layer"
+    layer.mkdir()
+    async with living(world) as node:
+        container_id = await running(node, spec())
+    container = world.runtime._containers[container_id]
+    container.state = replace(container.state, layer=(layer,))
+    await world.disk.close()
+    world.disk = BoundedDisk(quotas=None)  # type: ignore[assignment]
+    world.runtime.calls.clear()
+    world.runtime.unavailable = True
+    wait_exited, broke_off = world.runtime.wait_exited, asyncio.Event()
+
+    async def breaks_off(id_: str) -> ContainerState | None:
+        if not broke_off.is_set():
+            while ("find", container_id) not in world.runtime.calls:
+                await asyncio.sleep(0.01)
+            broke_off.set()
+            raise RuntimeError("can't start new thread")
+        return await wait_exited(id_)
+
+    monkeypatch.setattr(world.runtime, "wait_exited", breaks_off)
+    try:
+        async with living(world) as node:
+            await broke_off.wait()
+            world.runtime.unavailable = False
             (layer / "much").write_bytes(b"x" * 4 * MIB)
             assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
     finally:
