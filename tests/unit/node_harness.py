@@ -277,3 +277,13 @@ async def living(world: World, writes: int | None = None, *, lost: bool = False)
         yield node
     finally:
         await node.kill()
+
+
+async def running(node: LiveNode, task: TaskSpec) -> str:
+    """The id of its container."""
+    await node.assign(task)
+    await node.until(lambda: node.phase(task.id) is Phase.RUNNING)
+    record = node.driver.get(task.id)
+    assert record is not None
+    assert record.container_id is not None
+    return record.container_id

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from nodeservice.core.gpus import GpuRequest, GpuShare
-from nodeservice.core.model import GIB, AttemptId, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec, Usage
+from nodeservice.core.model import GIB, AttemptId, Phase, Reason, StopCause, StopRequest, TaskRecord, Usage
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.lifecycle import host_keeper
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import GpuProcess, OomFacts
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage
-from tests.unit.node_harness import HeldJournal, LiveNode, World, living, spec
+from tests.unit.node_harness import HeldJournal, LiveNode, World, living, running, spec
 
 T, BIG, SMALL = AttemptId("t"), AttemptId("big"), AttemptId("small")
 DAY = 86_400.0
@@ -28,11 +28,6 @@ def world(tmp_path: Path) -> World:
     world = World(tmp_path)
     world.runtime.images["demo"] = FakeImage(holds=True, ignores_term=True)
     return world
-
-
-async def running(node: LiveNode, task: TaskSpec) -> None:
-    await node.assign(task)
-    await node.until(lambda: node.phase(task.id) is Phase.RUNNING)
 
 
 def cancel(node: LiveNode, id_: AttemptId = T) -> asyncio.Task[TaskRecord]:

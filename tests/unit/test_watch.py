@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nodeservice.core.gpus import GpuRequest, GpuShare
-from nodeservice.core.model import GIB, AttemptId, Phase, Reason, TaskRecord, TaskSpec
+from nodeservice.core.model import GIB, AttemptId, Phase, Reason, TaskRecord
 from nodeservice.errors import NodeFaultError
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.lifecycle import logs
@@ -22,7 +22,7 @@ from nodeservice.ports import NOBODY, ContainerState, DiskUse, GpuProcess
 from nodeservice.testing.fake_disk import FakeTaskDisk
 from nodeservice.testing.fake_gpu import FakeGpuProvider, FakeOwners, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage
-from tests.unit.node_harness import LiveNode, World, living, spec
+from tests.unit.node_harness import LiveNode, World, living, running, spec
 
 T = AttemptId("t")
 MIB = 1024**2
@@ -33,16 +33,6 @@ def world(tmp_path: Path) -> World:
     world = World(tmp_path)
     world.runtime.images["demo"] = FakeImage(holds=True, ignores_term=True)
     return world
-
-
-async def running(node: LiveNode, task: TaskSpec) -> str:
-    """The id of its container."""
-    await node.assign(task)
-    await node.until(lambda: node.phase(task.id) is Phase.RUNNING)
-    record = node.driver.get(task.id)
-    assert record is not None
-    assert record.container_id is not None
-    return record.container_id
 
 
 def reason(record: TaskRecord) -> Reason:
@@ -61,48 +51,37 @@ async def back_after_looks_at(node: LiveNode, container_id: str) -> None:
 
 
 @pytest.fixture
-async def real_disk(world: World) -> AsyncIterator[None]:
-    disk = BoundedDisk(quotas=None)
+async def left_running(world: World, tmp_path: Path) -> AsyncIterator[tuple[str, Path]]:
+    """A container and its layer, which a node with a disk of its own left, and no engine for the next one."""
+    disk, layer = BoundedDisk(quotas=None), tmp_path / "layer"
+    layer.mkdir()
     world.disk = disk  # type: ignore[assignment]
-    yield
+    async with living(world) as node:
+        container_id = await running(node, spec())
+    await disk.close()
+    container = world.runtime._containers[container_id]
+    container.state = replace(container.state, layer=(layer,))
+    world.disk = disk = BoundedDisk(quotas=None)  # type: ignore[assignment]
+    world.runtime.calls.clear()
+    world.runtime.unavailable = True
+    yield container_id, layer
     await disk.close()
 
 
 async def test_a_layer_is_bound_again_though_the_engine_was_away_when_the_node_started(
-    world: World, real_disk: None, tmp_path: Path
+    world: World, left_running: tuple[str, Path]
 ) -> None:
-    layer = tmp_path / "layer"
-    layer.mkdir()
+    container_id, layer = left_running
     async with living(world) as node:
-        container_id = await running(node, spec())
-    container = world.runtime._containers[container_id]
-    container.state = replace(container.state, layer=(layer,))
-    await world.disk.close()
-    world.disk = BoundedDisk(quotas=None)  # type: ignore[assignment]
-    world.runtime.calls.clear()
-    world.runtime.unavailable = True
-    try:
-        async with living(world) as node:
-            await back_after_looks_at(node, container_id)
-            (layer / "much").write_bytes(b"x" * 4 * MIB)
-            assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
-    finally:
-        await world.disk.close()
+        await back_after_looks_at(node, container_id)
+        (layer / "much").write_bytes(b"x" * 4 * MIB)
+        assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
 
 
 async def test_a_watch_that_broke_off_before_the_layer_was_bound_binds_it_when_it_begins_again(
-    world: World, real_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, left_running: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = tmp_path / "layer"
-    layer.mkdir()
-    async with living(world) as node:
-        container_id = await running(node, spec())
-    container = world.runtime._containers[container_id]
-    container.state = replace(container.state, layer=(layer,))
-    await world.disk.close()
-    world.disk = BoundedDisk(quotas=None)  # type: ignore[assignment]
-    world.runtime.calls.clear()
-    world.runtime.unavailable = True
+    container_id, layer = left_running
     wait_exited, broke_off = world.runtime.wait_exited, asyncio.Event()
 
     async def breaks_off(id_: str) -> ContainerState | None:
@@ -114,14 +93,11 @@ async def test_a_watch_that_broke_off_before_the_layer_was_bound_binds_it_when_i
         return await wait_exited(id_)
 
     monkeypatch.setattr(world.runtime, "wait_exited", breaks_off)
-    try:
-        async with living(world) as node:
-            await broke_off.wait()
-            world.runtime.unavailable = False
-            (layer / "much").write_bytes(b"x" * 4 * MIB)
-            assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
-    finally:
-        await world.disk.close()
+    async with living(world) as node:
+        await broke_off.wait()
+        world.runtime.unavailable = False
+        (layer / "much").write_bytes(b"x" * 4 * MIB)
+        assert reason(await node.until_finished(T)) is Reason.DISK_LIMIT
 
 
 class OwnersOfFollowed(FakeOwners):
