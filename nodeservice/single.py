@@ -19,8 +19,11 @@ from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store
 from nodeservice.errors import ConfigError, NodeServiceError, RequestError, TransientError
 from nodeservice.journal.lock import StateDirLock
+from nodeservice.lifecycle.recovery import named
 from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
+from nodeservice.limits.disk import open_task_disk
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -255,6 +258,7 @@ async def sweep_dead_runs(
                     was = "which still ran" if container.is_running else "which had ended"
                     say(f"removed the container of {directory.name}, {was}: its run was killed and left it")
                 await _remove_cgroup(runtime, directory.name)
+                await _lift_quotas(directory)
                 await asyncio.to_thread(remove_tree, directory)
                 log.info("run.swept", directory=str(directory))
             except TransientError as error:
@@ -275,3 +279,13 @@ async def _remove_cgroup(runtime: DockerRuntime, run_id: str) -> None:
         await cgroups.remove(AttemptId(run_id))
     finally:
         await cgroups.close()
+
+
+async def _lift_quotas(state_dir: Path) -> None:
+    """They would stay where the directories that they bound are gone."""
+    dirs, disk = WorkDirs(state_dir), open_task_disk(state_dir, None)
+    try:
+        for id_ in filter(None, map(named, dirs.all())):
+            await disk.remove(id_, work=dirs.results(id_))
+    finally:
+        await disk.close()

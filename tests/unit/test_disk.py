@@ -15,6 +15,7 @@ import pytest
 
 from nodeservice.core.model import AttemptId, Phase
 from nodeservice.errors import NodeFaultError
+from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.limits.disk import BoundedDisk
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
 from tests.unit.node_harness import World, living, spec
@@ -228,6 +229,24 @@ async def test_a_task_that_was_still_to_be_reported_when_the_node_restarted_leav
                 await node.until(lambda: node.phase(AttemptId("t")) is Phase.REPORTING)
                 assert kernel.limits
         await disk.close()
+    assert not kernel.limits
+
+
+async def test_the_quota_of_a_directory_that_nobody_claims_goes_with_it(tmp_path: Path) -> None:
+    kernel, world, lost = FakeQuotas(), World(tmp_path), AttemptId("lost")
+    world.disk = disk = BoundedDisk(quotas=kernel)  # type: ignore[arg-type, assignment]
+    async with living(world) as node:
+        node.dirs.prepare(lost)
+        kernel.bind(node.dirs.results(lost), MIB)
+        orphans = Orphans(node.context, node.driver)
+        kernel.failing.add("lift")
+        for _ in range(2):
+            await orphans.sweep()
+        assert node.dirs.root(lost).exists(), "it tells which quota is to be lifted"
+        kernel.failing.clear()
+        await orphans.sweep()
+        assert not node.dirs.root(lost).exists()
+    await disk.close()
     assert not kernel.limits
 
 

@@ -164,6 +164,18 @@ def test_a_number_that_a_task_gave_itself_is_not_believed(volume: Machine, top: 
     volume.run(f"python3 - {top} <<'END'\n{GIVES_ITSELF_A_NUMBER}END\nrm -r {top}")
 
 
+def test_the_quota_of_a_run_that_was_killed_goes_with_its_directory(volume: Machine) -> None:
+    report = "xfs_quota -x -c 'report -p -n -N -b' /volume | awk '$4 > 0'"
+    volume.run(
+        "export HOME=/volume/home\nmkdir -p $HOME\nnohup python3 -m nodeservice run --results /volume/results --disk 8m"
+        " --memory 64m --cpus 0.5 nodeservice/demo -- sh -c 'sleep 600' </dev/null >/tmp/killed 2>&1 &\nrun=$!\n"
+        "until docker ps -q --filter label=nodeservice.node | grep -q .; do sleep 1; done\nkill -9 $run"
+    )
+    assert volume.run(report).stdout != ""
+    run_there(volume, "exit 4")
+    assert volume.run(report).stdout == ""
+
+
 def test_a_crash_starts_no_program_of_the_host(volume: Machine) -> None:
     """Where core files are piped to a program, a limit of 0 does not keep the kernel from starting it, as root."""
     volume.run(
