@@ -48,7 +48,7 @@ class HostKeeper:
             self._share_changed.set()
 
     async def apply_share(self) -> None:
-        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was, and holds."""
+        """Hold all tasks to what the ledger says. Nothing happens while that is what it was, and holds."""
         wanted = _share(self._driver.ledger)
         if wanted != self._asked or not self._holds:
             self._asked, self._holds = wanted, False
@@ -116,4 +116,4 @@ class HostKeeper:
 
 
 def _share(ledger: Ledger) -> Share:
-    return ledger.allocatable, ledger.shared_cpu_ids, ledger.exclusive_cpu_ids
+    return ledger.share, ledger.shared_cpu_ids, ledger.exclusive_cpu_ids

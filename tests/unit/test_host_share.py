@@ -107,3 +107,21 @@ async def test_a_share_that_could_not_be_set_is_set_again_until_it_holds(
         less = replace(NODE, memory_bytes=NODE.memory_bytes // 2)
         node.driver.ledger.resize(less, ())
         await node.until(lambda: cgroups.told[-1] == (less, (), {}))
+
+
+async def test_a_node_that_became_smaller_lowers_its_share_as_those_end_that_were_granted_more(
+    world: World, cgroups: Cgroups
+) -> None:
+    """On cgroup v2 a limit below what is in use is set at once, and the kernel ends tasks until it fits."""
+    async with living(world) as node:
+        for id_ in (E, S):
+            await node.assign(spec(id_.task_id))
+            await node.until(lambda id_=id_: node.phase(id_) is Phase.RUNNING)  # type: ignore[misc]
+        granted = spec().request
+        small = replace(NODE, cpu_milli=granted.cpu_milli // 2, memory_bytes=granted.memory_bytes + 1)
+        node.driver.ledger.resize(small, ())
+        both = replace(small, cpu_milli=2 * granted.cpu_milli, memory_bytes=2 * granted.memory_bytes)
+        await node.until(lambda: cgroups.told[-1] == (both, (), {}))
+        for cpu_milli in (granted.cpu_milli, small.cpu_milli):
+            world.runtime.finish(world.runtime.running[0], 0)
+            await node.until(lambda left=cpu_milli: cgroups.told[-1] == (replace(small, cpu_milli=left), (), {}))  # type: ignore[misc]
