@@ -104,7 +104,9 @@ class GpuKeeper:
         self._inventory = inventory
         now = self._monotonic()
         xids = self._provider.take_xids()
-        faults = self._board.observe(inventory.gpus, xids, now_seconds=now) if inventory.error is None else []
+        # What a driver that fails or hangs shows is of before; the events that it tells meanwhile count all the same.
+        shown = inventory.gpus if inventory.error is None else ()
+        faults = self._board.observe(shown, xids, now_seconds=now)
         seen = places(inventory)
         holders = self._holders()
         self._note_xids(xids, seen, holders)

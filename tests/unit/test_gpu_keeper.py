@@ -198,6 +198,23 @@ async def test_an_error_of_one_mig_instance_fails_its_task_and_keeps_its_sibling
         await node.until_finished(B)
 
 
+async def test_an_xid_that_comes_while_the_driver_does_not_answer_counts_as_ever(world: World) -> None:
+    """A GSP that hangs (119) holds up every call, so its event comes just then."""
+    world.gpu_quarantine_seconds = 3600.0
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        world.gpus.current = replace(world.gpus.current, error="NVML has not answered for 5 s")
+        world.gpus.xids.append(GpuXid(uuid=uuid, code=119))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.GPU_FAULT
+        world.gpus.current = replace(world.gpus.current, error=None)
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        assert "XID 119" in node.context.gpus.state(uuid)[1]
+
+
 # ---- the driver -------------------------------------------------------------------------------------------------------
 
 
