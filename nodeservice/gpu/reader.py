@@ -75,7 +75,7 @@ def read_fast(nvml: Any, device: Device) -> None:
         memory_reserved_bytes=int(getattr(memory, "reserved", 0)) if memory is not None else 0,
         utilization_percent=float(load.gpu) if load is not None else None,
         processes=_processes(nvml, device),
-        mig_instances=tuple(_with_memory(nvml, device, instance) for instance in gpu.mig_instances),
+        mig_instances=_instances_now(nvml, device),
         lost="",
     )
 
@@ -86,7 +86,6 @@ def read_slow(nvml: Any, device: Device) -> None:
     mig = optional(nvml, nvml.nvmlDeviceGetMigMode, handle)
     mig_enabled = mig is not None and bool(mig[0])
     slices = _number(int, nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) if mig_enabled else None
-    device.mig_handles = {}
     device.graphics = _graphics_processes(nvml, handle)
     instances = _mig_instances(nvml, device) if mig_enabled else ()
     remapped = None if mig_enabled else optional(nvml, nvml.nvmlDeviceGetRemappedRows, handle)
@@ -197,30 +196,42 @@ def _recovery_action(nvml: Any, handle: Any) -> int | None:
     return int(values[0].value.uiVal)
 
 
+def _instances_now(nvml: Any, device: Device) -> tuple[MigInstance, ...]:
+    """As they were at the slow look, with their memory. A handle goes stale with its instance: then all are listed anew."""
+    try:
+        return tuple(_with_memory(nvml, device, instance) for instance in device.gpu.mig_instances)
+    except nvml.NVMLError:
+        return _mig_instances(nvml, device)
+
+
 def _mig_instances(nvml: Any, device: Device) -> tuple[MigInstance, ...]:
+    device.mig_handles = {}
     instances: list[MigInstance] = []
     for index in range(int(nvml.nvmlDeviceGetMaxMigDeviceCount(device.handle))):
         try:
-            handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(device.handle, index)
+            instances.append(_mig_instance(nvml, device, index))
         except nvml.NVMLError as error:
-            if int(error.value) in _WITHOUT_ANSWER:  # the indices have holes
-                continue
-            raise
-        name = text(nvml.nvmlDeviceGetName(handle))
-        attributes = optional(nvml, nvml.nvmlDeviceGetAttributes_v2, handle)
-        instance = MigInstance(
-            uuid=text(nvml.nvmlDeviceGetUUID(handle)),
-            name=name,
-            # The name ends with it: "NVIDIA H200 MIG 1g.18gb".
-            profile=name.rpartition(" ")[2],
-            memory_total_bytes=0,
-            gpu_instance_id=int(nvml.nvmlDeviceGetGpuInstanceId(handle)),
-            compute_instance_id=int(nvml.nvmlDeviceGetComputeInstanceId(handle)),
-            compute_slice_count=int(attributes.computeInstanceSliceCount) if attributes is not None else 1,
-        )
-        device.mig_handles[instance.uuid] = handle
-        instances.append(_with_memory(nvml, device, instance))
+            if int(error.value) not in _WITHOUT_ANSWER:  # the indices have holes
+                raise
     return tuple(instances)
+
+
+def _mig_instance(nvml: Any, device: Device, index: int) -> MigInstance:
+    handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(device.handle, index)
+    name = text(nvml.nvmlDeviceGetName(handle))
+    attributes = optional(nvml, nvml.nvmlDeviceGetAttributes_v2, handle)
+    instance = MigInstance(
+        uuid=text(nvml.nvmlDeviceGetUUID(handle)),
+        name=name,
+        # The name ends with it: "NVIDIA H200 MIG 1g.18gb".
+        profile=name.rpartition(" ")[2],
+        memory_total_bytes=0,
+        gpu_instance_id=int(nvml.nvmlDeviceGetGpuInstanceId(handle)),
+        compute_instance_id=int(nvml.nvmlDeviceGetComputeInstanceId(handle)),
+        compute_slice_count=int(attributes.computeInstanceSliceCount) if attributes is not None else 1,
+    )
+    device.mig_handles[instance.uuid] = handle
+    return _with_memory(nvml, device, instance)
 
 
 def _with_memory(nvml: Any, device: Device, instance: MigInstance) -> MigInstance:

@@ -10,7 +10,7 @@ import ctypes
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from nodeservice.core.model import GIB, MIB
 from nodeservice.errors import NodeFaultError
 from nodeservice.gpu import events
 from nodeservice.gpu.nvml import NvmlGpuProvider
+from nodeservice.gpu.session import NvmlSession
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.ports import GpuInventory, GpuProvider
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
@@ -51,6 +52,16 @@ def machine(false_driver: Build, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bu
             thread.join(10)
             assert not thread.is_alive(), thread.name
     pynvml._nvmlGetFunctionPointer_cache.clear()
+
+
+@contextmanager
+def session_of(driver: FalseDriver, *, slow_every: int = 1) -> Iterator[NvmlSession]:
+    """In this thread, so that a test says when it looks."""
+    session = NvmlSession(pci_devices=driver.pci_devices, slow_every=slow_every)
+    try:
+        yield session
+    finally:
+        session.end()
 
 
 @asynccontextmanager
@@ -168,6 +179,20 @@ async def test_a_new_layout_of_mig_is_seen_while_it_runs(machine: Build) -> None
             return not gpus[split].mig_enabled and not gpus[split].lost
 
         await until(is_whole)
+
+
+def test_an_instance_that_is_destroyed_takes_neither_its_gpu_nor_its_siblings_along(machine: Build) -> None:
+    driver = machine("h200-mig")
+    (split,) = set(driver.migs.values())
+    layout = {int(driver.facts(uuid)["index"]): driver.facts(uuid)["profile"] for uuid in driver.migs}
+    with session_of(driver, slow_every=1000) as session:
+        before = {gpu.uuid: gpu for gpu in session.look().gpus}[split].mig_instances
+        del layout[max(layout)]
+        kept = driver.set_mig(split, layout)
+        gpu = {gpu.uuid: gpu for gpu in session.look().gpus}[split]
+    assert gpu.lost == ""
+    assert [instance.uuid for instance in gpu.mig_instances] == kept
+    assert len(kept) == len(before) - 1
 
 
 @pytest.mark.slow
