@@ -113,7 +113,10 @@ def read_slow(nvml: Any, device: Device) -> None:
 
 
 def read_closeness(nvml: Any, devices: Iterable[Device]) -> None:
-    """How near they are to each other. That of one host never changes while its GPUs don't."""
+    """How near they are to each other. That of one host never changes while its GPUs don't.
+
+    What can't be read of it makes no GPU unwell: those that are so fail at the looks.
+    """
     known = list(devices)
     addresses = {device.gpu.pci_address: device.gpu.uuid for device in known}
     for device in known:
@@ -265,7 +268,10 @@ def _cpu_ids(nvml: Any, handle: Any) -> tuple[int, ...]:
 
 
 def _topology(nvml: Any, one: Device, other: Device) -> int:
-    level = _number(int, nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, one.handle, other.handle)
+    try:
+        level = _number(int, nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, one.handle, other.handle)
+    except nvml.NVMLError:
+        level = None
     return _FARTHEST_TOPOLOGY if level is None else level
 
 
@@ -277,12 +283,10 @@ def _nvlinks(nvml: Any, handle: Any) -> tuple[list[str], int]:
         try:
             if not nvml.nvmlDeviceGetNvLinkState(handle, link):
                 continue
-        except nvml.NVMLError as error:
-            if int(error.value) in _WITHOUT_ANSWER:
-                break
-            raise
-        count += 1
-        remote = optional(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+            count += 1
+            remote = optional(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+        except nvml.NVMLError:  # it has no more of them
+            break
         if remote is not None:
             remotes.append(text(remote.busId).lower())
     return remotes, count

@@ -181,6 +181,18 @@ async def test_a_new_layout_of_mig_is_seen_while_it_runs(machine: Build) -> None
         await until(is_whole)
 
 
+@pytest.mark.parametrize("call", ["nvmlDeviceGetNvLinkState", "nvmlDeviceGetTopologyCommonAncestor"])
+def test_a_gpu_that_cannot_tell_how_near_it_is_takes_nothing_from_the_node(machine: Build, call: str) -> None:
+    driver = machine("h200x8")
+    driver.fail(call, 999, device=driver.gpus[2])
+    with session_of(driver) as session:
+        found = session.look()
+    assert (found.error, found.unreachable) == (None, ())
+    assert [gpu.lost for gpu in found.gpus] == [""] * 8
+    first = found.gpus[0].uuid
+    assert found.gpus[2].closeness[first] < found.gpus[1].closeness[first]
+
+
 def test_an_instance_that_is_destroyed_takes_neither_its_gpu_nor_its_siblings_along(machine: Build) -> None:
     driver = machine("h200-mig")
     (split,) = set(driver.migs.values())
