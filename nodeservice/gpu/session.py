@@ -7,6 +7,7 @@ where the driver does not stay loaded), and cheap to use. GPUs are keyed by UUID
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,25 @@ from nodeservice.ports import Gpu, GpuInventory
 
 log = structlog.get_logger(__name__)
 
+_PAUSE_FACTOR = 1000
+"""One that takes long to fail holds up the look at the others: no more than a thousandth of the time goes to it."""
+
 
 class NvmlSession:
-    """`slow_every`: how many looks there are from one at what changes slowly to the next."""
+    """`slow_every`: how many looks there are from one at what changes slowly to the next.
 
-    def __init__(self, *, pci_devices: Path, slow_every: int = 5) -> None:
+    `open_again_seconds`: how long to wait at least before GPUs that could not be opened are tried again.
+    """
+
+    def __init__(self, *, pci_devices: Path, slow_every: int = 5, open_again_seconds: float = 60.0) -> None:
         self._pci_devices = pci_devices
         self._slow_every = slow_every
+        self._open_again_seconds = open_again_seconds
         self._open = False
         self._looks = 0
         self._devices: dict[str, Device] = {}
-        self._unreachable: tuple[str, ...] = ()
+        self._unreachable: dict[int, str] = {}
+        self._open_again_at = 0.0
         self._versions: tuple[str | None, str | None] = (None, None)
 
     @property
@@ -82,6 +91,8 @@ class NvmlSession:
             self._looks += 1
             if is_slow:
                 nvml.nvmlDeviceGetCount()  # tells of a driver that went away where there is no GPU to ask
+                if self._unreachable and began >= self._open_again_at:
+                    self._take_up(nvml, self._devices | self._open_all(nvml, self._unreachable))
             for device in self._devices.values():
                 self._look_at(nvml, device, is_slow=is_slow)
         except nvml.NVMLError as error:
@@ -99,22 +110,35 @@ class NvmlSession:
         self._looks = 0
         cuda = int(nvml.nvmlSystemGetCudaDriverVersion())
         self._versions = text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
-        known = {uuid: device.gpu for uuid, device in self._devices.items()}
+        known = {
+            # One that was there before and is no more is lost; its tasks must hear of it.
+            uuid: Device(None, replace(device.gpu, lost="the driver lists it no more"))
+            for uuid, device in self._devices.items()
+        }
+        self._take_up(nvml, known | self._open_all(nvml, range(nvml.nvmlDeviceGetCount())))
+
+    def _take_up(self, nvml: Any, devices: dict[str, Device]) -> None:
+        self._devices = devices
+        read_closeness(nvml, [device for device in devices.values() if device.handle is not None])
+
+    def _open_all(self, nvml: Any, indices: Iterable[int]) -> dict[str, Device]:
+        """By UUID. Those that can't be opened are tried again later: a reset may mend them."""
+        unreachable: dict[int, str] = {}
         found: dict[str, Device] = {}
-        unreachable: list[str] = []
-        for index in range(nvml.nvmlDeviceGetCount()):
+        lost_seconds = 0.0
+        for index in indices:
+            began = _boot_seconds()
             try:
                 device = open_device(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
                 found[device.gpu.uuid] = device
             except nvml.NVMLError as error:
                 # The count includes devices that this process may not open: they are not ours, which is no fault.
                 if int(error.value) != NO_PERMISSION:
-                    unreachable.append(explain(int(error.value), f"GPU {index}"))
-        for uuid, gpu in known.items():
-            # One that was there before and is no more is lost; its tasks must hear of it.
-            found.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more")))
-        self._devices, self._unreachable = found, tuple(unreachable)
-        read_closeness(nvml, [device for device in self._devices.values() if device.handle is not None])
+                    unreachable[index] = explain(int(error.value), f"GPU {index}")
+                    lost_seconds += _boot_seconds() - began
+        self._unreachable = unreachable
+        self._open_again_at = _boot_seconds() + max(self._open_again_seconds, _PAUSE_FACTOR * lost_seconds)
+        return found
 
     def _look_at(self, nvml: Any, device: Device, *, is_slow: bool) -> None:
         """What fails for one GPU is that GPU's; what fails for all goes on as an error."""
@@ -139,7 +163,7 @@ class NvmlSession:
             driver_version=driver,
             cuda_version=cuda,
             error=error,
-            unreachable=self._unreachable,
+            unreachable=tuple(self._unreachable.values()),
             looked_at_seconds=began,
         )
 

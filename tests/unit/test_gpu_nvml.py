@@ -57,7 +57,7 @@ def machine(false_driver: Build, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bu
 @contextmanager
 def session_of(driver: FalseDriver, *, slow_every: int = 1) -> Iterator[NvmlSession]:
     """In this thread, so that a test says when it looks."""
-    session = NvmlSession(pci_devices=driver.pci_devices, slow_every=slow_every)
+    session = NvmlSession(pci_devices=driver.pci_devices, slow_every=slow_every, open_again_seconds=0)
     try:
         yield session
     finally:
@@ -329,6 +329,22 @@ async def test_a_gpu_that_is_dead_from_the_start_takes_nothing_from_the_others(m
     assert [gpu.uuid for gpu in found.gpus] == driver.gpus[1:]
     (words,) = found.unreachable
     assert "fallen off the bus" in words
+
+
+def test_a_gpu_that_was_dead_at_the_start_is_taken_up_once_it_was_reset(machine: Build) -> None:
+    driver = machine("h200x8")
+    driver.lose(driver.gpus[0])
+    with session_of(driver) as session:
+        assert len(session.look().unreachable) == 1
+        driver.restore(driver.gpus[0])
+        for _ in range(1000):
+            found = session.look()
+            if not found.unreachable:
+                break
+            time.sleep(0.01)
+    assert (found.error, found.unreachable) == (None, ())
+    assert [gpu.uuid for gpu in found.gpus] == driver.gpus
+    assert {len(gpu.closeness) for gpu in found.gpus} == {7}
 
 
 async def test_a_gpu_that_may_not_be_opened_is_not_ours_and_no_error(machine: Build) -> None:
