@@ -112,6 +112,21 @@ def read_slow(nvml: Any, device: Device) -> None:
     )
 
 
+def as_lost(gpu: Gpu, why: str) -> Gpu:
+    """What was measured last is no more; what it is, and what its counters said, stays."""
+    return replace(
+        gpu,
+        lost=why,
+        memory_used_bytes=None,
+        utilization_percent=None,
+        power_watts=None,
+        temperature_celsius=None,
+        throttle_reasons=0,
+        processes=(),
+        mig_instances=tuple(replace(instance, memory_used_bytes=None) for instance in gpu.mig_instances),
+    )
+
+
 def read_closeness(nvml: Any, devices: Iterable[Device]) -> None:
     """How near they are to each other. That of one host never changes while its GPUs don't.
 

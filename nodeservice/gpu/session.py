@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from nodeservice.gpu.faults import (
     OF_ONE_GPU,
     explain,
 )
-from nodeservice.gpu.reader import Device, open_device, read_closeness, read_fast, read_slow
+from nodeservice.gpu.reader import Device, as_lost, open_device, read_closeness, read_fast, read_slow
 from nodeservice.ports import Gpu, GpuInventory
 
 log = structlog.get_logger(__name__)
@@ -50,8 +49,8 @@ class NvmlSession:
 
     @property
     def uuids(self) -> tuple[str, ...]:
-        """Of the GPUs that are open now."""
-        return tuple(self._devices) if self._open else ()
+        """Of the GPUs that are open now, and answer."""
+        return tuple(uuid for uuid, device in self._devices.items() if not device.gpu.lost) if self._open else ()
 
     def look(self) -> GpuInventory:
         """Raises nothing. With an error, the GPUs are those that were known before it."""
@@ -112,7 +111,7 @@ class NvmlSession:
         self._versions = text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
         known = {
             # One that was there before and is no more is lost; its tasks must hear of it.
-            uuid: Device(None, replace(device.gpu, lost="the driver lists it no more"))
+            uuid: Device(None, as_lost(device.gpu, "the driver lists it no more"))
             for uuid, device in self._devices.items()
         }
         self._take_up(nvml, known | self._open_all(nvml, range(nvml.nvmlDeviceGetCount())))
@@ -154,7 +153,7 @@ class NvmlSession:
             code = int(error.value)
             if code not in OF_ONE_GPU and not device.gpu.lost:
                 raise
-            device.gpu = replace(device.gpu, lost=explain(code))
+            device.gpu = as_lost(device.gpu, explain(code))
 
     def _told(self, began: float, *, error: str | None = None) -> GpuInventory:
         driver, cuda = self._versions

@@ -331,6 +331,56 @@ async def test_a_gpu_that_is_dead_from_the_start_takes_nothing_from_the_others(m
     assert "fallen off the bus" in words
 
 
+def test_nothing_is_told_as_measured_of_a_gpu_that_is_lost(machine: Build) -> None:
+    driver = machine("h200-mig")
+    (split,) = set(driver.migs.values())
+    driver.set(driver.gpus[0], utilization_percent=97, throttle_reasons=0x40)
+    driver.add_process(driver.gpus[0], 4242, GIB)
+    with session_of(driver) as session:
+        session.look()
+        for gpu in driver.gpus:
+            driver.lose(gpu)
+        lost = {gpu.uuid: gpu for gpu in session.look().gpus}
+    gpu = lost[driver.gpus[0]]
+    assert (gpu.memory_used_bytes, gpu.utilization_percent, gpu.power_watts, gpu.temperature_celsius) == (None,) * 4
+    assert (gpu.processes, gpu.throttle_reasons) == ((), 0)
+    assert {instance.memory_used_bytes for instance in lost[split].mig_instances} == {None}
+
+
+async def test_error_events_of_other_gpus_are_waited_for_without_one_that_is_lost_and_with_it_once_it_is_back(
+    machine: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost GPU ends every wait at once."""
+    monkeypatch.setattr(events, "_PAUSE_SECONDS", 0.01)
+    registered: list[set[str]] = []
+    create, register = pynvml.nvmlEventSetCreate, pynvml.nvmlDeviceRegisterEvents
+
+    def created() -> Any:
+        registered.append(set())
+        return create()
+
+    def registers(handle: Any, *rest: Any) -> Any:
+        registered[-1].add(pynvml.nvmlDeviceGetUUID(handle))
+        return register(handle, *rest)
+
+    monkeypatch.setattr(pynvml, "nvmlEventSetCreate", created)
+    monkeypatch.setattr(pynvml, "nvmlDeviceRegisterEvents", registers)
+    driver = machine("t4x4")
+    all_of_them, lost = set(driver.gpus), driver.gpus[1]
+
+    async def waits_for(uuids: set[str]) -> bool:
+        return bool(registered) and registered[-1] == uuids
+
+    async with looking(driver) as provider:
+        await provider.inventory()
+        await until(lambda: waits_for(all_of_them))
+        driver.lose(lost)
+        await until(lambda: waits_for(all_of_them - {lost}))
+        driver.restore(lost)
+        await until(lambda: waits_for(all_of_them))
+    assert len(registered) == 3
+
+
 def test_a_gpu_that_was_dead_at_the_start_is_taken_up_once_it_was_reset(machine: Build) -> None:
     driver = machine("h200x8")
     driver.lose(driver.gpus[0])
