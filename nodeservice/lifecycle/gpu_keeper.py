@@ -191,7 +191,8 @@ class GpuKeeper:
                 stranger = stranger or (f"process {pids[0]} uses it, which is of no task that holds it" if pids else "")
             left_bytes = left_behind_bytes(place, owners)
             if not own and left_bytes and place.gpu.uuid not in held_parents:
-                left = left or f"{left_bytes} bytes of its memory are in use though no task holds it"
+                # Without the bytes, which change from look to look: a change of the words is told to the master.
+                left = left or "its memory is in use though no task holds it"
             words[place.gpu.uuid] = (stranger, left)
         for uuid, (stranger, left) in words.items():
             self._suspect(uuid, _STRANGER, stranger)

@@ -343,6 +343,19 @@ async def test_memory_that_nobody_holds_keeps_a_gpu_from_the_next_task(world: Wo
         await ready(node)
 
 
+async def test_memory_that_somebody_takes_bit_by_bit_is_told_to_the_master_once(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        world.gpus.change(TWO.uuid, memory_used_bytes=4 * GIB)
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        changes: list[None] = []
+        node.context.gpus._on_change = lambda: changes.append(None)
+        for count in range(5, 10):
+            world.gpus.change(TWO.uuid, memory_used_bytes=count * GIB)
+            await node.context.gpus.look()
+        assert changes == []
+
+
 async def test_a_gpu_that_is_taken_between_the_grant_and_the_start_fails_the_task_before_it_runs(world: World) -> None:
     async with living(world) as node:
         await ready(node)
