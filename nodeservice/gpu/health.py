@@ -169,7 +169,7 @@ class HealthBoard:
         if gpu.remap_failed:
             remap = "a memory row could not be replaced; the GPU is to be exchanged"
         elif gpu.remap_pending:
-            remap = f"memory rows wait to be replaced; {_RESET_REMEDY}"
+            remap = f"memory rows or pages wait to be replaced; {_RESET_REMEDY}"
         held_back = gpu.throttle_reasons & HARMFUL
         if not held_back:
             chart.throttled_since = None

@@ -100,7 +100,7 @@ def read_slow(nvml: Any, device: Device) -> None:
         mig_instances=instances,
         ecc_enabled=bool(ecc[0]) if ecc is not None else None,
         ecc_uncorrected_count=int(errors) if errors is not None else None,
-        remap_pending=bool(remapped[2]) if remapped is not None else None,
+        remap_pending=bool(remapped[2]) if remapped is not None else _pages_pending(nvml, handle),
         remap_failed=bool(remapped[3]) if remapped is not None else None,
         recovery_action=_recovery_action(nvml, handle),
         power_watts=power / 1000 if power is not None else None,
@@ -212,6 +212,12 @@ def _recovery_action(nvml: Any, handle: Any) -> int | None:
     if values is None or int(values[0].nvmlReturn) != 0:
         return None
     return int(values[0].value.uiVal)
+
+
+def _pages_pending(nvml: Any, handle: Any) -> bool | None:
+    """Before Ampere, memory pages are retired instead of rows remapped, at the next reset too."""
+    pending = optional(nvml, nvml.nvmlDeviceGetRetiredPagesPendingStatus, handle)
+    return None if pending is None else bool(pending)
 
 
 def _instances_now(nvml: Any, device: Device) -> tuple[MigInstance, ...]:

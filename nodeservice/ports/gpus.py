@@ -64,7 +64,7 @@ class Gpu:
     ecc_uncorrected_count: int | None = None
     """Since the driver was loaded."""
     remap_pending: bool | None = None
-    """Memory rows wait for a reset of the GPU to be replaced."""
+    """Memory rows, or pages before Ampere, wait for a reset of the GPU to be replaced."""
     remap_failed: bool | None = None
     recovery_action: int | None = None
     """What the driver asks for (NVML field 230): 0 nothing, 1 a reset, 2 a restart of the host, 3 drain, 4 drain, reset."""

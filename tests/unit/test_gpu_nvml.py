@@ -228,7 +228,14 @@ async def test_each_kind_of_gpu_in_one_machine_is_told_as_it_is(machine: Build) 
     capabilities = {gpu.name: gpu.compute_capability for gpu in found.gpus}
     assert set(capabilities.values()) == {(9, 0), (8, 0), (7, 5)}
     t4 = next(gpu for gpu in found.gpus if "T4" in gpu.name)
-    assert (t4.nvlink_count, t4.remap_pending) == (0, None)
+    assert (t4.nvlink_count, t4.remap_pending, t4.remap_failed) == (0, False, None)
+
+
+def test_memory_pages_that_wait_to_be_retired_are_told_of_gpus_that_remap_no_rows(machine: Build) -> None:
+    driver = machine("t4x4")
+    driver.set(driver.gpus[1], retired_pending=1)
+    with session_of(driver) as session:
+        assert [gpu.remap_pending for gpu in session.look().gpus] == [False, True, False, False]
 
 
 async def test_what_the_driver_does_not_tell_is_unknown(machine: Build) -> None:
