@@ -88,10 +88,13 @@ class GpuKeeper:
     async def run(self, driver: Driver, *, on_change: Callable[[], None]) -> None:
         """Work until cancelled. `on_change` is called when what tasks can lease has changed."""
         self._driver, self._on_change = driver, on_change
-        while True:
-            await self.look()
-            there = self._inventory.gpus or self._inventory.error
-            await self._clock.sleep(self._look_seconds if there else _WITHOUT_GPUS_SECONDS)
+        try:
+            while True:
+                await self.look()
+                there = self._inventory.gpus or self._inventory.error
+                await self._clock.sleep(self._look_seconds if there else _WITHOUT_GPUS_SECONDS)
+        finally:
+            await self._bills.save(record.id for record in self._holders())
 
     async def look(self) -> None:
         """Take up what was seen last, and act on it."""
@@ -275,6 +278,7 @@ class GpuKeeper:
         if not well:
             await self._clock.sleep(_LATE_EVENT_SECONDS)
         await self._look_now()
+        await self._bills.save([id_])
 
     async def returned(self, record: TaskRecord) -> None:
         """Before the lease goes back: wait, within a bound, until nothing of the attempt is left on its GPUs.

@@ -15,7 +15,7 @@ from nodeservice.errors import CapacityError
 from nodeservice.gpu.health import GpuState
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.lifecycle.gpu_keeper import GPU_DRIVER
-from nodeservice.ports import Enforcement, GpuProcess, GpuXid, MigInstance
+from nodeservice.ports import Enforcement, GpuInventory, GpuProcess, GpuXid, MigInstance
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import LiveNode, World, living, spec
@@ -443,3 +443,21 @@ async def test_the_bill_goes_on_after_a_restart(world: World) -> None:
         finish(node, record)
         (used,) = (await node.until_finished(A)).usage.gpus
         assert (used.memory_peak_bytes, used.energy_joules) == (40 * GIB, 2.5)
+
+
+async def test_the_bill_of_a_task_that_ends_while_nothing_is_known_of_the_gpus_is_that_of_before_the_restart(
+    world: World,
+) -> None:
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        uses(world, uuid, (7, 40 * GIB, A))
+        world.gpus.xids.append(GpuXid(uuid=uuid, code=31))
+        await node.until(lambda: [used.xids for used in node.context.gpus.usage(A)] == [(31,)])
+        await node.until(lambda: node.context.gpus.usage(A)[0].memory_peak_bytes == 40 * GIB)
+    world.gpus.current = GpuInventory(error="NVML has not answered for 5 s")
+    async with living(world) as node:
+        finish(node, record)
+        (used,) = (await node.until_finished(A)).usage.gpus
+    assert (used.uuid, used.memory_peak_bytes, used.xids) == (uuid, 40 * GIB, (31,))
