@@ -26,6 +26,10 @@ from nodeservice.ports import Gpu, GpuInventory
 
 log = structlog.get_logger(__name__)
 
+_NONE_LISTED = (
+    "the driver lists no GPU though this host has one: it could not be initialised; look for NVRM and Xid in `dmesg`,"
+    " reset the GPU or restart the machine"
+)
 _PAUSE_FACTOR = 1000
 """One that takes long to fail holds up the look at the others: no more than a thousandth of the time goes to it."""
 
@@ -44,6 +48,7 @@ class NvmlSession:
         self._looks = 0
         self._devices: dict[str, Device] = {}
         self._unreachable: dict[int, str] = {}
+        self._none_listed = False
         self._open_again_at = 0.0
         self._versions: tuple[str | None, str | None] = (None, None)
 
@@ -83,6 +88,8 @@ class NvmlSession:
     def _look(self) -> GpuInventory:
         nvml = binding()
         began = _boot_seconds()
+        if self._none_listed and began >= self._open_again_at:
+            self.end()  # NVML lists what there was when it was begun
         try:
             if not self._open:
                 self._begin(nvml)
@@ -114,7 +121,9 @@ class NvmlSession:
             uuid: Device(None, as_lost(device.gpu, "the driver lists it no more"))
             for uuid, device in self._devices.items()
         }
-        self._take_up(nvml, known | self._open_all(nvml, range(nvml.nvmlDeviceGetCount())))
+        count = nvml.nvmlDeviceGetCount()
+        self._none_listed = count == 0 and not known and has_nvidia_hardware(self._pci_devices)
+        self._take_up(nvml, known | self._open_all(nvml, range(count)))
 
     def _take_up(self, nvml: Any, devices: dict[str, Device]) -> None:
         self._devices = devices
@@ -162,7 +171,7 @@ class NvmlSession:
             driver_version=driver,
             cuda_version=cuda,
             error=error,
-            unreachable=tuple(self._unreachable.values()),
+            unreachable=(*self._unreachable.values(), *([_NONE_LISTED] if self._none_listed else ())),
             looked_at_seconds=began,
         )
 

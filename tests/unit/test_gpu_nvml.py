@@ -281,6 +281,25 @@ async def test_a_broken_driver_is_an_error_with_its_remedy_and_not_a_host_withou
     assert words in found.error
 
 
+def test_a_driver_that_lists_none_of_the_hosts_gpus_is_told_as_such_until_it_does(
+    machine: Build, false_driver: Build
+) -> None:
+    """So it is where every GPU fails to be initialised: nvidia-smi says "No devices were found"."""
+    driver = machine(Machine(name="none", about="a driver without GPUs"))
+    with session_of(driver) as session:
+        assert session.look().unreachable == ()
+    device = driver.pci_devices / "0000:01:00.0"
+    device.mkdir()
+    (device / "vendor").write_text("0x10de\n")
+    (device / "class").write_text("0x030200\n")
+    with session_of(driver) as session:
+        (words,) = session.look().unreachable
+        assert "lists no GPU though this host has one" in words
+        false_driver("t4x4")
+        found = session.look()
+    assert (found.unreachable, len(found.gpus)) == ((), 4)
+
+
 async def test_a_driver_that_breaks_later_keeps_its_gpus_out_of_service_and_one_that_recovers_is_used_again(
     machine: Build,
 ) -> None:
