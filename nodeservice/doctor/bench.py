@@ -89,7 +89,7 @@ async def run_probes(
             share=shares[0] if shares else None,
             allocatable=capacity.allocatable,
             gpu_uuids=tuple(gpu.uuid for gpu in gpus.gpus),
-            gpu_trouble=(*filter(None, [gpus.error]), *gpus.unreachable),
+            gpu_trouble=gpus.complaints,
         )
     finally:
         await asyncio.shield(_clear(node, config, facts, [spec.id for spec in specs.values()]))

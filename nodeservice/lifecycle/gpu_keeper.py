@@ -315,9 +315,8 @@ class GpuKeeper:
         driver = self._driver
         if driver is None:
             return
-        complaints = [*([inventory.error] if inventory.error else []), *inventory.unreachable]
-        if complaints:
-            driver.warnings[GPU_DRIVER] = "; ".join(complaints)
+        if inventory.complaints:
+            driver.warnings[GPU_DRIVER] = "; ".join(inventory.complaints)
         else:
             driver.warnings.pop(GPU_DRIVER, None)
         units = self.units(inventory)

@@ -97,6 +97,11 @@ class GpuInventory:
     looked_at_seconds: float = 0.0
     """When the look began, in seconds since the host was started (CLOCK_BOOTTIME)."""
 
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What is wrong with the driver and with GPUs that are not even known by name, in words."""
+        return (*((self.error,) if self.error else ()), *self.unreachable)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuXid:
