@@ -22,6 +22,7 @@ from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.gpu.xid import words as xid_words
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_bills import GpuBills
+from nodeservice.lifecycle.gpu_resets import GpuResets
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.ports import Clock, GpuInventory, GpuProvider, GpuXid, ProcessOwners
 
@@ -65,6 +66,9 @@ class GpuKeeper:
         self._on_change: Callable[[], None] = lambda: None
         self._pids: dict[AttemptId, int] = {}
         self._bills = GpuBills(dirs)
+        self._resets = GpuResets(dirs.gpu_resets)
+        for uuid, awaited in self._resets.read().items():
+            self._board.await_reset(uuid, awaited, now_seconds=monotonic())
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
         self._looks = 0
@@ -129,6 +133,7 @@ class GpuKeeper:
                     # A driver that hangs tells the same look again: no time has passed for the bill then.
                     now_seconds=inventory.looked_at_seconds or now,
                 )
+        await self._resets.write(self._board.awaited_resets())
         self._looks += 1
         if holders and self._looks % _SAVE_EVERY_LOOKS == 0:
             await self._bills.save(record.id for record in holders)

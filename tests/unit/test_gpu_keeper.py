@@ -216,6 +216,27 @@ async def test_an_xid_that_comes_while_the_driver_does_not_answer_counts_as_ever
         assert "XID 119" in node.context.gpus.state(uuid)[1]
 
 
+async def test_a_gpu_that_needs_a_reset_needs_it_after_a_restart_of_the_service_too(world: World) -> None:
+    """Of a driver that tells no recovery action; with one, that tells more than the event."""
+    (world.path / "state").mkdir()
+    for gpu in (ONE, TWO):
+        world.gpus.change(gpu.uuid, recovery_action=None, energy_millijoules=9_000)
+    async with living(world) as node:
+        await ready(node)
+        world.gpus.xids.append(GpuXid(uuid=ONE.uuid, code=95))
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+    async with living(world) as node:
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        assert node.context.gpus.state(ONE.uuid)[0] is GpuState.FAULTY
+        assert "XID 95" in node.context.gpus.state(ONE.uuid)[1]
+    world.gpus.change(ONE.uuid, energy_millijoules=5)
+    async with living(world) as node:
+        await ready(node)
+    async with living(world) as node:
+        await ready(node)
+        assert node.context.gpus.state(ONE.uuid)[0] is GpuState.WELL
+
+
 # ---- the driver -------------------------------------------------------------------------------------------------------
 
 
