@@ -64,6 +64,7 @@ class NvmlSession:
         except Exception as error:
             # Not an error of NVML, so the binding's or ours: the node goes on without GPUs and says so.
             log.exception("gpu.look_failed")
+            self.end()  # what was begun may be half done
             return self._told(_boot_seconds(), error=f"the GPUs could not be read: {error!r}")
 
     def look_closely(self) -> GpuInventory:

@@ -300,6 +300,19 @@ def test_a_driver_that_lists_none_of_the_hosts_gpus_is_told_as_such_until_it_doe
     assert (found.unreachable, len(found.gpus)) == ((), 4)
 
 
+def test_an_answer_that_the_binding_fails_at_is_an_error_at_every_look(
+    machine: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = machine("t4x4")
+    with session_of(driver) as session:
+        with monkeypatch.context() as broken:
+            broken.setattr(pynvml, "nvmlDeviceGetName", lambda _: b"\xff".decode())
+            for _ in range(3):
+                assert "UnicodeDecodeError" in str(session.look().error)
+        found = session.look()
+    assert (found.error, len(found.gpus)) == (None, 4)
+
+
 async def test_a_driver_that_breaks_later_keeps_its_gpus_out_of_service_and_one_that_recovers_is_used_again(
     machine: Build,
 ) -> None:
