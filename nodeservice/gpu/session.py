@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from nodeservice.gpu.binding import binding, has_nvidia_hardware, text
+from nodeservice.gpu.binding import binding, has_nvidia_hardware, library_file, text
 from nodeservice.gpu.faults import (
     DRIVER_NOT_LOADED,
     LIBRARY_NOT_FOUND,
@@ -29,6 +29,10 @@ log = structlog.get_logger(__name__)
 _NONE_LISTED = (
     "the driver lists no GPU though this host has one: it could not be initialised; look for NVRM and Xid in `dmesg`,"
     " reset the GPU or restart the machine"
+)
+_OUTDATED = (
+    "the driver was updated or removed while it runs ({} is there no more), and containers would get what does not fit the"
+    " kernel's part of it; restart the machine"
 )
 _PAUSE_FACTOR = 1000
 """One that takes long to fail holds up the look at the others: no more than a thousandth of the time goes to it."""
@@ -49,6 +53,8 @@ class NvmlSession:
         self._devices: dict[str, Device] = {}
         self._unreachable: dict[int, str] = {}
         self._none_listed = False
+        self._library: Path | None = None
+        self._is_outdated = False
         self._open_again_at = 0.0
         self._versions: tuple[str | None, str | None] = (None, None)
 
@@ -97,6 +103,7 @@ class NvmlSession:
             is_slow = self._looks % self._slow_every == 0
             self._looks += 1
             if is_slow:
+                self._is_outdated = self._library is not None and not self._library.exists()
                 nvml.nvmlDeviceGetCount()  # tells of a driver that went away where there is no GPU to ask
                 if self._unreachable and began >= self._open_again_at:
                     self._take_up(nvml, self._devices | self._open_all(nvml, self._unreachable))
@@ -115,6 +122,7 @@ class NvmlSession:
         nvml.nvmlInit()
         self._open = True
         self._looks = 0
+        self._library = library_file(nvml)
         cuda = int(nvml.nvmlSystemGetCudaDriverVersion())
         self._versions = text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
         known = {
@@ -173,6 +181,7 @@ class NvmlSession:
             cuda_version=cuda,
             error=error,
             unreachable=(*self._unreachable.values(), *([_NONE_LISTED] if self._none_listed else ())),
+            outdated=_OUTDATED.format(self._library) if self._is_outdated else "",
             looked_at_seconds=began,
         )
 

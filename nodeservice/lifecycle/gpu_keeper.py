@@ -242,8 +242,8 @@ class GpuKeeper:
             await self._clock.sleep(_READY_LOOK_SECONDS)
 
     def _not_ready(self, record: TaskRecord) -> str:
-        if self._inventory.error is not None:
-            return self._inventory.error
+        if why := self._inventory.error or self._inventory.outdated:
+            return why
         seen, owners = places(self._inventory), self._owners_of(self._inventory)
         shared = record.lease.gpu_part is not None and record.lease.gpu_part.method is not ShareMethod.MIG
         for uuid in record.lease.gpu_uuids:

@@ -94,13 +94,15 @@ class GpuInventory:
     error: str | None = None
     unreachable: tuple[str, ...] = ()
     """GPUs that are counted and can't be opened, in words: not even their UUID is known."""
+    outdated: str = ""
+    """Why new tasks can't use the driver though it works for what runs, in words."""
     looked_at_seconds: float = 0.0
     """When the look began, in seconds since the host was started (CLOCK_BOOTTIME)."""
 
     @property
     def complaints(self) -> tuple[str, ...]:
         """What is wrong with the driver and with GPUs that are not even known by name, in words."""
-        return (*((self.error,) if self.error else ()), *self.unreachable)
+        return (*filter(None, (self.error, self.outdated)), *self.unreachable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

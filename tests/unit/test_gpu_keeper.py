@@ -260,6 +260,25 @@ async def test_a_driver_that_goes_away_costs_gpu_tasks_their_place_and_nobody_el
         await node.until_finished(A)
 
 
+async def test_a_driver_that_was_updated_gives_no_gpu_to_new_tasks_and_those_that_run_are_watched_on(
+    world: World,
+) -> None:
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, part("a", 10 * GIB))
+        world.gpus.current = replace(world.gpus.current, outdated="the driver was updated")
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 0)
+        assert node.driver.warnings[GPU_DRIVER] == "the driver was updated"
+        with pytest.raises(CapacityError, match="was updated"):
+            await node.assign(gpu_spec("b"))
+        assert "was updated" in node.context.gpus._not_ready(record)
+        uses(world, only(record.lease.gpu_uuids), (1, 11 * GIB, A))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.GPU_MEMORY_LIMIT
+
+
 async def test_a_gpu_that_cannot_be_opened_is_told_as_a_warning(world: World) -> None:
     world.gpus.current = replace(world.gpus.current, unreachable=("GPU 2: a GPU has fallen off the bus",))
     async with living(world) as node:

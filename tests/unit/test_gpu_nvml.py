@@ -300,6 +300,22 @@ def test_a_driver_that_lists_none_of_the_hosts_gpus_is_told_as_such_until_it_doe
     assert (found.unreachable, len(found.gpus)) == ((), 4)
 
 
+def test_a_driver_that_is_updated_under_the_service_takes_no_new_tasks_and_is_read_on(machine: Build) -> None:
+    """The file that is loaded stays in use, and fits the kernel's part; containers get the new one, which does not."""
+    driver = machine("t4x4")
+    with session_of(driver) as session:
+        assert session.look().outdated == ""
+        away = driver.library.rename(driver.library.with_name("away"))
+        driver.set(driver.gpus[0], utilization_percent=55)
+        found = session.look()
+        assert (found.error, found.gpus[0].utilization_percent) == (None, 55.0)
+        assert found.complaints == (found.outdated,)
+        assert f"{driver.library} is there no more" in found.outdated
+        assert {unit.unwell for unit in units_of(found, {}, SharingPolicy())} == {found.outdated}
+        away.rename(driver.library)
+        assert session.look().complaints == ()
+
+
 def test_an_answer_that_the_binding_fails_at_is_an_error_at_every_look(
     machine: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
