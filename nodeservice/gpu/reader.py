@@ -51,7 +51,6 @@ def open_device(nvml: Any, handle: Any) -> Device:
         name=text(nvml.nvmlDeviceGetName(handle)),
         memory_total_bytes=0,
         pci_address=address,
-        minor=_number(int, nvml, nvml.nvmlDeviceGetMinorNumber, handle),
         compute_capability=(int(capability[0]), int(capability[1])) if capability is not None else None,
         numa_node=_numa_node(nvml, handle, address),
         cpu_ids=_cpu_ids(nvml, handle),
@@ -95,6 +94,8 @@ def read_slow(nvml: Any, device: Device) -> None:
     limit = optional(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
     device.gpu = replace(
         device.gpu,
+        # A change of the MIG mode may change it (nvmlDeviceSetMigMode in nvml.h).
+        minor=_number(int, nvml, nvml.nvmlDeviceGetMinorNumber, handle),
         mig_enabled=mig_enabled,
         mig_slice_count=slices or device.gpu.mig_slice_count,
         mig_instances=instances,

@@ -193,6 +193,16 @@ def test_a_gpu_that_cannot_tell_how_near_it_is_takes_nothing_from_the_node(machi
     assert found.gpus[2].closeness[first] < found.gpus[1].closeness[first]
 
 
+def test_the_device_node_of_a_gpu_is_the_present_one_after_a_change_of_the_mig_mode(machine: Build) -> None:
+    """Else its tasks would be taken for such as see another's GPU."""
+    driver = machine("h200x8")
+    with session_of(driver) as session:
+        assert [gpu.minor for gpu in session.look().gpus[:2]] == [0, 1]
+        driver.set(driver.gpus[0], minor=8)
+        driver.set_mig(driver.gpus[0], {0: "7g.141gb"})
+        assert [gpu.minor for gpu in session.look().gpus[:2]] == [8, 1]
+
+
 def test_an_instance_that_is_destroyed_takes_neither_its_gpu_nor_its_siblings_along(machine: Build) -> None:
     driver = machine("h200-mig")
     (split,) = set(driver.migs.values())
