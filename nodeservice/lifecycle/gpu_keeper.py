@@ -132,6 +132,7 @@ class GpuKeeper:
                     ],
                     # A driver that hangs tells the same look again: no time has passed for the bill then.
                     now_seconds=inventory.looked_at_seconds or now,
+                    every_seconds=self._look_seconds,
                 )
         await self._resets.write(self._board.awaited_resets())
         self._looks += 1
