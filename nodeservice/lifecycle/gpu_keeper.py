@@ -71,6 +71,8 @@ class GpuKeeper:
             self._board.await_reset(uuid, awaited, now_seconds=monotonic())
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
+        self._untold: set[AttemptId] = set()
+        """Of whose processes the driver did not tell the memory at the last look."""
         self._looks = 0
 
     # ---- what there is ---------------------------------------------------------------------------------------------
@@ -217,15 +219,26 @@ class GpuKeeper:
     def _watch_memory(
         self, seen: Mapping[str, Place], holders: Iterable[TaskRecord], owners: Mapping[int, AttemptId]
     ) -> None:
+        untold: set[AttemptId] = set()
         for record in holders:
             part = record.lease.gpu_part
             if part is None or part.method is ShareMethod.MIG or record.phase is not Phase.RUNNING:
                 continue
             (uuid,) = record.lease.gpu_uuids
-            used = memory_of(seen[uuid], record.id, owners) if uuid in seen else None
-            if used is not None and used > part.memory_bytes:
+            if uuid not in seen:
+                continue
+            used = memory_of(seen[uuid], record.id, owners)
+            if used is None and part.method is ShareMethod.WATCHED:
+                untold.add(record.id)
+                if record.id in self._untold:
+                    message = (
+                        f"The driver does not tell what its processes hold of {uuid}: its part of it is not watched."
+                    )
+                    self._stop(record, StopCause.LIMIT_NOT_ENFORCED, message)
+            elif used is not None and used > part.memory_bytes:
                 message = f"Took {used} bytes of GPU memory; its limit is {part.memory_bytes} bytes ({uuid})."
                 self._stop(record, StopCause.GPU_MEMORY_LIMIT, message)
+        self._untold = untold
 
     # ---- one attempt -----------------------------------------------------------------------------------------------
 

@@ -335,6 +335,20 @@ async def test_a_task_that_takes_more_memory_than_its_part_is_ended_and_its_neig
         await node.until_finished(B)
 
 
+async def test_a_part_that_cannot_be_watched_is_no_part_that_is_kept(world: World) -> None:
+    """In confidential computing the driver does not tell the memory of a process."""
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, part("a", 10 * GIB))
+        world.owners.of[1] = A
+        world.gpus.change(only(record.lease.gpu_uuids), processes=(GpuProcess(pid=1, memory_bytes=None),))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+        assert "does not tell what its processes hold" in ended.verdict.message
+
+
 async def test_parts_that_only_are_watched_are_given_to_nobody_unless_the_operator_says_so(world: World) -> None:
     async with living(world) as node:
         await ready(node)
