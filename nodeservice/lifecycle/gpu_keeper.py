@@ -6,6 +6,8 @@ works on what was seen last.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -34,6 +36,7 @@ _READY_LOOK_SECONDS = 0.2
 _LATE_EVENT_SECONDS = 0.3
 """An event of the driver comes on a way of its own, and may come after the end of the task that it ended."""
 _SAVE_EVERY_LOOKS = 10
+_LAST_SAVE_SECONDS = 1.0
 _WITHOUT_GPUS_SECONDS = 30.0
 
 
@@ -100,7 +103,9 @@ class GpuKeeper:
                 there = self._inventory.gpus or self._inventory.error
                 await self._clock.sleep(self._look_seconds if there else _WITHOUT_GPUS_SECONDS)
         finally:
-            await self._bills.save(record.id for record in self._holders())
+            with contextlib.suppress(TimeoutError):  # a disk that hangs holds up no end
+                async with asyncio.timeout(_LAST_SAVE_SECONDS):
+                    await self._bills.save(record.id for record in self._holders())
 
     async def look(self) -> None:
         """Take up what was seen last, and act on it."""
