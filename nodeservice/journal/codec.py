@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from functools import cache
 from json.encoder import encode_basestring_ascii
+from operator import attrgetter
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from nodeservice.core.model import AttemptId, Phase, TaskRecord
@@ -133,6 +134,8 @@ class _Form:
 
     encode: Callable[[Any, _Memory], str]
     decode: Callable[[Any], Any]
+    is_optional: bool = False
+    """None is written by whoever holds the value, not by `encode`."""
 
 
 @cache
@@ -174,6 +177,8 @@ def _encode_plain(value: Any, _memory: _Memory) -> str:
     kind = type(value)
     if kind is str:
         return encode_basestring_ascii(value)
+    if kind is bool:
+        return "true" if value else "false"
     return str(value) if kind is int else _COMPACT.encode(value)
 
 
@@ -219,15 +224,14 @@ def _optional_form(args: tuple[Any, ...]) -> _Form:
     if len(others) != 1 or len(args) != 2:
         raise InvariantError(f"the journal has no form for the union {args!r}")
     inner = _form(others[0])
-    return _Form(
-        lambda value, memory: "null" if value is None else inner.encode(value, memory),
-        lambda value: None if value is None else inner.decode(value),
-    )
+    return _Form(inner.encode, lambda value: None if value is None else inner.decode(value), is_optional=True)
 
 
 def _tuple_form(args: tuple[Any, ...]) -> _Form:
     endless = len(args) == 2 and args[1] is Ellipsis
     forms = [_form(args[0])] if endless else [_form(arg) for arg in args]
+    if any(form.is_optional for form in forms):
+        raise InvariantError(f"the journal has no form for a tuple of {args!r}")
 
     def encode(value: tuple[Any, ...], memory: _Memory) -> str:
         if endless:
@@ -252,9 +256,15 @@ def _dataclass_form(kind: type[Any]) -> _Form:
         for field in dataclasses.fields(kind)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
+    values_of = attrgetter(*fields)
+    columns = [(f'"{name}":', form.encode, form.is_optional) for name, form in fields.items()]
 
     def write(value: Any, memory: _Memory) -> str:
-        texts = [f'"{name}":{form.encode(getattr(value, name), memory)}' for name, form in fields.items()]
+        values = values_of(value) if len(columns) > 1 else (values_of(value),)
+        texts = [
+            f"{start}null" if item is None and is_optional else start + encode_item(item, memory)
+            for (start, encode_item, is_optional), item in zip(columns, values, strict=True)
+        ]
         return f"{{{','.join(texts)}}}"
 
     def encode(value: Any, memory: _Memory) -> str:
