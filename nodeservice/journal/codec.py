@@ -1,6 +1,6 @@
 """Turns a task record into versioned JSON text and back.
 
-The forms are derived once from the type hints of the frozen dataclasses in `core.model`, so a new field with a default
+The forms are derived once from the type hints of the frozen classes in `core.model`, so a new field with a default
 needs no code here: a record written before it existed takes the default. A change that a default cannot carry (a renamed or
 removed field, another meaning) raises `VERSION` and adds a step to `_UPGRADES`.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from functools import cache
+from inspect import Parameter, signature
 from json.encoder import encode_basestring_ascii
 from operator import attrgetter
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -145,8 +146,8 @@ def _form(hint: Any) -> _Form:
     if hint is datetime:
         return _Form(_encode_instant, _decode_instant)
     if isinstance(hint, type):
-        if dataclasses.is_dataclass(hint):
-            return _dataclass_form(hint)
+        if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):  # the latter of a NamedTuple
+            return _object_form(hint)
         if issubclass(hint, StrEnum | IntEnum):
             return _enum_form(hint)
     origin, args = get_origin(hint), get_args(hint)
@@ -248,14 +249,10 @@ def _tuple_form(args: tuple[Any, ...]) -> _Form:
     return _Form(encode, decode)
 
 
-def _dataclass_form(kind: type[Any]) -> _Form:
-    hints = get_type_hints(kind)
-    fields = {field.name: _form(hints[field.name]) for field in dataclasses.fields(kind)}
-    required = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+def _object_form(kind: type[Any]) -> _Form:
+    hints, parameters = get_type_hints(kind), signature(kind).parameters
+    fields = {name: _form(hints[name]) for name in parameters}
+    required = {name for name, parameter in parameters.items() if parameter.default is Parameter.empty}
     values_of = attrgetter(*fields)
     columns = [(f'"{name}":', form.encode, form.is_optional) for name, form in fields.items()]
 
