@@ -22,17 +22,17 @@ class WorkDirs:
     state_dir: Path
 
     def root(self, id_: AttemptId) -> Path:
-        return self.state_dir / "tasks" / str(id_)
+        return self.state_dir.joinpath("tasks", str(id_))
 
     def results(self, id_: AttemptId) -> Path:
         """Mounted in the container at /results and /output."""
-        return self.root(id_) / "results"
+        return self.state_dir.joinpath("tasks", str(id_), "results")
 
     def gpu_bill(self, id_: AttemptId) -> Path:
-        return self.root(id_) / "gpu.json"
+        return self.state_dir.joinpath("tasks", str(id_), "gpu.json")
 
     def log(self, id_: AttemptId) -> Path:
-        return self.state_dir / "logs" / f"{id_}.log"
+        return self.state_dir.joinpath("logs", f"{id_}.log")
 
     def prepare(self, id_: AttemptId) -> None:
         """Make them. World-writable inside a private parent, since a container may run as any user."""
