@@ -121,13 +121,6 @@ class _Memory:
         self.known = known
         self.used: _Parts = {}
 
-    def text(self, value: Any, make: Callable[[Any, _Memory], str]) -> str:
-        part = self.known.get(id(value))
-        if part is None:
-            part = (value, make(value, self))
-        self.used[id(value)] = part
-        return part[1]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
@@ -137,6 +130,16 @@ class _Form:
     decode: Callable[[Any], Any]
     is_optional: bool = False
     """None is written by whoever holds the value, not by `encode`."""
+
+
+def _remembered(make: Callable[[Any, _Memory], str]) -> Callable[[Any, _Memory], str]:
+    def encode(value: Any, memory: _Memory) -> str:
+        key = id(value)
+        part = memory.known.get(key) or (value, make(value, memory))
+        memory.used[key] = part
+        return part[1]
+
+    return encode
 
 
 @cache
@@ -156,7 +159,7 @@ def _form(hint: Any) -> _Form:
     if origin is tuple:
         return _tuple_form(args)
     if origin is Mapping and args == (str, object):
-        return _Form(lambda value, memory: memory.text(value, _encode_mapping), _decode_mapping)
+        return _Form(_remembered(_encode_mapping), _decode_mapping)
     raise InvariantError(f"the journal has no form for the type {hint!r}")
 
 
@@ -264,9 +267,6 @@ def _object_form(kind: type[Any]) -> _Form:
         ]
         return f"{{{','.join(texts)}}}"
 
-    def encode(value: Any, memory: _Memory) -> str:
-        return memory.text(value, write)
-
     def decode(value: Any) -> Any:
         if not isinstance(value, dict):
             raise _MalformedError(f"expected an object, found {_describe(value)}")
@@ -277,7 +277,7 @@ def _object_form(kind: type[Any]) -> _Form:
             raise _MalformedError(f"missing field {min(missing)!r}")
         return kind(**{name: _at(name, fields[name].decode, item) for name, item in value.items()})
 
-    return _Form(encode, decode)
+    return _Form(_remembered(write), decode)
 
 
 def _at(step: str, decode: Callable[[Any], Any], value: Any) -> Any:
