@@ -17,6 +17,7 @@ from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import gpus, prepare, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of, until_done
 from nodeservice.limits.gpu_view import read_gpu_uuids
+from nodeservice.limits.receipt import receipt
 from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
 
 log = structlog.get_logger(__name__)
@@ -138,7 +139,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         readings += context.processes.readings(state.pid)
         if record.lease.gpu_uuids:
             readings.append(await read_gpu_uuids(state.pid, _inside(context, container_id)))
-    receipt = context.receipt(
+    told = receipt(
         record.spec,
         record.lease,
         gpus=context.gpu_nodes(),
@@ -150,8 +151,8 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     return ev.ContainerStarted(
         at=context.clock.now(),
         started_at=state.started_at or context.clock.now(),
-        limits=receipt.as_dict(),
-        not_enforced=receipt.not_enforced if state.is_running else (),
+        limits=told.as_dict(),
+        not_enforced=told.mismatches if state.is_running else (),
     )
 
 
