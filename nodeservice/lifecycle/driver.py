@@ -107,6 +107,10 @@ class Driver:
         attempts = self._attempts.get(task_id)
         return None if attempts is None else self._records.get(AttemptId(task_id, attempts[-1]))
 
+    def is_live(self, id_: AttemptId | None) -> bool:
+        """Whether it is known and unfinished."""
+        return id_ in self._live
+
     def live(self) -> list[TaskRecord]:
         """All unfinished attempts, oldest first."""
         return list(self._live.values())

@@ -44,10 +44,9 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
 async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> AttemptId | None:
     """Resume or adopt or remove it. The attempt whose directory is needed from now on; None where there is none."""
     id_ = identity(container)
-    known = driver.get(id_) if id_ is not None else None
-    if known is not None and known.phase is not Phase.FINISHED:
+    if driver.is_live(id_):
         return id_
-    if known is None:
+    if id_ is None or driver.get(id_) is None:
         record = _from_labels(container, decode)
         if record is not None:
             log.warning(
@@ -99,16 +98,14 @@ async def _sweep(context: Context, driver: Driver, leftover: list[str]) -> None:
     """Remove work directories that were there at the start and that no unfinished attempt owns."""
     for name in leftover:
         id_ = named(name)
-        if id_ is None:
+        if id_ is None or driver.is_live(id_):
             continue
-        record = driver.get(id_)
-        if record is None or record.phase is Phase.FINISHED:
-            try:
-                await asyncio.to_thread(context.dirs.remove, id_)
-            except OSError as error:
-                log.error("recovery.not_swept", directory=name, error=str(error))
-            else:
-                log.warning("recovery.swept", directory=name)
+        try:
+            await asyncio.to_thread(context.dirs.remove, id_)
+        except OSError as error:
+            log.error("recovery.not_swept", directory=name, error=str(error))
+        else:
+            log.warning("recovery.swept", directory=name)
 
 
 def named(directory: str) -> AttemptId | None:
