@@ -20,7 +20,7 @@ from nodeservice.core import admission, machine
 from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, TaskSpec, TraceIds
+from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord, TaskSpec, TraceIds
 from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import InvariantError, NodeServiceError, TransientError
 from nodeservice.lifecycle.batch_writer import BatchWriter
@@ -158,6 +158,11 @@ class Driver:
         self._queue.put_nowait(Occurred(id_, event))
         if isinstance(event, ev.StopRequested):
             self._see_to_stop(id_, event)
+
+    def end(self, id_: AttemptId, cause: StopCause, message: str = "") -> None:
+        """Tell that this service wants it to end from now on. Never blocks."""
+        now = self._clock.now()
+        self.post(id_, ev.StopRequested(at=now, stop=StopRequest(cause=cause, requested_at=now, message=message)))
 
     async def settled(self) -> None:
         """Return once all that was posted before is journalled."""
