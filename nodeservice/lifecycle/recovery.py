@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -14,6 +13,7 @@ from nodeservice.core.model import AttemptId, Phase, PhaseTiming, TaskRecord
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import back_off
 from nodeservice.ports import ContainerState, labels
 
 log = structlog.get_logger(__name__)
@@ -35,7 +35,7 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
             break
         except NodeServiceError as error:
             log.warning("recovery.not_listed", error=str(error))
-            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(context.clock, context.settings.step_backoff, failures)
             failures += 1
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
     await _sweep(context, driver, [name for name in leftover if named(name) not in claimed])
