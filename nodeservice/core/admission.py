@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.ledger import Ledger, Shortfall
@@ -34,13 +33,6 @@ _MAX_TEXT = 256
 _MAX_COMMAND_BYTES = 128 * 1024
 """Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
 _MAX_ENV_COUNT = 1_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """`existing` set: this very attempt is known already, and the answer is the same as then."""
-
-    existing: TaskRecord | None = None
 
 
 def check_task_id(task_id: str, *, field: str = "task_id") -> None:
@@ -138,16 +130,17 @@ def admit(
     conditions: Mapping[str, str],
     live_count: int,
     max_live_count: int,
-) -> Admitted:
-    """Decide. Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError.
+) -> TaskRecord | None:
+    """The record of this very attempt where it is known already: the answer is the same as then. None: it is admitted.
 
-    Reasons of the latter: INSUFFICIENT_…, NODE_DRAINING, or the name of a condition of this node.
+    Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError. Reasons of the latter: INSUFFICIENT_…,
+    NODE_DRAINING, or the name of a condition of this node.
     """
     check(spec)
     existing = known(spec)
     if existing is not None:
         if existing.spec.fingerprint == spec.fingerprint:
-            return Admitted(existing=existing)
+            return existing
         raise RequestError(
             f"task {spec.id.task_id} attempt {spec.id.attempt} was accepted before with another specification",
             reason="TASK_CONFLICT",
@@ -169,7 +162,7 @@ def admit(
     missing = ledger.shortfall(spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
     if missing is not None:
         raise _no_room(missing)
-    return Admitted()
+    return None
 
 
 _RESOURCES = {

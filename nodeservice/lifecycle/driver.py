@@ -267,7 +267,7 @@ class Driver:
             return batch.changed.get(spec.id) or self._records.get(spec.id)
 
         try:
-            admitted = admission.admit(
+            existing = admission.admit(
                 item.spec,
                 known=known,
                 ledger=self.ledger,
@@ -276,7 +276,7 @@ class Driver:
                 live_count=len(self._live) + len(batch.admitted),
                 max_live_count=self._max_live_count,
             )
-            if admitted.existing is None:
+            if existing is None:
                 spec = item.spec
                 lease = self.ledger.grant(spec.id, spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
                 self._note(
