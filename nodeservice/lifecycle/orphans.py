@@ -17,7 +17,7 @@ from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.recovery import identity, named
+from nodeservice.lifecycle.recovery import identity
 from nodeservice.ports import ContainerState
 
 log = structlog.get_logger(__name__)
@@ -99,14 +99,14 @@ class Orphans:
         directories = await asyncio.to_thread(dirs.all)
         logs = await asyncio.to_thread(dirs.logs)
         found = [
-            _Orphan(kind="directory", name=name, remove=partial(remove, dirs.remove, id_))
-            for name in directories
-            if (id_ := named(name)) is not None and id_ not in written_to and not self._driver.is_live(id_)
+            _Orphan(kind="directory", name=str(id_), remove=partial(remove, dirs.remove, id_))
+            for id_ in directories
+            if id_ not in written_to and not self._driver.is_live(id_)
         ]
         # The log of a finished attempt can be read for as long as the attempt is remembered.
         found += [
-            _Orphan(kind="log", name=name, remove=partial(remove, dirs.remove_log, id_))
-            for name in logs
-            if (id_ := named(name)) is not None and self._driver.get(id_) is None
+            _Orphan(kind="log", name=str(id_), remove=partial(remove, dirs.remove_log, id_))
+            for id_ in logs
+            if self._driver.get(id_) is None
         ]
         return found

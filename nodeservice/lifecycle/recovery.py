@@ -38,7 +38,7 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
             await back_off(context.clock, context.settings.step_backoff, failures)
             failures += 1
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
-    await _sweep(context, driver, [name for name in leftover if named(name) not in claimed])
+    await _sweep(context, driver, [id_ for id_ in leftover if id_ not in claimed])
 
 
 async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> AttemptId | None:
@@ -94,21 +94,14 @@ def _from_labels(container: ContainerState, decode: Decode) -> TaskRecord | None
     )
 
 
-async def _sweep(context: Context, driver: Driver, leftover: list[str]) -> None:
+async def _sweep(context: Context, driver: Driver, leftover: list[AttemptId]) -> None:
     """Remove work directories that were there at the start and that no unfinished attempt owns."""
-    for name in leftover:
-        id_ = named(name)
-        if id_ is None or driver.is_live(id_):
+    for id_ in leftover:
+        if driver.is_live(id_):
             continue
         try:
             await asyncio.to_thread(context.dirs.remove, id_)
         except OSError as error:
-            log.error("recovery.not_swept", directory=name, error=str(error))
+            log.error("recovery.not_swept", directory=str(id_), error=str(error))
         else:
-            log.warning("recovery.swept", directory=name)
-
-
-def named(directory: str) -> AttemptId | None:
-    """Whose a work directory is, by its name; None for one that is not ours."""
-    task_id, _, attempt = directory.rpartition(".")
-    return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None
+            log.warning("recovery.swept", directory=str(id_))
