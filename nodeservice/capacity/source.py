@@ -62,7 +62,6 @@ class HostCapacity:
         units: Callable[[GpuInventory], tuple[GpuUnit, ...]],
         reserve: Reserve,
         root: Path = Path("/"),
-        affinity_count: int | None = None,
     ) -> None:
         self._state_dir = state_dir
         self._engine = engine
@@ -70,7 +69,6 @@ class HostCapacity:
         self._units = units
         self._reserve = reserve
         self._root = root
-        self._affinity_count = affinity_count
         self._meter = CpuMeter(root)
         self._thread = Threads(1, name="nodeservice-capacity")
         self._last_sample = UsageSample(cpu_percent=0.0, memory_percent=0.0, disk_percent=0.0, gpu_percent=0.0)
@@ -109,7 +107,7 @@ class HostCapacity:
 
     def _read_local(self, engine: EngineFacts | None) -> _Local:
         return _Local(
-            cpu=read_cpu(self._root, affinity_count=self._affinity_count),
+            cpu=read_cpu(self._root),
             memory=read_memory(self._root),
             disk=read_disk(self._state_dir, root=self._root),
             engine_disk=self._engine_disk(engine),

@@ -35,13 +35,13 @@ _MAX_COMMAND_BYTES = 128 * 1024
 _MAX_ENV_COUNT = 1_000
 
 
-def check_task_id(task_id: str, *, field: str = "task_id") -> None:
+def check_task_id(task_id: str) -> None:
     """Raise RequestError (INVALID_REQUEST) unless the id is safe as a name and in a path."""
     if not task_id:
-        raise invalid_request(field, "is empty", "give every task an id")
+        raise invalid_request("task_id", "is empty", "give every task an id")
     if not _ID.match(task_id) or ".." in task_id:
         raise invalid_request(
-            field,
+            "task_id",
             f"is {_shown(task_id)}, which is not safe as a name",
             "use 1–128 of A–Z a–z 0–9 . _ - beginning with a letter or digit, and no '..'",
         )

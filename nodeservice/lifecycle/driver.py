@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 StartEffect = Callable[[TaskRecord, fx.Effect], None]
 Changed = Callable[[TaskRecord], None]
 _MAX_BATCH = 512
+_MAX_LIVE_COUNT = 10_000
 _UNWRITTEN_SECONDS = 1.0
 """For how long a stop waits for the journal before it is carried out all the same."""
 
@@ -48,7 +49,6 @@ class Driver:
         ledger: Ledger,
         clock: Clock,
         traces: TraceSink,
-        max_live_count: int = 10_000,
         finished_retention_count: int = 2_000,
         finished_retention_seconds: float = 7 * 86_400.0,
     ) -> None:
@@ -56,7 +56,6 @@ class Driver:
         self._clock = clock
         self._present = AgeClock(clock)
         self._traces = traces
-        self._max_live_count = max_live_count
         self._finished_retention_count = finished_retention_count
         self._finished_retention = timedelta(seconds=finished_retention_seconds)
         self._records: dict[AttemptId, TaskRecord] = {}
@@ -274,7 +273,7 @@ class Driver:
                 draining=self.draining or self.cordoned,
                 conditions={**self.conditions, **self._stuck_condition()},
                 live_count=len(self._live) + len(batch.admitted),
-                max_live_count=self._max_live_count,
+                max_live_count=_MAX_LIVE_COUNT,
             )
             if existing is None:
                 spec = item.spec
