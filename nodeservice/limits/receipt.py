@@ -49,11 +49,6 @@ class Receipt:
     why_watched: str = ""
     """What is missing for a hard limit on the disk."""
 
-    @property
-    def not_enforced(self) -> tuple[str, ...]:
-        """The limits with which the task may not run, in words."""
-        return self.mismatches
-
     def as_dict(self) -> dict[str, object]:
         """JSON-able: the `limits` of a TaskRecord."""
         result: dict[str, object] = {
