@@ -38,7 +38,7 @@ class Finished:
     manifest: Manifest | None
 
 
-class _LocalUplink:
+class LocalUplink:
     """The outcome is read from the record by the caller, so there is nobody to report to."""
 
     heard_at: datetime | None = None
@@ -86,7 +86,7 @@ async def run_once(
                 facts = await node.runtime.facts()
             async with working(
                 node,
-                uplink=_LocalUplink(),
+                uplink=LocalUplink(),
                 store=open_store(config),
                 facts=facts,
                 on_pull_progress=lambda _id: on_pull,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.ledger import Ledger, Shortfall
@@ -36,20 +35,13 @@ _MAX_COMMAND_BYTES = 128 * 1024
 _MAX_ENV_COUNT = 1_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """`existing` set: this very attempt is known already, and the answer is the same as then."""
-
-    existing: TaskRecord | None = None
-
-
-def check_task_id(task_id: str, *, field: str = "task_id") -> None:
+def check_task_id(task_id: str) -> None:
     """Raise RequestError (INVALID_REQUEST) unless the id is safe as a name and in a path."""
     if not task_id:
-        raise invalid_request(field, "is empty", "give every task an id")
+        raise invalid_request("task_id", "is empty", "give every task an id")
     if not _ID.match(task_id) or ".." in task_id:
         raise invalid_request(
-            field,
+            "task_id",
             f"is {_shown(task_id)}, which is not safe as a name",
             "use 1–128 of A–Z a–z 0–9 . _ - beginning with a letter or digit, and no '..'",
         )
@@ -138,16 +130,17 @@ def admit(
     conditions: Mapping[str, str],
     live_count: int,
     max_live_count: int,
-) -> Admitted:
-    """Decide. Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError.
+) -> TaskRecord | None:
+    """The record of this very attempt where it is known already: the answer is the same as then. None: it is admitted.
 
-    Reasons of the latter: INSUFFICIENT_…, NODE_DRAINING, or the name of a condition of this node.
+    Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError. Reasons of the latter: INSUFFICIENT_…,
+    NODE_DRAINING, or the name of a condition of this node.
     """
     check(spec)
     existing = known(spec)
     if existing is not None:
         if existing.spec.fingerprint == spec.fingerprint:
-            return Admitted(existing=existing)
+            return existing
         raise RequestError(
             f"task {spec.id.task_id} attempt {spec.id.attempt} was accepted before with another specification",
             reason="TASK_CONFLICT",
@@ -169,7 +162,7 @@ def admit(
     missing = ledger.shortfall(spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
     if missing is not None:
         raise _no_room(missing)
-    return Admitted()
+    return None
 
 
 _RESOURCES = {

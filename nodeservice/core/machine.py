@@ -130,7 +130,7 @@ def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect, *
 
 
 def _can_wait(step: Step) -> Step:
-    return replace(step, can_wait=True)
+    return Step(step.record, step.effects, step.changed, can_wait=True)
 
 
 def _give_up(record: TaskRecord, at: datetime, verdict: Verdict, *before: fx.Effect) -> Step:
@@ -207,23 +207,12 @@ def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
 
 
 def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
-    facts = verdicts.ExitFacts(
-        exit_code=event.exit_code,
-        oom_killed=event.oom_killed,
-        host_oom_killed=event.host_oom_killed,
-        error=event.error,
-        finished_at=event.finished_at,
-        stop=record.stop,
-        gpu_fault=event.gpu_fault,
-        by_engine=event.by_engine,
-        engine_was_away=event.engine_was_away,
-    )
-    remarks = (*record.remarks, *verdicts.exit_remarks(facts))
+    remarks = (*record.remarks, *verdicts.exit_remarks(event))
     return _enter(
         record,
         Phase.COLLECTING,
         event.at,
-        verdict=verdicts.of_exit(facts),
+        verdict=verdicts.of_exit(event, record.stop),
         remarks=remarks,
         usage=event.observed,
         stuck=False,

@@ -17,7 +17,7 @@ from nodeservice.gpu.units import units_of
 from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from nodeservice.lifecycle.allocatable_disk import believe_note, with_disk
 from nodeservice.limits.cgroup import task_cgroups
-from nodeservice.ports import GpuInventory, NodeCapacity
+from nodeservice.ports import EngineFacts, GpuInventory, NodeCapacity
 from nodeservice.runtime.docker import DockerRuntime
 
 
@@ -67,7 +67,7 @@ async def look(config: NodeConfig) -> Seen:
         return Seen(
             capacity=with_disk(seen, ledger.allocatable.disk_bytes),
             free=ledger.free,
-            degraded=(*runtime.degraded, *await _without_cgroups(config, seen)),
+            degraded=(*runtime.degraded, *await _without_cgroups(config, seen.host.engine)),
             gpu_health={gpu.uuid: board.state(gpu.uuid) for gpu in seen.host.gpus.gpus},
             gpu_leases=tuple(ledger.gpu_leases()),
             gpu_sharing_allowed=policy.allowed,
@@ -77,12 +77,15 @@ async def look(config: NodeConfig) -> Seen:
         await gpus.close()
 
 
-async def _without_cgroups(config: NodeConfig, seen: NodeCapacity) -> tuple[str, ...]:
-    if seen.host.engine is None:
-        return ()
-    cgroups = task_cgroups(node_id=config.worker_id, facts=seen.host.engine)
+async def why_no_cgroups(node_id: str, facts: EngineFacts) -> str | None:
+    """Why tasks get no cgroups of their own, in words; None where they do."""
+    cgroups = task_cgroups(node_id=node_id, facts=facts)
     try:
-        why = cgroups.describe()
+        return cgroups.describe()
     finally:
         await cgroups.close()
+
+
+async def _without_cgroups(config: NodeConfig, facts: EngineFacts | None) -> tuple[str, ...]:
+    why = await why_no_cgroups(config.worker_id, facts) if facts is not None else None
     return (f"limits sit on the container alone: {why}",) if why else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,21 +23,21 @@ class WorkDirs:
     state_dir: Path
 
     def root(self, id_: AttemptId) -> Path:
-        return self.state_dir / "tasks" / str(id_)
+        return self.state_dir.joinpath("tasks", str(id_))
 
     def results(self, id_: AttemptId) -> Path:
         """Mounted in the container at /results and /output."""
-        return self.root(id_) / "results"
+        return self.state_dir.joinpath("tasks", str(id_), "results")
 
     def gpu_bill(self, id_: AttemptId) -> Path:
-        return self.root(id_) / "gpu.json"
+        return self.state_dir.joinpath("tasks", str(id_), "gpu.json")
 
     @property
     def gpu_resets(self) -> Path:
         return self.state_dir / "gpus.json"
 
     def log(self, id_: AttemptId) -> Path:
-        return self.state_dir / "logs" / f"{id_}.log"
+        return self.state_dir.joinpath("logs", f"{id_}.log")
 
     def prepare(self, id_: AttemptId) -> None:
         """Make them. World-writable inside a private parent, since a container may run as any user."""
@@ -75,12 +76,16 @@ class WorkDirs:
     def remove_log(self, id_: AttemptId) -> None:
         self.log(id_).unlink(missing_ok=True)
 
-    def logs(self) -> list[str]:
-        """Whose logs there are, named as work directories are."""
-        logs = self.state_dir / "logs"
-        return sorted(entry.stem for entry in logs.glob("*.log")) if logs.is_dir() else []
+    def logs(self) -> list[AttemptId]:
+        """Whose logs there are."""
+        return _named(entry.stem for entry in (self.state_dir / "logs").glob("*.log"))
 
-    def all(self) -> list[str]:
-        """The names (`<task_id>.<attempt>`) of all work directories there are."""
-        tasks = self.state_dir / "tasks"
-        return sorted(entry.name for entry in tasks.iterdir()) if tasks.is_dir() else []
+    def all(self) -> list[AttemptId]:
+        """Whose work directories there are."""
+        return _named(entry.name for entry in (self.state_dir / "tasks").glob("*"))
+
+
+def _named(names: Iterable[str]) -> list[AttemptId]:
+    """What is not called as ours are is left out."""
+    parts = (name.rpartition(".") for name in sorted(names))
+    return [AttemptId(task_id, int(number)) for task_id, _, number in parts if task_id and number.isdecimal()]

@@ -19,7 +19,7 @@ from nodeservice.core.model import MIB
 from nodeservice.errors import ConfigError, NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.http_wire import dechunk
 from nodeservice.ports import ContainerSpec
-from nodeservice.runtime.docker_spec import cpu_quota, create_body
+from nodeservice.runtime.docker_spec import create_body
 from nodeservice.runtime.docker_state import init_failure, read_instant, read_state, read_status
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.engine_process import EngineProcess
@@ -156,9 +156,10 @@ def test_a_shell_replaces_the_entrypoint_and_an_argv_keeps_it() -> None:
     assert not {"Cmd", "Entrypoint"} & body(SPEC).keys()
 
 
-@given(st.integers(min_value=1, max_value=1_000_000))
+@given(st.integers(min_value=10, max_value=1_000_000))
 def test_every_share_of_a_cpu_is_exact_and_within_what_the_kernel_takes(cpu_milli: int) -> None:
-    period, quota = cpu_quota(cpu_milli)
+    config = body(replace(SPEC, cpu_milli=cpu_milli))["HostConfig"]
+    period, quota = config["CpuPeriod"], config["CpuQuota"]
     assert quota * 1000 == cpu_milli * period
     assert quota >= 1000
     assert 1000 <= period <= 1_000_000
