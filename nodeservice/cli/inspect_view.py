@@ -62,13 +62,13 @@ def render_seen(seen: Seen, console: Console) -> None:
     console.print(_facts("Host", _host_rows(host)))
     console.print(_facts("Engine", _engine_rows(host, seen.degraded)))
     console.print(_resources(seen.capacity, seen.free))
-    for words in filter(None, (found.error, *found.unreachable)):
+    for words in found.complaints:
         console.print(Text(f"GPU fault: {words}", style="bold red"))
     if found.gpus:
         versions = driver_words(found.driver_version, found.cuda_version)
         for part in gpu_tables(gpu_dicts(seen), title=escape(f"GPUs: {versions}" if versions else "GPUs")):
             console.print(part)
-    elif not found.error and not found.unreachable:
+    elif not found.complaints:
         console.print(Text("GPUs: none" if found.driver_version else "GPUs: none: no NVIDIA driver"))
 
 

@@ -37,6 +37,8 @@ class Bench:
     allocatable: Resources
     gpu_uuids: tuple[str, ...] = ()
     """Of all GPUs of this host."""
+    gpu_trouble: tuple[str, ...] = ()
+    """Why there may be more, or why these can't be had, in words."""
 
 
 async def run_probes(
@@ -71,11 +73,13 @@ async def run_probes(
                     await _run_all(node, list(specs.values()), ended, refused)
             seen = {name: _seen(node, spec.id, refused) for name, spec in specs.items()}
             capacity = await node.capacity.read()
+        gpus = capacity.host.gpus
         return Bench(
             seen=seen,
             share=shares[0] if shares else None,
             allocatable=capacity.allocatable,
-            gpu_uuids=tuple(gpu.uuid for gpu in capacity.host.gpus.gpus),
+            gpu_uuids=tuple(gpu.uuid for gpu in gpus.gpus),
+            gpu_trouble=gpus.complaints,
         )
     finally:
         await asyncio.shield(_clear(node, config, facts, [spec.id for spec in specs.values()]))

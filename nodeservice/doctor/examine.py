@@ -94,6 +94,7 @@ def _findings(probes: Sequence[Probe], bench: Bench, why_no_cgroups: str | None,
     found = [finding for probe in probes for finding in probe.judge(bench.seen[probe.name])]
     found += judge_access(
         len(bench.gpu_uuids),
+        trouble=bench.gpu_trouble,
         words=access.words,
         is_possible=access.way is not GpuWay.NONE,
         passed_over=access.passed_over,

@@ -32,6 +32,10 @@ class WorkDirs:
     def gpu_bill(self, id_: AttemptId) -> Path:
         return self.state_dir.joinpath("tasks", str(id_), "gpu.json")
 
+    @property
+    def gpu_resets(self) -> Path:
+        return self.state_dir / "gpus.json"
+
     def log(self, id_: AttemptId) -> Path:
         return self.state_dir.joinpath("logs", f"{id_}.log")
 

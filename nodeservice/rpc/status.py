@@ -75,7 +75,10 @@ class NodeStatus:
 
     def _warnings(self, inventory: GpuInventory) -> list[str]:
         """At the first registration nobody may have looked at the GPUs but this."""
-        told = {**({GPU_DRIVER: inventory.error} if inventory.error is not None else {}), **self.driver.warnings}
+        told = {
+            **({GPU_DRIVER: "; ".join(inventory.complaints)} if inventory.complaints else {}),
+            **self.driver.warnings,
+        }
         return [f"{name}: {words}" for name, words in told.items()]
 
     def _gpus(self, inventory: GpuInventory) -> list[pb.GpuInfo]:

@@ -222,6 +222,14 @@ def test_how_gpus_are_handed_is_told_where_there_are_any() -> None:
     assert (bad.state, bad.remedy) == (State.MISSING, "install it")
 
 
+def test_a_driver_that_does_not_work_is_no_host_without_gpus() -> None:
+    told = {"words": "by CDI", "passed_over": (), "remedy": "", "is_possible": True}
+    (only,) = judge_access(0, trouble=("the NVIDIA driver is not loaded",), **told)
+    assert (only.state, only.evidence) == (State.MISSING, "the NVIDIA driver is not loaded")
+    dead, others = judge_access(7, trouble=("GPU 3: a GPU has fallen off the bus",), **told)
+    assert (dead.state, others.state) == (State.MISSING, State.HARD)
+
+
 @pytest.mark.parametrize(
     ("default", "path", "version", "said"),
     [

@@ -74,6 +74,7 @@ def test_an_id_is_always_safe_as_one_component_of_a_path(text: str) -> None:
         ({"req_gpu": 1, "gpu": pb.GpuRequest(mig_profile="; rm")}, "gpu.mig_profile"),
         ({"req_gpu": 0.5, "gpu": pb.GpuRequest(mig_profile="1g.18gb")}, "gpu.mig_profile"),
         ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=["0"])}, "gpu.uuids"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=["GPU-0000000A-0000-0000-0000-000000000000"])}, "gpu.uuids"),
         ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=[UUID, UUID])}, "gpu.uuids"),
         ({"req_gpu": 2, "gpu": pb.GpuRequest(uuids=[UUID])}, "gpu.uuids"),
         ({"req_gpu": 1, "gpu": pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB))}, "gpu.share"),
@@ -164,6 +165,12 @@ def test_a_number_below_one_is_a_part_of_a_gpu_and_a_description_is_read() -> No
     )
     part = pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB, sm_percent=30))
     assert check_task(task(gpu=part)).gpus == GpuWish(part_memory_bytes=GIB, part_sm_percent=30)
+
+
+@pytest.mark.parametrize("profile", ["1g.18gb", "1c.3g.71gb", "1g.24gb+me.all", "1g.24gb-me", "4g.96gb+gfx"])
+def test_mig_profiles_that_nodes_know_are_known_here(profile: str) -> None:
+    asked = task(req_gpu=1, gpu=pb.GpuRequest(mig_profile=profile))
+    assert check_task(asked).gpus == GpuWish(count=1, mig_profile=profile)
 
 
 def test_an_empty_description_asks_for_no_gpu() -> None:

@@ -89,6 +89,24 @@ def test_a_part_is_possible_only_where_the_node_says_that_a_task_is_kept_to_it(
     assert GpuRoom((replace(H200, share_methods=methods),)).could(GpuWish(**wish)) is can  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("profile", "memory_milli", "milli", "can"),
+    [
+        ("1g.6gb", 246, 250, True),  # an A30
+        ("2g.12gb", 497, 500, True),
+        ("1g.24gb", 498, 500, True),  # an RTX PRO 5000
+        ("2g.35gb", 247, 250, True),
+        ("3g.71gb", 494, 450, False),
+        ("1g.18gb", 116, 200, False),
+    ],
+)
+def test_a_mig_instance_is_as_large_a_part_as_its_gpu_has_slices(
+    profile: str, memory_milli: int, milli: int, can: bool
+) -> None:
+    instance = replace(MIG, mig_profile=profile, memory_milli=memory_milli)
+    assert GpuRoom((instance,)).could(GpuWish(part_milli=milli)) is can
+
+
 def test_the_least_capable_gpu_that_will_do_is_taken_first() -> None:
     left = GpuRoom((H200, T4)).taking(GpuWish(count=1))
     assert left is not None
@@ -219,7 +237,7 @@ units = st.builds(
     memory_bytes=st.sampled_from([10_000, 20_000]),
     compute_capability=st.sampled_from([(7, 5), (9, 0)]),
     mig_profile=st.sampled_from(["", "", "", "1g.5gb"]),
-    memory_milli=st.sampled_from([125, 1000]),
+    memory_milli=st.sampled_from([60, 125]),
     counts=st.booleans(),
     unwell=st.sampled_from(["", "", "", "lost"]),
     held_milli=st.sampled_from([0, 0, 0, 300, 1000]),
@@ -315,19 +333,25 @@ def request_of(wish: GpuWish) -> Request:
 # ---- the node decides by the same rules ----------------------------------------------------------------------------------
 
 
-def gpu(number: int, *, gib: int, split: bool, mode: int, name: str) -> Gpu:
+LAYOUTS = {7: (8, ("3g.71gb", 3), ("1g.18gb", 1)), 4: (4, ("2g.12gb", 2), ("1g.6gb", 1)), 2: (2, ("1g.24gb", 1))}
+"""By the slices of the compute: the slices of the memory, and some profiles with the slices that they have of both."""
+
+
+def gpu(number: int, *, gib: int, split: bool, mode: int, name: str, slices: int) -> Gpu:
+    of_memory, *profiles = LAYOUTS[slices]
     instances = tuple(
         MigInstance(
             uuid=f"MIG-00000000-0000-0000-0000-{number:06d}{index:06d}", name=f"{name} MIG {profile}", profile=profile,
-            memory_total_bytes=gib * GIB * slices // 8, gpu_instance_id=index, compute_instance_id=0,
-            compute_slice_count=slices,
+            memory_total_bytes=gib * GIB * count // of_memory, gpu_instance_id=index, compute_instance_id=0,
+            compute_slice_count=count,
         )
-        for index, (profile, slices) in enumerate((("3g.71gb", 3), ("1g.18gb", 1)))
+        for index, (profile, count) in enumerate(profiles)
     )  # fmt: skip
     return Gpu(
         uuid=f"GPU-00000000-0000-0000-0000-{number:012d}", name=name, memory_total_bytes=gib * GIB,
         memory_reserved_bytes=GIB, compute_capability=(9, 0) if gib > 20 else (7, 5), mig_enabled=split,
         mig_instances=instances if split else (), compute_mode=mode, memory_limits=number % 2 == 0,
+        mig_slice_count=slices,
     )  # fmt: skip
 
 
@@ -339,6 +363,7 @@ inventories = st.lists(
         split=st.booleans(),
         mode=st.sampled_from([0, 0, 2, 3]),
         name=st.sampled_from(NAMES),
+        slices=st.sampled_from(sorted(LAYOUTS)),
     ),
     min_size=1,
     max_size=4,
@@ -364,6 +389,7 @@ requests = st.tuples(
         share=st.sampled_from(
             [
                 GpuShare(milli=100),
+                GpuShare(milli=250),
                 GpuShare(milli=385),
                 GpuShare(milli=450),
                 GpuShare(memory_bytes=159 * GIB // 2),

@@ -65,7 +65,7 @@ async def _bill(context: Context, record: TaskRecord, counted: Usage) -> Usage:
         disk_peak_bytes=written.peak_bytes if written is not None else None,
         network_received_bytes=record.usage.network_received_bytes,
         network_sent_bytes=record.usage.network_sent_bytes,
-        gpus=context.gpus.usage(record.id),
+        gpus=context.gpus.usage(record.id) if record.lease.gpu_uuids else (),
     )
 
 
