@@ -221,7 +221,14 @@ def test_the_exact_allocatable_amounts_win() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"total_cpu": math.nan}, {"total_memory": -1.0}, {"total_storage": 1e300}, {"total_gpu": math.inf}]
+    "fields",
+    [
+        {"total_cpu": math.nan},
+        {"total_memory": -1.0},
+        {"total_storage": 1e300},
+        {"total_gpu": math.inf},
+        {"total_gpu": 1e10},
+    ],
 )
 def test_a_node_with_impossible_amounts_is_refused(fields: dict[str, float]) -> None:
     with pytest.raises(RequestError):
