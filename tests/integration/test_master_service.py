@@ -685,6 +685,24 @@ async def test_nodes_that_wait_are_called_with_the_masters_address(settings: Mas
         await node.deaf()
 
 
+async def test_a_node_that_is_dialled_elsewhere_while_it_is_called_is_called_again(settings: MasterSettings) -> None:
+    node = ScriptedNode("127.0.0.1:1")
+    node.hang = True
+    await node.listen()
+    master = Master(replace(settings, nodes=(f"127.0.0.1:{node.port}",), announce_seconds=0.05))
+    await master.start()
+    try:
+        await eventually(lambda: len(node.announced) == 1)
+        async with ScriptedNode(master.address) as moved:
+            await moved.register(worker_ip=f"127.0.0.1:{node.port}")
+            await moved.register()
+        await eventually(lambda: len(node.announced) == 2)
+        assert not master.broken.is_set()
+    finally:
+        await master.stop()
+        await node.deaf()
+
+
 async def test_a_wildcard_is_never_told_to_nodes(settings: MasterSettings) -> None:
     with pytest.raises(ConfigError) as caught:
         await Master(replace(settings, listen="0.0.0.0:0", nodes=("127.0.0.1:1",))).start()
@@ -753,6 +771,26 @@ async def test_following_goes_on_after_a_node_was_away_and_repeats_no_line(clien
     await asyncio.wait_for(following, 20)
     assert seen == ["one", "two", "three", ""]
     assert notices == ["[node w1 does not answer; its log goes on once it does]"]
+
+
+async def test_following_goes_on_at_the_new_address_of_a_node(client: Client, node: ScriptedNode) -> None:
+    node.lines["t1"] = ["one"]
+    await client.submit("t1")
+    await node.got("t1")
+    seen: list[str] = []
+
+    async def follow() -> None:
+        async for chunk in client.stub.StreamTaskLogs(pb.TaskLogRequest(task_id="t1", follow=True), timeout=20):
+            seen.append(chunk.status or chunk.content)
+
+    following = asyncio.create_task(follow())
+    await eventually(lambda: seen == ["one"])
+    async with ScriptedNode(node.master) as moved:
+        moved.lines["t1"] = ["one", "two"]
+        moved.log_ended["t1"] = "completed"
+        await moved.register()
+        await following
+    assert [line for line in seen if not line.startswith("[")] == ["one", "two", "completed"]
 
 
 @pytest.mark.parametrize("before", [[], ["early"]])
