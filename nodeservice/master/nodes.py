@@ -115,7 +115,7 @@ class NodeRegistry:
         self._dialer = dialer
         self._clock = clock
         self._timeout_seconds = timeout_seconds
-        self._gone_after_seconds = gone_after_seconds
+        self.gone_after_seconds = gone_after_seconds
         self._nodes: dict[str, Node] = {}
         self._ran_at = clock.monotonic()
         self._noticed_at = -math.inf
@@ -311,7 +311,7 @@ class NodeRegistry:
 
     def _silent_for_good(self, node: Node) -> bool:
         since = node.known_since if node.heard_at is None else node.heard_at
-        return self._clock.monotonic() - since > self._gone_after_seconds
+        return self._clock.monotonic() - since > self.gone_after_seconds
 
     def _active(self, node: Node) -> bool:
         return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds

@@ -399,6 +399,50 @@ async def test_what_a_gone_node_never_answered_for_becomes_a_new_attempt_elsewhe
 
 
 @pytest.fixture
+async def deaf(settings: MasterSettings) -> AsyncIterator[tuple[Client, ScriptedNode]]:
+    """A node that beats and answers no call, with the task t1; its master gives it up for a task after 2 s."""
+    master = Master(replace(settings, gone_after_seconds=2.0))
+    await master.start()
+    client = Client(master.address)
+    async with ScriptedNode(master.address, cpu=4) as node:
+        await node.register()
+        await node.deaf()
+
+        async def beat_on() -> None:
+            while await node.beat():
+                await asyncio.sleep(0.05)
+
+        beating = asyncio.create_task(beat_on())
+        await client.submit("t1")
+        await eventually(lambda: _reason(client, "t1", "NODE_UNREACHABLE"))
+        yield client, node
+        beating.cancel()
+        await asyncio.wait({beating})
+    await client.channel.close(None)
+    await master.stop()
+
+
+async def test_a_node_that_beats_and_answers_no_call_keeps_no_task_from_the_others(
+    deaf: tuple[Client, ScriptedNode],
+) -> None:
+    client, node = deaf
+    await client.submit("t2")
+    await eventually(lambda: _reason(client, "t2", "NODE_UNAVAILABLE"))
+    async with ScriptedNode(node.master, "w2", cpu=16) as other:
+        await other.register()
+        await other.got("t1", "t2")
+        assert sorted((task.task_id, task.attempt) for task in other.assigned) == [("t1", 2), ("t2", 1)]
+
+
+async def test_a_cancelled_task_does_not_wait_for_ever_for_a_node_that_answers_no_call(
+    deaf: tuple[Client, ScriptedNode],
+) -> None:
+    client, _ = deaf
+    assert (await client.cancel("t1")).success
+    assert (await client.until("t1", "CANCELLED")).reason == "NODE_GONE"
+
+
+@pytest.fixture
 async def hasty(settings: MasterSettings) -> AsyncIterator[Master]:
     """Gives a node up in no time."""
     running = Master(replace(settings, heartbeat_timeout_seconds=0.2, gone_after_seconds=0.4))
