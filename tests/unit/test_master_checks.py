@@ -135,6 +135,11 @@ def test_an_exact_field_wins_over_a_rounded_old_one() -> None:
         {"timeout_seconds": 800 * 86400.0},
         {"wait_timeout_seconds": -1.0},
         {"read_bytes_per_second": 5},
+        {"command": "x" * 128 * 1024},
+        {"argv": ["a", "\0"]},
+        {"env": [pb.EnvVar(name="1 bad", value="x")]},
+        {"env": [pb.EnvVar(name="A", value="x" * 128 * 1024)]},
+        {"env": [pb.EnvVar(name=f"A{i}") for i in range(1001)]},
     ],
 )
 def test_what_no_node_takes_for_its_value_alone_is_refused_at_once_and_in_the_same_words(

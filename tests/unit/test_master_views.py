@@ -10,8 +10,8 @@ from nodeservice.wire import master_worker_pb2 as pb
 def ended(**told: object) -> TaskRow:
     result = pb.TaskResult(task_id="t", worker_id="w", exit_code=3, **told)  # type: ignore[arg-type]
     return TaskRow(
-        task_id="t", attempt=1, sequence=1, task=pb.Task(task_id="t"), state=State.FAILED, worker_id="w", submitted_at_ms=0, queued_at_ms=0,
-        reason="EXIT_NONZERO", result=result,
+        task_id="t", attempt=1, sequence=1, task=pb.Task(task_id="t"), state=State.FAILED, worker_id="w",
+        reason="EXIT_NONZERO", result=result, submitted_at_ms=0, queued_at_ms=0,
     )  # fmt: skip
 
 
