@@ -179,7 +179,7 @@ class Delivery:
             attempt=attempt,
             worker_id=worker_id,
             success=ack.success,
-            message=ack.message,
+            message=ack.message[:500],
         )
         # Either the report of the end is under way, or the node has lost the task; a heartbeat without it tells.
         self._cancelled.add(key)
