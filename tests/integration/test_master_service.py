@@ -909,6 +909,14 @@ async def test_without_following_a_task_that_still_runs_gives_what_is_there(clie
     assert await client.log("t2", follow=False) == []
 
 
+async def test_an_unknown_attempt_of_a_known_task_is_told_as_that(client: Client) -> None:
+    await client.submit("t1")
+    for attempt, words in ((7, "there is no attempt 7 of task t1"), (-1, "there is no attempt -1 of task t1")):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.get("t1", attempt)
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, words)
+
+
 async def test_the_log_of_an_unknown_task_is_not_found(client: Client) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.log("nobody", follow=True)
