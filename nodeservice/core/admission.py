@@ -22,17 +22,15 @@ from nodeservice.task_bounds import (
     check_rate,
     check_seconds,
     check_stop_signal,
+    check_words,
+    shown,
 )
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_ATTEMPT = 1_000_000
 _MAX_TEXT = 256
-_MAX_COMMAND_BYTES = 128 * 1024
-"""Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
-_MAX_ENV_COUNT = 1_000
 
 
 def check_task_id(task_id: str) -> None:
@@ -42,7 +40,7 @@ def check_task_id(task_id: str) -> None:
     if not _ID.match(task_id) or ".." in task_id:
         raise invalid_request(
             "task_id",
-            f"is {_shown(task_id)}, which is not safe as a name",
+            f"is {shown(task_id)}, which is not safe as a name",
             "use 1–128 of A–Z a–z 0–9 . _ - beginning with a letter or digit, and no '..'",
         )
 
@@ -62,36 +60,12 @@ def check(spec: TaskSpec) -> None:
     ):
         if len(text) > _MAX_TEXT or _CONTROL.search(text) or _SURROGATE.search(text):
             raise invalid_request(
-                field, f"is {_shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
+                field, f"is {shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
             )
-    _check_command(spec)
-    _check_amounts(spec)
-
-
-def _check_command(spec: TaskSpec) -> None:
     if spec.command is not None and spec.argv:
         raise invalid_request("argv", "is given beside command", "give one of the two")
-    for field, text in (("command", spec.command or ""), *(("argv", arg) for arg in spec.argv)):
-        if not _can_be_passed(text):
-            raise invalid_request(
-                field, f"is {_shown(text)}", "use less than 128 KiB of UTF-8 and no NUL; put long scripts in the image"
-            )
-    if len(spec.env) > _MAX_ENV_COUNT:
-        raise invalid_request("env", f"has {len(spec.env)} variables", f"use at most {_MAX_ENV_COUNT}")
-    for name, value in spec.env:
-        if not _ENV_NAME.match(name):
-            raise invalid_request("env", f"has a variable named {_shown(name)}", "use letters, digits and _ in names")
-        if not _can_be_passed(value):
-            raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB of UTF-8 and no NUL")
-
-
-def _can_be_passed(text: str) -> bool:
-    """Whether it fits into one argument. What a shell passed on as other bytes than UTF-8 has lone surrogates here."""
-    return (
-        "\0" not in text
-        and len(text.encode(errors="surrogatepass")) < _MAX_COMMAND_BYTES
-        and not _SURROGATE.search(text)
-    )
+    check_words(spec.command or "", spec.argv, spec.env)
+    _check_amounts(spec)
 
 
 def _check_amounts(spec: TaskSpec) -> None:
@@ -198,8 +172,3 @@ def _amount(resource: str, value: int) -> str:
             return f"{value / GIB:.3f} GiB"
         case _:
             return str(value)
-
-
-def _shown(text: str) -> str:
-    """A hostile text, fit to be shown: short and without control characters."""
-    return repr(text[:40]) + (f"… ({len(text)} characters)" if len(text) > 40 else "")

@@ -206,8 +206,9 @@ def room_of(
     back: dict[str, int] = {}
     for task in ended:
         for uuid in task.gpu_uuids:
-            milli = 1000 if len(task.gpu_uuids) > 1 else round(task.gpu_allocated * 1000)
-            back[uuid] = back.get(uuid, 0) + milli
+            # A node can send any number, NaN too, which this makes 0.
+            part = 1.0 if len(task.gpu_uuids) > 1 else min(1.0, max(0.0, task.gpu_allocated))
+            back[uuid] = back.get(uuid, 0) + round(part * 1000)
     room = GpuRoom(
         tuple(replace(unit, held_milli=max(0, unit.held_milli - back.get(unit.uuid, 0))) for unit in units), trouble
     )

@@ -141,7 +141,8 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         check_task_id(task_id)
         record = self._driver.get(AttemptId(task_id, attempt)) if attempt else self._driver.newest(task_id)
         if record is None:
-            raise RequestError(f"task {task_id} is not known here", reason="NOT_FOUND", field="task_id")
+            which = f"attempt {attempt} of task {task_id}" if attempt else f"task {task_id}"
+            raise RequestError(f"{which} is not known here", reason="NOT_FOUND", field="task_id")
         return record
 
 

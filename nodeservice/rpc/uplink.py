@@ -167,16 +167,18 @@ class MasterLink:
             if not self._reports_under_way:
                 self._no_report.set()
         if not ack.success:
-            raise TransientError(f"the master refused the report: {ack.message}", reason="REPORT_REFUSED")
+            raise TransientError(f"the master refused the report: {ack.message[:500]}", reason="REPORT_REFUSED")
 
     async def _register(self) -> None:
         info = await self._status.registration()
         ack = await self._call("RegisterWorker", lambda stub: stub.RegisterWorker(info, timeout=self._deadline))
         if not ack.success:
-            raise TransientError(f"the master refused the registration: {ack.message}", reason="REGISTRATION_REFUSED")
+            raise TransientError(
+                f"the master refused the registration: {ack.message[:500]}", reason="REGISTRATION_REFUSED"
+            )
         self._wants_releases = ack.wants_releases
         if not self._registered.is_set():
-            log.info("master.registered", address=self._address, message=ack.message)
+            log.info("master.registered", address=self._address, message=ack.message[:500])
         self._registered.set()
 
     async def _beat(self) -> None:

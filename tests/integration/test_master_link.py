@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nodeservice.clock import SystemClock
-from nodeservice.core.model import AttemptId, Phase
+from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, Verdict
 from nodeservice.core.retry import Backoff
+from nodeservice.errors import TransientError
 from nodeservice.rpc.uplink import MasterLink
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.contract.test_journal import a_record
@@ -89,3 +90,16 @@ async def test_a_new_master_is_registered_with_at_once_though_the_old_one_does_n
         link.register_again()
         await eventually(lambda: new.registrations == 2)
         assert new.beats == []
+
+
+class WordyMaster(ListeningMaster):
+    async def ReportTaskCompletion(self, request: pb.TaskResult, context: Any) -> pb.Ack:  # noqa: N802
+        return pb.Ack(success=False, message="x" * 3_000_000)
+
+
+async def test_a_master_that_refuses_in_many_words_fills_no_log() -> None:
+    async with WordyMaster() as master, linked(master) as link:
+        verdict = Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="")
+        with pytest.raises(TransientError) as caught:
+            await link.report(a_record("t", phase=Phase.REPORTING, verdict=verdict))
+    assert len(str(caught.value)) < 1000

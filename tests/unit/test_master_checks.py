@@ -136,6 +136,11 @@ def test_an_exact_field_wins_over_a_rounded_old_one() -> None:
         {"timeout_seconds": 800 * 86400.0},
         {"wait_timeout_seconds": -1.0},
         {"read_bytes_per_second": 5},
+        {"command": "x" * 128 * 1024},
+        {"argv": ["a", "\0"]},
+        {"env": [pb.EnvVar(name="1 bad", value="x")]},
+        {"env": [pb.EnvVar(name="A", value="x" * 128 * 1024)]},
+        {"env": [pb.EnvVar(name=f"A{i}") for i in range(1001)]},
     ],
 )
 def test_what_no_node_takes_for_its_value_alone_is_refused_at_once_and_in_the_same_words(
@@ -228,7 +233,14 @@ def test_the_exact_allocatable_amounts_win() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"total_cpu": math.nan}, {"total_memory": -1.0}, {"total_storage": 1e300}, {"total_gpu": math.inf}]
+    "fields",
+    [
+        {"total_cpu": math.nan},
+        {"total_memory": -1.0},
+        {"total_storage": 1e300},
+        {"total_gpu": math.inf},
+        {"total_gpu": 1e10},
+    ],
 )
 def test_a_node_with_impossible_amounts_is_refused(fields: dict[str, float]) -> None:
     with pytest.raises(RequestError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -200,6 +201,15 @@ def test_what_was_given_since_is_taken_off_and_what_ended_since_is_free() -> Non
     assert [u.uuid for u in room_of(units, "", untold=[], ended=[]).free(one)] == ["GPU-2"]
     assert room_of(units, "", untold=[one], ended=[]).free(one) == []
     assert [u.uuid for u in room_of(units, "", untold=[one], ended=[ended]).free(one)] == ["GPU-2"]
+
+
+@pytest.mark.parametrize("hostile", [math.nan, math.inf, -math.inf, 1e308, -1.0])
+def test_a_node_may_send_any_number_as_what_a_task_that_ended_held(hostile: float) -> None:
+    units = units_told([told(1, 600)])
+    assert units is not None
+    ended = pb.RunningTask(task_id="t", gpu_uuids=["GPU-1"], gpu_allocated=hostile)
+    (unit,) = room_of(units, "", untold=[], ended=[ended]).units
+    assert unit.held_milli == (0 if hostile > 0 else 600)
 
 
 def a_node(*gpus: pb.GpuInfo, listed: Sequence[pb.RunningTask] = ()) -> Node:
