@@ -68,6 +68,8 @@ class MasterLink:
         self._connected_to: str | None = None
         self._heard_at: datetime | None = None
         self._wanted = False
+        self._beat_at = 0.0
+        """Of the loop: when the next heartbeat is due. A master may call for a registration more often than that."""
         self._wake = asyncio.Event()
         """Something is not to wait for the next heartbeat's time: a new registration (`_wanted`), or a release."""
         self._wants_releases = False
@@ -177,13 +179,15 @@ class MasterLink:
         self._wants_releases = ack.wants_releases
         if not self._registered.is_set():
             log.info("master.registered", address=self._address, message=ack.message)
+            self._beat_at = asyncio.get_running_loop().time() + self._heartbeat_seconds
         self._registered.set()
 
     async def _beat(self) -> None:
         """Beat until the master forgets us or goes away (TransientError), or a new registration is wanted (return)."""
+        loop = asyncio.get_running_loop()
         while True:
-            await self._wait_until_woken(self._heartbeat_seconds)
-            if self._wanted:
+            await self._wait_until_woken(max(0.0, self._beat_at - loop.time()))
+            if self._wanted and (self._address != self._connected_to or loop.time() < self._beat_at):
                 return
             ack = await self._send_heartbeat()
             if not ack.success:
@@ -191,8 +195,11 @@ class MasterLink:
                 self._registered.clear()
                 return
             self._wants_releases = ack.wants_releases
+            if self._wanted:
+                return
 
     async def _send_heartbeat(self) -> pb.HeartbeatAck:
+        self._beat_at = asyncio.get_running_loop().time() + self._heartbeat_seconds
         self._untold.clear()
         beat = await self._status.heartbeat()
         return await self._call("SendHeartbeat", lambda stub: stub.SendHeartbeat(beat, timeout=self._deadline))

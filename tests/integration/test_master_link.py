@@ -89,3 +89,21 @@ async def test_a_new_master_is_registered_with_at_once_though_the_old_one_does_n
         link.register_again()
         await eventually(lambda: new.registrations == 2)
         assert new.beats == []
+
+
+async def test_a_master_that_calls_for_a_registration_all_the_time_hears_heartbeats_too() -> None:
+    class Calling(AskingMaster):
+        link: MasterLink | None = None
+
+        async def RegisterWorker(self, request: pb.WorkerInfo, context: object) -> pb.RegisterAck:  # noqa: N802
+            if self.link is not None:
+                self.link.register_again()
+            return await super().RegisterWorker(request, context)
+
+    async with Calling() as master, linked(master, heartbeat_seconds=0.1) as link:
+        master.link = link
+        link.register_again()
+        heard = len(master.beats)
+        await eventually(lambda: len(master.beats) >= heard + 3)
+        registered = master.registrations
+        await eventually(lambda: master.registrations > registered)
