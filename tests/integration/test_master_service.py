@@ -880,6 +880,14 @@ async def test_hostile_nodes_are_refused_and_hostile_heartbeats_change_nothing(
     await node.got("t1")
 
 
+async def test_each_node_is_listed_with_the_version_that_it_registered_with_last(
+    client: Client, node: ScriptedNode
+) -> None:
+    for version in ("0.1.0", "0.2.0"):
+        assert (await node.register(node_version=version)).success
+        assert [view.node_version for view in await client.nodes()] == [version]
+
+
 # ---- GPUs -------------------------------------------------------------------------------------------------------------
 
 

@@ -241,7 +241,9 @@ async def test_a_restart_of_postgresql_costs_a_reconnect(cluster: Cluster) -> No
         await store.close()
 
 
-async def test_only_its_owner_may_read_a_new_sqlite_file_since_it_holds_the_environment_of_tasks(tmp_path: Path) -> None:
+async def test_only_its_owner_may_read_a_new_sqlite_file_since_it_holds_the_environment_of_tasks(
+    tmp_path: Path,
+) -> None:
     opened = MasterStore(sqlite_url(tmp_path))
     await opened.open()
     await opened.save_tasks([row()])
