@@ -126,6 +126,7 @@ async def _serve(
         new_trace=new_trace_ids,
         mode=node.mode,
         on_master=lambda address: _master_called(node, link, address),
+        report_again=link.report_again,
     )
     servicer.serve_on(server)
     async with working(

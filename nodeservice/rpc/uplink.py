@@ -76,6 +76,7 @@ class MasterLink:
         self._untold: dict[AttemptId, float] = {}
         """When (of the loop) attempts released what they computed with that no heartbeat has told yet, the oldest first."""
         self._telling: asyncio.TimerHandle | None = None
+        self._again: dict[AttemptId, asyncio.Task[None]] = {}
         self._reports_under_way = 0
         self._no_report = asyncio.Event()
         self._no_report.set()
@@ -153,6 +154,8 @@ class MasterLink:
                     await self._wait_until_woken(pause)
         finally:
             self._registered.clear()
+            for task in self._again.values():
+                task.cancel()
             await self._disconnect()
 
     async def report(self, record: TaskRecord) -> None:
@@ -170,6 +173,19 @@ class MasterLink:
                 self._no_report.set()
         if not ack.success:
             raise TransientError(f"the master refused the report: {ack.message}", reason="REPORT_REFUSED")
+
+    def report_again(self, record: TaskRecord) -> None:
+        """For a master that has forgotten what it acknowledged. Tried once: it offers the attempt again until it knows."""
+        if record.id not in self._again:
+            log.info("report.again", task_id=record.id.task_id, attempt=record.id.attempt)
+            self._again[record.id] = task = asyncio.create_task(self._report_once(record), name="report again")
+            task.add_done_callback(lambda _: self._again.pop(record.id, None))
+
+    async def _report_once(self, record: TaskRecord) -> None:
+        try:
+            await self.report(record)
+        except TransientError as error:
+            log.warning("report.not_delivered", task_id=record.id.task_id, attempt=record.id.attempt, error=str(error))
 
     async def _register(self) -> None:
         info = await self._status.registration()

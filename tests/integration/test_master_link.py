@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nodeservice.clock import SystemClock
-from nodeservice.core.model import AttemptId, Phase
+from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, Verdict
 from nodeservice.core.retry import Backoff
 from nodeservice.rpc.uplink import MasterLink
 from nodeservice.wire import master_worker_pb2 as pb
@@ -107,3 +107,21 @@ async def test_a_master_that_calls_for_a_registration_all_the_time_hears_heartbe
         await eventually(lambda: len(master.beats) >= heard + 3)
         registered = master.registrations
         await eventually(lambda: master.registrations > registered)
+
+
+async def test_an_end_that_is_reported_again_is_reported_once_each_time_and_a_failure_is_not_repeated() -> None:
+    class Refusing(AskingMaster):
+        refusals = 1
+
+        async def ReportTaskCompletion(self, request: pb.TaskResult, context: object) -> pb.Ack:  # noqa: N802
+            await super().ReportTaskCompletion(request, context)
+            return pb.Ack(success=len(self.reports) > self.refusals)
+
+    verdict = Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="")
+    record = a_record("t", phase=Phase.FINISHED, verdict=verdict)
+    async with Refusing() as master, linked(master) as link:
+        for count in (1, 2):
+            link.report_again(record)
+            link.report_again(record)
+            await eventually(lambda: link._again == {})
+            assert [report.task_id for report in master.reports] == ["t"] * count

@@ -95,6 +95,7 @@ async def test_a_task_is_queued_assigned_run_and_ended_with_its_result(client: C
     assert (list(sent.argv), sent.env[0].value, sent.attempt) == (["echo", "hi"], "x", 1)
     assert sent.submitted_at > 0
     assert node.metadata[0]["traceparent"] == trace
+    assert node.metadata[0]["nodeservice-report-again"] == "1"
     await node.beat(pb.RunningTask(task_id="t1", attempt=1, phase="RUNNING"))
     running = await client.until("t1", "RUNNING")
     assert (running.phase, running.worker_id) == ("RUNNING", "w1")
