@@ -149,7 +149,10 @@ class Delivery:
         task = pb.Task()
         task.CopyFrom(row.task)
         task.attempt = row.attempt
-        metadata = (("traceparent", row.traceparent),) if row.traceparent else ()
+        # The end of an open attempt is not known here. Metadata, since the task itself must be the one that it was before.
+        metadata = [("nodeservice-report-again", "1")]
+        if row.traceparent:
+            metadata.append(("traceparent", row.traceparent))
         ack: pb.TaskAck = await stub.AssignTask(task, timeout=ASSIGN_DEADLINE_SECONDS, metadata=metadata)
         self._unanswered.pop(row.key, None)
         if ack.success:

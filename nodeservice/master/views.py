@@ -96,6 +96,7 @@ def node_view(node: Node, active: bool, assigned: Amounts) -> pb.NodeView:
         draining=beat.draining,
         gpu_driver_version=node.info.gpu_driver_version,
         cuda_version=node.info.cuda_version,
+        node_version=node.info.node_version,
     )
 
 

@@ -95,6 +95,7 @@ async def test_a_task_is_queued_assigned_run_and_ended_with_its_result(client: C
     assert (list(sent.argv), sent.env[0].value, sent.attempt) == (["echo", "hi"], "x", 1)
     assert sent.submitted_at > 0
     assert node.metadata[0]["traceparent"] == trace
+    assert node.metadata[0]["nodeservice-report-again"] == "1"
     await node.beat(pb.RunningTask(task_id="t1", attempt=1, phase="RUNNING"))
     running = await client.until("t1", "RUNNING")
     assert (running.phase, running.worker_id) == ("RUNNING", "w1")
@@ -968,6 +969,14 @@ async def test_hostile_nodes_are_refused_and_hostile_heartbeats_change_nothing(
     assert await node.beat(allocatable=pb.Resources(cpu_milli=4000, memory_bytes=8 * GIB, disk_bytes=GIB))
     await client.submit("t1")
     await node.got("t1")
+
+
+async def test_each_node_is_listed_with_the_version_that_it_registered_with_last(
+    client: Client, node: ScriptedNode
+) -> None:
+    for version in ("0.1.0", "0.2.0"):
+        assert (await node.register(node_version=version)).success
+        assert [view.node_version for view in await client.nodes()] == [version]
 
 
 # ---- GPUs -------------------------------------------------------------------------------------------------------------

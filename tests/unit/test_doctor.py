@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nodeservice.cli import build_app
 from nodeservice.core.model import (
     MIB,
     Collected,
@@ -401,3 +402,14 @@ def test_a_machine_is_sound_where_every_limit_is_kept(how: State) -> None:
     document = diagnosis.as_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["checks"] == [{"limit": "CPU", "state": how.value, "evidence": "e", "remedy": "r"}]
+
+
+def test_a_pipe_gets_evidence_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/sys/fs/cgroup/" + "a" * 200
+
+    async def examine(*_: object, **__: object) -> Diagnosis:
+        return Diagnosis(findings=[Finding(limit="CPU", state=State.HARD, evidence=path)], facts={}, advice=[path])
+
+    monkeypatch.setattr("nodeservice.doctor.examine.examine", examine)
+    assert build_app()(["doctor"], standalone_mode=False) in (0, None)
+    assert capsys.readouterr().out.count(path) == 2
