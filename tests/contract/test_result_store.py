@@ -282,6 +282,12 @@ async def test_awkward_names_are_stored_as_they_are(harness: Harness, work_dir: 
     assert await harness.read() == {**files, "manifest.json": bundle.manifest_bytes}
 
 
+async def test_names_that_a_store_refuses_keep_it_from_no_other_file(harness: Harness, work_dir: Path) -> None:
+    bundle = bundle_of(work_dir, {" .": b"1", ". /a": b"2", "a\\..": b"3", "..\\": b"4", "good": b"5"}, log=None)
+    await harness.store.put(bundle)
+    assert await harness.read() == {"good": b"5", "manifest.json": bundle.manifest_bytes}
+
+
 async def test_a_result_without_files_is_its_manifest(harness: Harness, work_dir: Path) -> None:
     bundle = bundle_of(work_dir, {}, log=None)
     await harness.store.put(bundle)

@@ -99,6 +99,8 @@ def test_pipes_sockets_and_devices_do_not_hang_the_walk(results: Path, monkeypat
         (b"bad\xff.txt", "bad\\xff.txt: the name is not valid UTF-8"),
         (b"new\nline", "new\\nline: the name contains control characters"),
         (b"\x1b[31mred", "\\x1b[31mred: the name contains control characters"),
+        (b" .", " .: stores take a part of the name for a dot component"),
+        (b"..\\a", "..\\a: stores take a part of the name for a dot component"),
     ],
 )
 def test_names_that_cannot_be_stored_are_skipped_and_said(results: Path, name: bytes, shown: str) -> None:
