@@ -46,16 +46,25 @@ class WorkDirs:
         """Remove all but the log. Repeating is harmless."""
         remove_tree(self.root(id_))
 
-    def salvage(self, id_: AttemptId) -> None:
-        """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless.
+    def salvage(self, id_: AttemptId) -> Path | None:
+        """Move what could not be collected or stored aside, to `salvage/`, for a person to look at. Repeating is harmless.
 
         What lies there under its name already, of an attempt that was taken up a second time, stays: the next gets a number.
+        Gives where it is then, durably; None where there is nothing.
         """
-        root, target = self.root(id_), self.state_dir / "salvage" / str(id_)
-        if root.exists():
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            numbered = (target.with_name(f"{id_}.{number}") for number in itertools.count(2))
-            root.rename(next(free for free in itertools.chain([target], numbered) if not os.path.lexists(free)))
+        root, salvage = self.root(id_), self.state_dir / "salvage"
+        last = None
+        for name in itertools.chain([str(id_)], (f"{id_}.{number}" for number in itertools.count(2))):
+            if not os.path.lexists(target := salvage / name):
+                break
+            last = target
+        if not root.exists():
+            return last
+        salvage.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.rename(target)
+        for directory in (salvage, self.state_dir):
+            _sync(directory)
+        return target
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
         """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""
@@ -80,3 +89,11 @@ class WorkDirs:
         """The names (`<task_id>.<attempt>`) of all work directories there are."""
         tasks = self.state_dir / "tasks"
         return sorted(entry.name for entry in tasks.iterdir()) if tasks.is_dir() else []
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -94,7 +94,7 @@ class FileResultStore:
         raise NodeFaultError(
             f"{target} already holds other results of attempt {bundle.spec.id}",
             reason="RESULT_CONFLICT",
-            hint="two nodes ran this attempt, or the directory is shared by two masters",
+            hint="two nodes ran this attempt, or two masters share the directory: give each one of its own",
         )
 
     @contextlib.contextmanager

@@ -187,7 +187,7 @@ def _compare(client: BucketClient, *, bundle: ResultBundle, base: str) -> _There
         raise NodeFaultError(
             f"{client.url(base)} already holds other results of attempt {bundle.spec.id}",
             reason="RESULT_CONFLICT",
-            hint="two nodes ran this attempt, or the bucket is shared by two masters",
+            hint="two nodes ran this attempt, or two masters share the bucket: give each a result_prefix of its own",
         )
     # What lies below a marker was verified before the marker was written; sizes tell whether it still lies there.
     missing = [
