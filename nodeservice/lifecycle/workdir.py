@@ -11,6 +11,8 @@ from pathlib import Path
 from nodeservice.core.model import AttemptId
 from nodeservice.lifecycle.removal import remove_tree
 
+SALVAGE = "salvage"
+
 
 @dataclass(frozen=True, slots=True)
 class WorkDirs:
@@ -52,7 +54,7 @@ class WorkDirs:
         What lies there under its name already, of an attempt that was taken up a second time, stays: the next gets a number.
         Gives where it is then, durably; None where there is nothing.
         """
-        root, salvage = self.root(id_), self.state_dir / "salvage"
+        root, salvage = self.root(id_), self.state_dir / SALVAGE
         last = None
         for name in itertools.chain([str(id_)], (f"{id_}.{number}" for number in itertools.count(2))):
             if not os.path.lexists(target := salvage / name):
@@ -68,7 +70,7 @@ class WorkDirs:
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
         """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""
-        salvage = self.state_dir / "salvage"
+        salvage = self.state_dir / SALVAGE
         if not salvage.is_dir() or salvage.is_symlink():
             return []
         found = sorted(entry for entry in salvage.iterdir() if entry.is_dir() and not entry.is_symlink())

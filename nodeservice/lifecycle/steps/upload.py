@@ -27,7 +27,7 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
 
     The limit counts from the start of the phase, so a restart doesn't prolong it. Where even the directory on this host
     takes nothing (a full disk), both are tried for ever: no report goes out before the results are safe somewhere. What can
-    never be stored is moved aside.
+    never be stored is moved aside; so is all else where the process ends with the task.
     """
     settings = context.settings
     bundle = context.frozen.pop(record.id, None)
@@ -50,7 +50,8 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
                 kept = await _keep_here(context, bundle, error, will_retry=will_retry) if bundle is not None else error
                 if isinstance(kept, ev.ResultsRetained):
                     return kept
-                if kept.reason in _FOR_EVER and failures >= _REFUSALS_BEFORE_KEEPING:
+                is_last = kept.reason in _FOR_EVER or not settings.retries_kept_results
+                if is_last and failures >= _REFUSALS_BEFORE_KEEPING:
                     return await _set_aside(context, driver, record, kept)
             pause, left = _pause(context, failures), patience.left_seconds
             # The last try is at the limit, not one long pause after it.
