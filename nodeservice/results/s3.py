@@ -213,7 +213,8 @@ def _finish(
     try:
         client.upload_json(marker, bundle.manifest_bytes, stop, only_new=only_new)
     except AlreadyThere:  # since we looked; RESULT_CONFLICT unless it is the same
-        _compare(client, bundle=bundle, base=base)
+        if not _compare(client, bundle=bundle, base=base).is_marked:
+            raise client.lost(marker) from None
 
 
 def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:
