@@ -442,6 +442,20 @@ async def test_an_upload_server_that_is_down_is_tried_again(work_dir: Path) -> N
     await store.close()
 
 
+async def test_an_upload_server_tells_before_any_upload_whether_it_can_be_reached(
+    upload_server: tuple[UploadServer, str], tmp_path: Path
+) -> None:
+    server, url = upload_server
+    server.status = 500  # to a HEAD, which is no upload
+    up, down = HttpResultStore(url), HttpResultStore("http://127.0.0.1:1/upload")
+    await up.check()
+    with pytest.raises(TransientError) as caught:
+        await down.check()
+    assert caught.value.reason == "STORE_UNREACHABLE"
+    for store in (up, down):
+        await store.close()
+
+
 async def test_more_files_than_descriptors_can_be_sent(upload_server: tuple[UploadServer, str], work_dir: Path) -> None:
     import resource
 
