@@ -361,6 +361,20 @@ async def test_a_connection_that_breaks_in_a_part_costs_a_retry_and_leaves_no_pa
     assert interrupted_uploads(client, bucket, "large") == 0
 
 
+async def test_an_empty_answer_to_the_last_part_is_no_success_and_leaves_no_parts(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(6 * MIB)})
+    answers = Mock(side_effect=AttributeError("'NoneType' object has no attribute 'decode'"))  # of minio's, then
+    with monkeypatch.context() as patched:
+        patched.setattr(Minio, "_complete_multipart_upload", answers)
+        with pytest.raises(TransientError) as caught:
+            await open_store().put(bundle)
+    assert "its answer is no XML" in str(caught.value)
+    assert not {"large", "manifest.json"} & keys(client, bucket)
+    assert interrupted_uploads(client, bucket, "large") == 0
+
+
 async def test_parts_that_a_killed_process_left_behind_are_dropped(
     open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path
 ) -> None:
