@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.limits import tree_walk
 from nodeservice.limits.tree_walk import walk
 
 DEEP = 2_000
@@ -144,3 +145,40 @@ def test_removal_takes_apart_subvolumes_of_btrfs(tmp_path: Path, monkeypatch: py
         remove_tree(tree)
     assert not tree.exists()
     assert open_files() == before
+
+
+def test_a_walk_enters_subvolumes_of_btrfs_and_no_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have a device number of their own; any task may make the former, to hide there what it writes."""
+    for name in ("sub", "mounted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"file of {name}").touch()
+
+    def disguised(status: os.stat_result, path: str) -> os.stat_result:
+        device = next(
+            (number for number, name in enumerate(("sub", "mounted"), 1) if f"/{name}" in path), status.st_dev
+        )
+        return os.stat_result((*status[:2], device, *status[3:]))
+
+    class Found:
+        def __init__(self, entry: os.DirEntry[str], directory: str) -> None:
+            self.name = entry.name
+            self._seen = disguised(entry.stat(follow_symlinks=False), f"{directory}/{entry.name}")
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            return self._seen
+
+    def place(fd: int) -> str:
+        return os.readlink(f"/proc/self/fd/{fd}").removeprefix(str(tmp_path))
+
+    fstat, scandir = os.fstat, os.scandir
+
+    @contextlib.contextmanager
+    def listing(fd: int) -> Iterator[list[Found]]:
+        with scandir(fd) as entries:
+            yield [Found(entry, place(fd)) for entry in entries]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda fd: disguised(fstat(fd), place(fd)))
+        patched.setattr(os, "scandir", listing)
+        patched.setattr(tree_walk, "_mount_of", lambda level: place(level.descriptor).replace("/sub", ""))
+        assert [entry.name for entry in walk(tmp_path)] == [".", "file of sub"]
