@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from nodeservice.daemon.settings import open_store
 from nodeservice.errors import ConfigError, NodeServiceError, RequestError, TransientError
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.lifecycle.workdir import SALVAGE, WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
+from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -242,6 +245,8 @@ async def sweep_dead_runs(
     if not runs_dir.is_dir():
         return
     for directory in sorted(runs_dir.iterdir()):
+        if not directory.is_dir() or os.listdir(directory) == [SALVAGE]:
+            continue
         lock = StateDirLock(directory)
         try:
             lock.acquire()
@@ -255,8 +260,12 @@ async def sweep_dead_runs(
                     was = "which still ran" if container.is_running else "which had ended"
                     say(f"removed the container of {directory.name}, {was}: its run was killed and left it")
                 await _remove_cgroup(runtime, directory.name)
-                await asyncio.to_thread(remove_tree, directory)
+                kept = await asyncio.to_thread(remove_run, directory)
                 log.info("run.swept", directory=str(directory))
+                if kept is not None:
+                    say(
+                        f"what the task of {directory.name} wrote stays in {kept}: its run was killed before it was stored"
+                    )
             except TransientError as error:
                 log.warning("run.not_swept", directory=str(directory), error=str(error))
                 return  # the engine would not answer for the others either
@@ -266,6 +275,24 @@ async def sweep_dead_runs(
                 await runtime.close()
         finally:
             lock.release()
+
+
+def remove_run(directory: Path) -> Path | None:
+    """Remove what a run that ended wrote, but never results that were not stored. Where these are, if there are any."""
+    dirs = WorkDirs(directory)
+    for id_ in dirs.all():
+        if (dirs.root(id_) / MANIFEST_NAME).exists():  # collected, and not cleaned up since
+            dirs.salvage(id_)
+    salvage = directory / SALVAGE
+    if not salvage.exists():
+        remove_tree(directory)
+        return None
+    for entry in directory.iterdir():
+        if entry.is_dir() and entry != salvage:
+            remove_tree(entry)
+        elif entry != salvage:
+            entry.unlink()
+    return salvage
 
 
 async def _remove_cgroup(runtime: DockerRuntime, run_id: str) -> None:

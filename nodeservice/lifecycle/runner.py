@@ -132,7 +132,7 @@ class Runner:
             fx.StartContainer: lambda record: run.start(context, record),
             fx.WatchContainer: lambda record: run.watch(context, self._driver, record),
             fx.CollectResults: lambda record: collect.collect(context, self._driver, record),
-            fx.UploadResults: lambda record: upload.upload(context, record),
+            fx.UploadResults: lambda record: upload.upload(context, self._driver, record),
             fx.ReportOutcome: lambda record: report.report(context, record),
             fx.CleanUp: lambda record: clean_up.clean_up(context, record),
             fx.StoreRetained: lambda record: upload.store_retained(context, record),

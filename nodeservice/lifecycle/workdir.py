@@ -12,6 +12,8 @@ from pathlib import Path
 from nodeservice.core.model import AttemptId
 from nodeservice.lifecycle.removal import remove_tree
 
+SALVAGE = "salvage"
+
 
 @dataclass(frozen=True, slots=True)
 class WorkDirs:
@@ -51,20 +53,29 @@ class WorkDirs:
         """Remove all but the log. Repeating is harmless."""
         remove_tree(self.root(id_))
 
-    def salvage(self, id_: AttemptId) -> None:
-        """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless.
+    def salvage(self, id_: AttemptId) -> Path | None:
+        """Move what could not be collected or stored aside, to `salvage/`, for a person to look at. Repeating is harmless.
 
         What lies there under its name already, of an attempt that was taken up a second time, stays: the next gets a number.
+        Gives where it is then, durably; None where there is nothing.
         """
-        root, target = self.root(id_), self.state_dir / "salvage" / str(id_)
-        if root.exists():
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            numbered = (target.with_name(f"{id_}.{number}") for number in itertools.count(2))
-            root.rename(next(free for free in itertools.chain([target], numbered) if not os.path.lexists(free)))
+        root, salvage = self.root(id_), self.state_dir / SALVAGE
+        last = None
+        for name in itertools.chain([str(id_)], (f"{id_}.{number}" for number in itertools.count(2))):
+            if not os.path.lexists(target := salvage / name):
+                break
+            last = target
+        if not root.exists():
+            return last
+        salvage.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.rename(target)
+        for directory in (salvage, self.state_dir):
+            _sync(directory)
+        return target
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
         """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""
-        salvage = self.state_dir / "salvage"
+        salvage = self.state_dir / SALVAGE
         if not salvage.is_dir() or salvage.is_symlink():
             return []
         found = sorted(entry for entry in salvage.iterdir() if entry.is_dir() and not entry.is_symlink())
@@ -89,3 +100,11 @@ def _named(names: Iterable[str]) -> list[AttemptId]:
     """What is not called as ours are is left out."""
     parts = (name.rpartition(".") for name in sorted(names))
     return [AttemptId(task_id, int(number)) for task_id, _, number in parts if task_id and number.isdecimal()]
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

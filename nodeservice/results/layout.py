@@ -66,6 +66,14 @@ def path_fault(path: str) -> str | None:
     return None
 
 
+def refused_name(path: str) -> str | None:
+    """Why a store would refuse this path though nothing is wrong with it, and all of the attempt's results with it."""
+    # MinIO takes back slashes for slashes, and strips spaces, to find dot components (its `hasBadPathComponent`).
+    if any(part.strip(" ") in (".", "..") for part in path.replace("\\", "/").split("/")):
+        return "stores take a part of the name for a dot component"
+    return None
+
+
 def printable(path: str) -> str:
     """The path for a list that people read: undecodable bytes and control characters escaped, cut to a bound."""
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -276,6 +277,67 @@ def test_a_kept_copy_that_was_being_dropped_when_the_node_died_tells_where_it_we
     assert bundles.moved_to(spec()) == "memory://t/1"
     bundles.discard_kept(spec(), "memory://t/1")
     assert sorted(path.name for path in kept.iterdir()) == [MOVED_NAME]
+
+
+@pytest.mark.parametrize("keeps_in_the_store", [True, False])
+async def test_results_in_whose_place_others_lie_are_set_aside_and_told(world: World, keeps_in_the_store: bool) -> None:
+    """Two masters share the directory and give out the same id: no try will ever end otherwise."""
+    world.keeps_in_the_store = keeps_in_the_store
+    for store in (world.store, world.kept):
+        store.stored["t/1"] = {"manifest.json": b"another master's"}
+    async with living(world) as node:
+        await node.assign(spec())
+        record = await node.until_finished(T)
+        aside = world.path / "state" / "salvage" / "t.1"
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.RESULTS_NOT_STORED
+        assert record.verdict.exit_code == 0
+        assert record.result_location == aside.as_uri()
+        assert f"in {aside} on this host, since they can't be stored: other results" in record.remarks[-1]
+        assert (aside / "stdout.log").read_bytes() == b"hello"
+        assert (aside / "manifest.json").exists()
+        assert not node.dirs.root(T).exists()
+    assert world.store.stored["t/1"] == {"manifest.json": b"another master's"}
+    assert len(world.uplink.reports) == 1
+
+
+@pytest.mark.parametrize("keeps_in_the_store", [True, False])
+async def test_results_that_are_not_whole_any_more_are_set_aside_and_told(
+    world: World, keeps_in_the_store: bool
+) -> None:
+    world.keeps_in_the_store = keeps_in_the_store
+    world.store.block()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: world.store.put_count == 1)
+        (node.dirs.root(T) / "stdout.log").write_bytes(b"rot")
+        world.store.unblock()
+        record = await node.until_finished(T)
+        assert "is not what was collected" in record.remarks[-1]
+        assert (world.path / "state" / "salvage" / "t.1" / "stdout.log").exists()
+    assert world.store.stored == {}
+
+
+@pytest.mark.parametrize("is_set_aside", [True, False])
+async def test_a_node_that_died_once_it_had_set_results_aside_tells_where_they_are(
+    world: World, is_set_aside: bool
+) -> None:
+    """And one whose work directory somebody removed says that."""
+    world.store.block()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: world.store.put_count == 1)
+        await node.driver.settled()
+    aside = node.dirs.salvage(T)
+    assert aside is not None
+    if not is_set_aside:
+        shutil.rmtree(aside)
+    async with living(world) as node:
+        record = await node.until_finished(T)
+    assert record.result_location == (aside.as_uri() if is_set_aside else "")
+    assert (str(aside) in record.remarks[-1]) is is_set_aside
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.RESULTS_NOT_STORED
 
 
 def test_a_task_cannot_claim_that_its_results_have_moved() -> None:
