@@ -410,6 +410,7 @@ def test_a_pipe_gets_evidence_in_one_line(monkeypatch: pytest.MonkeyPatch, capsy
     async def examine(*_: object, **__: object) -> Diagnosis:
         return Diagnosis(findings=[Finding(limit="CPU", state=State.HARD, evidence=path)], facts={}, advice=[path])
 
+    monkeypatch.setattr("nodeservice.telemetry.logs.configure_logging", lambda *_: None)  # it is the whole process's
     monkeypatch.setattr("nodeservice.doctor.examine.examine", examine)
     assert build_app()(["doctor"], standalone_mode=False) in (0, None)
     assert capsys.readouterr().out.count(path) == 2

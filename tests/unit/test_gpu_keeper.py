@@ -16,7 +16,7 @@ from nodeservice.gpu.health import GpuState
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.lifecycle.gpu_keeper import GPU_DRIVER
 from nodeservice.ports import Enforcement, GpuInventory, GpuProcess, GpuXid, MigInstance
-from nodeservice.rpc.status import NodeStatus
+from nodeservice.rpc.status import warnings_told
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import LiveNode, World, living, spec
@@ -287,14 +287,10 @@ async def test_a_gpu_that_cannot_be_opened_is_told_as_a_warning(world: World) ->
 
 
 def test_the_first_registration_tells_of_such_a_gpu_though_nobody_has_looked_yet(world: World) -> None:
-    node = LiveNode(world)
-    status = NodeStatus(
-        worker_id="n", advertise="", listen="", version="", capacity=None, disk=None, driver=node.driver,  # type: ignore[arg-type]
-        gpus=node.context.gpus,
-    )  # fmt: skip
+    driver = LiveNode(world).driver
     dead = GpuInventory(error="it hangs", unreachable=("GPU 2: a GPU has fallen off the bus",))
-    assert status._warnings(dead) == [f"{GPU_DRIVER}: it hangs; GPU 2: a GPU has fallen off the bus"]
-    assert status._warnings(GpuInventory()) == []
+    assert warnings_told(driver, dead) == [f"{GPU_DRIVER}: it hangs; GPU 2: a GPU has fallen off the bus"]
+    assert warnings_told(driver, GpuInventory()) == []
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
