@@ -362,6 +362,8 @@ def test_a_failed_pull_tells_whose_move_is_next(
         (500, "error mounting /x to rootfs: no such file or directory", RequestError, "START_FAILED"),
         (500, "id already in use", NodeFaultError, "ENGINE_FAULT"),
         (503, "shutting down", TransientError, "ENGINE_UNAVAILABLE"),
+        (500, "transport is closing: unavailable", TransientError, "ENGINE_UNAVAILABLE"),
+        (500, "no unavailable device", RequestError, "START_FAILED"),
     ],
 )
 def test_a_failed_start_tells_whose_move_is_next(
