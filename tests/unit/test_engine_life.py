@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 
 from nodeservice.errors import TransientError
 from nodeservice.ports import ContainerState
+from nodeservice.runtime import engine_process
 from nodeservice.runtime.endpoint import Endpoint, resolve_endpoint
 from nodeservice.runtime.engine_life import Absence, EngineLife, EngineStart, read_start
 from nodeservice.runtime.engine_process import read_engine_process
@@ -258,16 +260,30 @@ def test_the_start_of_a_process_is_read_and_one_that_is_not_there_is_none() -> N
     assert read_start(2**22 + 1) is None
 
 
-@pytest.mark.parametrize(("number", "is_raised"), [(errno.EMFILE, True), (errno.ENFILE, True), (errno.EACCES, False)])
-def test_being_out_of_descriptors_does_not_make_the_engines_limits_unknown(
-    number: int, is_raised: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ECONNREFUSED])
+def test_an_engine_that_cannot_be_reached_for_now_does_not_make_its_limits_unknown(
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_endpoint: Endpoint, *, timeout_seconds: float) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Endpoint, "connect", refuse)
-    if is_raised:
-        with pytest.raises(OSError, match="open files"):
-            read_engine_process(resolve_endpoint("unix:///e.sock"))
-    else:
-        assert read_engine_process(resolve_endpoint("unix:///e.sock")).open_files_max is None
+    with pytest.raises(OSError, match=os.strerror(number)):
+        read_engine_process(resolve_endpoint("unix:///e.sock"))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_engine_that_goes_while_it_is_looked_at_does_not_make_its_limits_unknown(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is there and is hidden (in `tmp_path` there is no /proc) has limits that cannot be known."""
+    monkeypatch.setattr(engine_process, "_listener", lambda _connection: os.getpid() if is_there else 2**22 + 1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "e.sock"))
+        listener.listen()
+        endpoint = resolve_endpoint(f"unix://{tmp_path}/e.sock")
+        if is_there:
+            assert read_engine_process(endpoint, root=tmp_path).open_files_max is None
+        else:
+            with pytest.raises(FileNotFoundError):
+                read_engine_process(endpoint, root=tmp_path)
