@@ -441,6 +441,19 @@ def test_the_ends_of_lines_that_the_engine_had_to_cut_are_put_back(
     assert b"".join(text for records in read_records([data]) for text in records.texts) == expected
 
 
+@given(st.lists(st.integers(min_value=1, max_value=40)))
+def test_what_the_engine_says_of_its_own_trouble_is_no_line_of_the_log(sizes: list[int]) -> None:
+    trouble = frame(b"Error grabbing logs: unexpected EOF\n", stream=3)
+    plain = read_frames(cut(frame(b"a\n") + frame(b"b\n") + trouble, sizes))
+    of_local = read_records(cut(stamped(b"a\n") + stamped(b"b\n") + trouble, sizes))
+    texts = (text for records in of_local for text in records.texts)
+    for pieces in (plain, texts):
+        read = [next(pieces)]
+        with pytest.raises(http.client.HTTPException, match=r"^Error grabbing logs: unexpected EOF$"):
+            read.extend(pieces)
+        assert b"".join(read) == b"a\nb\n"
+
+
 @given(st.binary(max_size=60), st.integers(min_value=0, max_value=60), st.lists(st.integers(min_value=1, max_value=20)))
 def test_a_second_reading_adds_just_what_the_first_has_missed(data: bytes, read: int, sizes: list[int]) -> None:
     reread = Reread()
