@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 from collections.abc import Sequence
@@ -250,6 +251,60 @@ async def test_a_stop_that_cannot_be_journalled_while_the_engine_is_at_the_start
         journal.full = False
         journal.free.set()
         await asked
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [report.id for report in world.uplink.reports] == [T]
+
+
+class RuntimeLostAtTheStart(FakeRuntime):
+    """Its engine goes away when it has started a container, before it says so."""
+
+    def __init__(self) -> None:
+        super().__init__(images={"demo": FakeImage(holds=True)})
+
+    async def start(self, container_id: str) -> ContainerState:
+        is_first = self.is_untouched(container_id)
+        state = await super().start(container_id)
+        if is_first:
+            self.unavailable = True
+            raise TransientError("it closed the connection", reason="ENGINE_UNAVAILABLE")
+        return state
+
+
+class CgroupsOfARuntime(NoTaskCgroups):
+    def __init__(self, runtime: FakeRuntime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    async def kill(self, id_: AttemptId) -> None:
+        for container_id in self._runtime.running:
+            self._runtime.finish(container_id, 137)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_while_it_is_away(
+    world: World, is_restarted: bool
+) -> None:
+    world.runtime = runtime = RuntimeLostAtTheStart()
+    cgroups = CgroupsOfARuntime(runtime)
+    if not is_restarted:
+        world.cgroups = cgroups
+    async with contextlib.AsyncExitStack() as lives:
+        node = await lives.enter_async_context(living(world))
+        await node.assign(spec())
+        await node.until(lambda: bool(runtime.running))
+        assert node.phase(T) is Phase.STARTING
+        await cancel(node)
+        if is_restarted:
+            assert runtime.running
+            await lives.aclose()
+            world.cgroups = cgroups
+            node = await lives.enter_async_context(living(world))
+        await node.until(lambda: not runtime.running)
+        assert runtime.unavailable
+        assert node.phase(T) is (Phase.COLLECTING if is_restarted else Phase.STARTING)
+        runtime.unavailable = False
         record = await node.until_finished(T)
     assert record.verdict is not None
     assert record.verdict.reason is Reason.CANCELLED
