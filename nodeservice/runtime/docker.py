@@ -168,6 +168,8 @@ class DockerRuntime:
         finally:
             if started is None or not started.is_running:
                 self._exits.dismiss(container_id)
+            else:
+                self._exits.runs_as(container_id, started.pid)
         if started is None:
             raise calls.lost(container_id)
         if (said := await self._command_failure(started)) is not None:
@@ -199,6 +201,7 @@ class DockerRuntime:
                     state = await self._look_at(container_id)
                     if state is None or not state.is_running:
                         return await self._settled(state)
+                    self._exits.runs_as(container_id, state.pid)
                 except (TransientError, NodeFaultError) as error:
                     log.info("engine.wait_interrupted", container_id=container_id, reason=error.reason)
                     changed.clear()
