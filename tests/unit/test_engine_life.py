@@ -7,7 +7,8 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from nodeservice.errors import TransientError
 from nodeservice.ports import ContainerState
-from nodeservice.runtime import engine_process
+from nodeservice.runtime import engine_life, engine_process
 from nodeservice.runtime.endpoint import Endpoint, resolve_endpoint
 from nodeservice.runtime.engine_life import Absence, EngineLife, EngineStart, read_start
 from nodeservice.runtime.engine_process import read_engine_process
@@ -175,6 +176,28 @@ async def test_what_ended_just_as_the_engine_stopped_answering_was_taken_by_it(e
     await engine.look()
     assert engine.life.took(now_ended(0, ended_at))
     assert not engine.life.took(now_ended(0, ended_at - timedelta(seconds=30)))
+
+
+async def test_what_ended_while_an_answer_of_the_engine_was_still_to_be_noted_may_have_been_taken_by_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a process that is frozen just then."""
+    ask = engine.life._ask
+    ended_at: list[datetime] = []
+
+    def ask_and_be_slow(path: Callable[[], str]) -> object:
+        answer = ask(path)
+        ended_at.append(datetime.now(UTC))
+        time.sleep(2 * engine_life._SLACK.total_seconds())
+        return answer
+
+    with monkeypatch.context() as patches:
+        patches.setattr(engine.life, "_ask", ask_and_be_slow)
+        await engine.look()
+    await engine.stop()
+    await engine.start()
+    await engine.look()
+    assert engine.life.took(now_ended(143, ended_at[-1]))
 
 
 async def test_an_engine_that_was_silent_and_is_still_the_same_took_nothing(engine: Engine) -> None:
