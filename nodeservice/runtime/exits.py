@@ -59,6 +59,7 @@ class ExitWatcher:
         self._expected: dict[str, asyncio.Event] = {}
         self._pids: dict[str, int] = {}
         self._gone: set[str] = set()
+        self._reminded: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._relisting: asyncio.Task[None] | None = None
@@ -98,6 +99,10 @@ class ExitWatcher:
         """Tell the process of one that is waited for or expected, as the engine shows it."""
         if pid is not None and container_id in self._signals:
             self._pids[container_id] = pid
+
+    def was_missed(self, container_id: str) -> bool:
+        """Whether the engine had to be told of its end, while it is waited for."""
+        return container_id in self._reminded
 
     def cut(self) -> None:
         """Break the event stream, as a fault would; it is taken up again. For tests and for a suspected stall."""
@@ -145,6 +150,7 @@ class ExitWatcher:
         if not signals:
             del self._signals[container_id]
             self._pids.pop(container_id, None)
+            self._reminded.discard(container_id)
 
     def _poke(self, *keys: str) -> None:
         for key in keys:
@@ -189,6 +195,7 @@ class ExitWatcher:
             log.debug("engine.not_reminded", error=str(error))
         else:
             self._pids.pop(container_id, None)
+            self._reminded.add(container_id)
 
     # ---- in the thread ----
 

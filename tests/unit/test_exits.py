@@ -126,4 +126,6 @@ async def test_an_engine_that_has_missed_an_exit_is_sent_a_signal_for_what_has_n
         watcher.runs_as("c", os.getpid() if is_there else 2**22 + 1)
         await until(lambda: connection.lists_count > 5)
         assert connection.sent == ([] if is_there else ["send SIGURG"])
+        assert watcher.was_missed("c") is not is_there
+    assert not watcher.was_missed("c")
     await watcher.close()
