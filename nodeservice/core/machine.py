@@ -147,9 +147,15 @@ def _stop_while_pulling(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 
 def _stop_noted(record: TaskRecord, event: ev.StopRequested) -> Step:
-    """A create or start is under way in the engine: its answer decides what there is to stop."""
+    """A create is under way in the engine: its answer decides what there is to stop."""
     stopped = _requested(record, event.stop)
     return Step(stopped, changed=stopped is not record)
+
+
+def _stop_while_starting(record: TaskRecord, event: ev.StopRequested) -> Step:
+    """It may run already though the engine has not answered, and may not answer for long."""
+    step = _stop_noted(record, event)
+    return replace(step, effects=(fx.StopContainer(),) if step.changed else ())
 
 
 def _stop_while_running(record: TaskRecord, event: ev.StopRequested) -> Step:
@@ -330,7 +336,7 @@ TRANSITIONS: Mapping[type[ev.Event], Mapping[Phase, Handler]] = {  # the diagram
     ev.StopRequested: {
         Phase.PULLING: _stop_while_pulling,
         Phase.CREATING: _stop_noted,
-        Phase.STARTING: _stop_noted,
+        Phase.STARTING: _stop_while_starting,
         Phase.RUNNING: _stop_while_running,
     },
     ev.ImagePulled: {Phase.PULLING: _pulled},

@@ -45,7 +45,7 @@ class Runner:
             case fx.CancelStep():
                 self._interrupt(record.id, fx.PullImage)
             case fx.StopContainer() | fx.KillContainer():
-                if record.phase is Phase.RUNNING:
+                if Phase.STARTING <= record.phase <= Phase.RUNNING:
                     self._end(record)
             case _:
                 if record.phase is _PHASE_OF[type(effect)]:

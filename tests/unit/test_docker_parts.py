@@ -363,6 +363,8 @@ def test_a_failed_pull_tells_whose_move_is_next(
         (500, "error mounting /x to rootfs: no such file or directory", RequestError, "START_FAILED"),
         (500, "id already in use", NodeFaultError, "ENGINE_FAULT"),
         (503, "shutting down", TransientError, "ENGINE_UNAVAILABLE"),
+        (500, "transport is closing: unavailable", TransientError, "ENGINE_UNAVAILABLE"),
+        (500, "no unavailable device", RequestError, "START_FAILED"),
     ],
 )
 def test_a_failed_start_tells_whose_move_is_next(
@@ -438,6 +440,19 @@ def test_the_ends_of_lines_that_the_engine_had_to_cut_are_put_back(
 ) -> None:
     data = b"".join(stamped(record, stream) for stream, record in frames)
     assert b"".join(text for records in read_records([data]) for text in records.texts) == expected
+
+
+@given(st.lists(st.integers(min_value=1, max_value=40)))
+def test_what_the_engine_says_of_its_own_trouble_is_no_line_of_the_log(sizes: list[int]) -> None:
+    trouble = frame(b"Error grabbing logs: unexpected EOF\n", stream=3)
+    plain = read_frames(cut(frame(b"a\n") + frame(b"b\n") + trouble, sizes))
+    of_local = read_records(cut(stamped(b"a\n") + stamped(b"b\n") + trouble, sizes))
+    texts = (text for records in of_local for text in records.texts)
+    for pieces in (plain, texts):
+        read = [next(pieces)]
+        with pytest.raises(http.client.HTTPException, match=r"^Error grabbing logs: unexpected EOF$"):
+            read.extend(pieces)
+        assert b"".join(read) == b"a\nb\n"
 
 
 @given(st.binary(max_size=60), st.integers(min_value=0, max_value=60), st.lists(st.integers(min_value=1, max_value=20)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -14,12 +15,14 @@ import pytest
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
+from nodeservice.lifecycle import driver
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.ports import ContainerState
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
-from nodeservice.testing.fake_runtime import FakeImage
+from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, spec
 
 T = AttemptId("t")
@@ -211,6 +214,102 @@ async def test_what_started_before_its_start_could_be_journalled_can_be_stopped(
         record = await node.until_finished(T)
     assert record.verdict is not None
     assert record.verdict.reason is Reason.CANCELLED
+
+
+class SlowRuntime(FakeRuntime):
+    """Its engine is at a start until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(images={"demo": FakeImage(holds=True)})
+        self.starting, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def start(self, container_id: str) -> ContainerState:
+        self.starting.set()
+        await self.go_on.wait()
+        return await super().start(container_id)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_stop_that_cannot_be_journalled_while_the_engine_is_at_the_start_ends_what_it_then_starts(
+    world: World, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr(driver, "_UNWRITTEN_SECONDS", 0.01)
+    world.runtime, world.journal = runtime, journal = SlowRuntime(), HeldJournal()
+    async with living(world) as node:
+        await node.assign(spec())
+        await runtime.starting.wait()
+        journal.full = not hangs
+        if hangs:
+            journal.free.clear()
+        asked = cancel(node)
+        await node.until(
+            lambda: [name for name, _ in runtime.calls].count("stop") > 1
+        )  # in vain, as it does not run yet
+        runtime.go_on.set()
+        await node.until(lambda: "start" in [name for name, _ in runtime.calls] and not runtime.running)
+        assert node.phase(T) is Phase.STARTING
+        assert not asked.done()
+        journal.full = False
+        journal.free.set()
+        await asked
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [report.id for report in world.uplink.reports] == [T]
+
+
+class RuntimeLostAtTheStart(FakeRuntime):
+    """Its engine goes away when it has started a container, before it says so."""
+
+    def __init__(self) -> None:
+        super().__init__(images={"demo": FakeImage(holds=True)})
+
+    async def start(self, container_id: str) -> ContainerState:
+        is_first = self.is_untouched(container_id)
+        state = await super().start(container_id)
+        if is_first:
+            self.unavailable = True
+            raise TransientError("it closed the connection", reason="ENGINE_UNAVAILABLE")
+        return state
+
+
+class CgroupsOfARuntime(NoTaskCgroups):
+    def __init__(self, runtime: FakeRuntime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    async def kill(self, id_: AttemptId) -> None:
+        for container_id in self._runtime.running:
+            self._runtime.finish(container_id, 137)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_while_it_is_away(
+    world: World, is_restarted: bool
+) -> None:
+    world.runtime = runtime = RuntimeLostAtTheStart()
+    cgroups = CgroupsOfARuntime(runtime)
+    if not is_restarted:
+        world.cgroups = cgroups
+    async with contextlib.AsyncExitStack() as lives:
+        node = await lives.enter_async_context(living(world))
+        await node.assign(spec())
+        await node.until(lambda: bool(runtime.running))
+        assert node.phase(T) is Phase.STARTING
+        await cancel(node)
+        if is_restarted:
+            assert runtime.running
+            await lives.aclose()
+            world.cgroups = cgroups
+            node = await lives.enter_async_context(living(world))
+        await node.until(lambda: not runtime.running)
+        assert runtime.unavailable
+        assert node.phase(T) is (Phase.COLLECTING if is_restarted else Phase.STARTING)
+        runtime.unavailable = False
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [report.id for report in world.uplink.reports] == [T]
 
 
 async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import AttemptId, PullPolicy, Reason, StopCause, TaskRecord, Usage
+from nodeservice.core.model import AttemptId, Phase, PullPolicy, Reason, StopCause, TaskRecord, Usage
 from nodeservice.core.verdict import has_no_grace
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context, Ended
@@ -361,9 +361,15 @@ async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -
             _tell_stuck(context, driver, id_)
             await context.cgroups.kill(id_)
             await context.clock.sleep(_STUCK_LOOK_SECONDS)
+        except TransientError:
+            await context.cgroups.kill(id_)  # whatever runs there is to end, also while the engine is away
+            raise
 
 
 def _tell_stuck(context: Context, driver: Driver, id_: AttemptId) -> None:
+    known = driver.get(id_)
+    if known is not None and known.phase < Phase.RUNNING:
+        return  # the engine is silent, and whether anything runs is not known
     patience = context.settings.kill_patience_seconds
     log.error("container.stuck", task_id=id_.task_id, attempt=id_.attempt, seconds=patience)
     message = (
