@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 _MAX_LINE_BYTES = 65536
-_MAX_FIELDS = 100
+_MAX_LINES = 100
+"""Of a head."""
 _READ_BYTES = 65536
 _MAX_WHOLE_BYTES = 1024**3
 _BODILESS = frozenset({204, 304})
@@ -29,28 +30,15 @@ class Head(NamedTuple):
     status: int
     reason: str
     fields: Mapping[str, str]
-
-    @property
-    def is_chunked(self) -> bool:
-        return self._words("transfer-encoding")[-1] == "chunked"
-
-    @property
-    def length_bytes(self) -> int | None:
-        """None where only the end of the connection, or the last chunk, ends the body."""
-        if self.status in _BODILESS:
-            return 0
-        length, *others = set(self._words("content-length"))
-        return int(length) if length.isdecimal() and not others and not self.is_chunked else None
+    is_chunked: bool
+    length_bytes: int | None
+    """None where only the end of the connection, or the last chunk, ends the body."""
 
     @property
     def keeps_open(self) -> bool:
         """Whether the connection serves another request after this body."""
         ends_by_itself = self.is_chunked or self.length_bytes is not None
-        return ends_by_itself and "close" not in self._words("connection")
-
-    def _words(self, name: str) -> list[str]:
-        """Of a list; one that is empty where there is no such field."""
-        return [word.strip() for word in self.fields.get(name, "").lower().split(",")]
+        return ends_by_itself and "close" not in _words(self.fields, "connection")
 
 
 class Connection:
@@ -126,25 +114,29 @@ def send_request(
 
 def request_head(method: str, target: str, fields: Mapping[str, str]) -> bytes:
     """Raises ValueError for what would not be one request."""
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-    if any("\r" in line or "\n" in line for line in lines) or " " in target:
+    lines = [f"{method} {target} HTTP/1.1", *[f"{name}: {value}" for name, value in fields.items()], "", ""]
+    text = "\r\n".join(lines)
+    if not text.count("\r") == text.count("\n") == len(lines) - 1 or " " in target:
         raise ValueError(f"cannot be asked: {method} {target!r}")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return text.encode("latin-1")
 
 
 def read_head(reader: io.BufferedReader) -> Head:
     """Blocks until it is there. Raises OSError, or http.client.HTTPException for one that is none."""
     while True:
-        line = _line(reader)
-        words = line.split(None, 2)
-        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            raise http.client.BadStatusLine(repr(line[:80]))
-        fields = _fields(reader)
-        if words[0] == b"HTTP/1.0":
+        lines = _lines(reader)
+        first = next(lines, "")
+        words = first.split(None, 2)
+        if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].isdecimal():
+            raise http.client.BadStatusLine(repr(first[:80]))
+        fields = _fields(lines)
+        if words[0] == "HTTP/1.0":
             fields.setdefault("connection", "close")
         status = int(words[1])
         if status >= 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
-            return Head(status, words[2].decode("latin-1") if len(words) > 2 else "", fields)
+            is_chunked = _words(fields, "transfer-encoding")[-1] == "chunked"
+            length_bytes = 0 if status in _BODILESS else None if is_chunked else _length_bytes(fields)
+            return Head(status, words[2] if len(words) > 2 else "", fields, is_chunked, length_bytes)
 
 
 def read_body(reader: io.BufferedReader, head: Head) -> bytes:
@@ -202,20 +194,46 @@ def _line(reader: io.BufferedReader) -> bytes:
     return line.rstrip(b"\r\n")
 
 
-def _fields(reader: io.BufferedReader) -> dict[str, str]:
+def _lines(reader: io.BufferedReader) -> Iterator[str]:
+    """Those of a head. As a rule it has come as a whole, and is taken at once."""
+    come = reader.peek()
+    end = come.find(b"\r\n\r\n")
+    if end >= 0 and come.count(b"\n", 0, end) == come.count(b"\r\n", 0, end):
+        reader.read(end + 4)
+        return iter(come[:end].decode("latin-1").split("\r\n"))
+    return _lines_one_by_one(reader)
+
+
+def _lines_one_by_one(reader: io.BufferedReader) -> Iterator[str]:
+    for _ in range(_MAX_LINES):
+        if not (line := _line(reader)):
+            return
+        yield line.decode("latin-1")
+    raise http.client.HTTPException(f"a head of more than {_MAX_LINES} lines")
+
+
+def _fields(lines: Iterable[str]) -> dict[str, str]:
     fields: dict[str, str] = {}
     name = ""
-    for _ in range(_MAX_FIELDS):
-        line = _line(reader)
-        if not line:
-            return fields
-        if line[:1] in b" \t" and fields:  # of old, a field could go on in the next line
-            fields[name] += f" {line.decode('latin-1').strip()}"
+    for line in lines:
+        if line[:1] in " \t" and fields:  # of old, a field could go on in the next line
+            fields[name] += f" {line.strip()}"
             continue
-        name, _, value = line.decode("latin-1").partition(":")
+        name, _, value = line.partition(":")
         name, value = name.strip().lower(), value.strip()
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    raise http.client.HTTPException(f"the answer has more than {_MAX_FIELDS} fields")
+    return fields
+
+
+def _words(fields: Mapping[str, str], name: str) -> list[str]:
+    """Of a list; one that is empty where there is no such field."""
+    text = fields.get(name)
+    return [word.strip() for word in text.lower().split(",")] if text else [""]
+
+
+def _length_bytes(fields: Mapping[str, str]) -> int | None:
+    length, *others = set(_words(fields, "content-length"))
+    return int(length) if length.isdecimal() and not others else None
 
 
 def _read_chunks(reader: io.BufferedReader) -> bytes:
@@ -228,7 +246,7 @@ def _read_chunks(reader: io.BufferedReader) -> bytes:
         if size < 0:
             raise http.client.HTTPException(f"a chunk of the answer has {size} bytes")
         if size == 0:
-            _fields(reader)  # those that may follow the last chunk
+            deque(_lines_one_by_one(reader), maxlen=0)  # the fields that may follow the last chunk
             return b"".join(found)
         found.append(_read(reader, size))
         _line(reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store
 from nodeservice.errors import ConfigError, NodeServiceError, RequestError, TransientError
 from nodeservice.journal.lock import StateDirLock
-from nodeservice.lifecycle.recovery import named
 from nodeservice.lifecycle.removal import remove_tree
-from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.lifecycle.workdir import SALVAGE, WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.limits.disk import open_task_disk
+from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.telemetry.tracing import new_trace_ids
@@ -41,7 +42,7 @@ class Finished:
     manifest: Manifest | None
 
 
-class _LocalUplink:
+class LocalUplink:
     """The outcome is read from the record by the caller, so there is nobody to report to."""
 
     heard_at: datetime | None = None
@@ -89,7 +90,7 @@ async def run_once(
                 facts = await node.runtime.facts()
             async with working(
                 node,
-                uplink=_LocalUplink(),
+                uplink=LocalUplink(),
                 store=open_store(config),
                 facts=facts,
                 on_pull_progress=lambda _id: on_pull,
@@ -245,6 +246,8 @@ async def sweep_dead_runs(
     if not runs_dir.is_dir():
         return
     for directory in sorted(runs_dir.iterdir()):
+        if not directory.is_dir() or os.listdir(directory) == [SALVAGE]:
+            continue
         lock = StateDirLock(directory)
         try:
             lock.acquire()
@@ -259,8 +262,12 @@ async def sweep_dead_runs(
                     say(f"removed the container of {directory.name}, {was}: its run was killed and left it")
                 await _remove_cgroup(runtime, directory.name)
                 await _lift_quotas(directory)
-                await asyncio.to_thread(remove_tree, directory)
+                kept = await asyncio.to_thread(remove_run, directory)
                 log.info("run.swept", directory=str(directory))
+                if kept is not None:
+                    say(
+                        f"what the task of {directory.name} wrote stays in {kept}: its run was killed before it was stored"
+                    )
             except TransientError as error:
                 log.warning("run.not_swept", directory=str(directory), error=str(error))
                 return  # the engine would not answer for the others either
@@ -270,6 +277,24 @@ async def sweep_dead_runs(
                 await runtime.close()
         finally:
             lock.release()
+
+
+def remove_run(directory: Path) -> Path | None:
+    """Remove what a run that ended wrote, but never results that were not stored. Where these are, if there are any."""
+    dirs = WorkDirs(directory)
+    for id_ in dirs.all():
+        if (dirs.root(id_) / MANIFEST_NAME).exists():  # collected, and not cleaned up since
+            dirs.salvage(id_)
+    salvage = directory / SALVAGE
+    if not salvage.exists():
+        remove_tree(directory)
+        return None
+    for entry in directory.iterdir():
+        if entry.is_dir() and entry != salvage:
+            remove_tree(entry)
+        elif entry != salvage:
+            entry.unlink()
+    return salvage
 
 
 async def _remove_cgroup(runtime: DockerRuntime, run_id: str) -> None:
@@ -285,7 +310,7 @@ async def _lift_quotas(state_dir: Path) -> None:
     """They would stay where the directories that they bound are gone."""
     dirs, disk = WorkDirs(state_dir), open_task_disk(state_dir, None)
     try:
-        for id_ in filter(None, map(named, dirs.all())):
+        for id_ in dirs.all():
             await disk.remove(id_, work=dirs.results(id_))
     finally:
         await disk.close()

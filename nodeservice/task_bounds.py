@@ -5,6 +5,9 @@ Each raises RequestError (INVALID_REQUEST) naming the field, the value and the r
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from nodeservice.errors import invalid_request
 
 TIMES = (
@@ -25,6 +28,11 @@ _MOST_PIDS = 4_000_000
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL")
 _MAX_OPEN_FILES = 1_048_576
 """Linux's fs.nr_open unless the host raised it."""
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_MAX_WORD_BYTES = 128 * 1024
+"""Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
+_MAX_ENV_COUNT = 1_000
 _MIN_BYTES_PER_SECOND = 4096
 """One block a second: less would never end."""
 
@@ -69,3 +77,32 @@ def check_open_files(limit: int) -> None:
 def check_rate(field: str, bytes_per_second: int | None) -> None:
     if bytes_per_second is not None and bytes_per_second < _MIN_BYTES_PER_SECOND:
         raise invalid_request(field, f"is {bytes_per_second}", f"use at least {_MIN_BYTES_PER_SECOND} bytes per second")
+
+
+def check_words(command: str, argv: Iterable[str], env: Iterable[tuple[str, str]]) -> None:
+    """What a process is started with."""
+    for field, text in (("command", command), *(("argv", word) for word in argv)):
+        if not _can_be_passed(text):
+            raise invalid_request(
+                field, f"is {shown(text)}", "use less than 128 KiB of UTF-8 and no NUL; put long scripts in the image"
+            )
+    variables = tuple(env)
+    if len(variables) > _MAX_ENV_COUNT:
+        raise invalid_request("env", f"has {len(variables)} variables", f"use at most {_MAX_ENV_COUNT}")
+    for name, value in variables:
+        if not _ENV_NAME.match(name):
+            raise invalid_request("env", f"has a variable named {shown(name)}", "use letters, digits and _ in names")
+        if not _can_be_passed(value):
+            raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB of UTF-8 and no NUL")
+
+
+def shown(text: str) -> str:
+    """A hostile text, fit to be shown: short and without control characters."""
+    return repr(text[:40]) + (f"… ({len(text)} characters)" if len(text) > 40 else "")
+
+
+def _can_be_passed(text: str) -> bool:
+    """Whether it fits into one argument. What a shell passed on as other bytes than UTF-8 has lone surrogates here."""
+    return (
+        "\0" not in text and len(text.encode(errors="surrogatepass")) < _MAX_WORD_BYTES and not _SURROGATE.search(text)
+    )

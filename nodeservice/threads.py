@@ -148,8 +148,10 @@ def _do(work: Callable[[], Any], future: asyncio.Future[Any] | None) -> None:
 
 
 def _settle_from_thread(future: asyncio.Future[Any], settle: Callable[..., None], *args: object) -> None:
-    with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+    try:
         future.get_loop().call_soon_threadsafe(settle, *args)
+    except RuntimeError:
+        return  # the loop has ended, and with it whoever waited
 
 
 def _succeed(future: asyncio.Future[Any], result: object) -> None:

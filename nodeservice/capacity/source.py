@@ -7,7 +7,6 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import structlog
 
@@ -33,9 +32,6 @@ from nodeservice.ports import (
 from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
-
-__all__ = ["HostCapacity", "Reserve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +62,6 @@ class HostCapacity:
         units: Callable[[GpuInventory], tuple[GpuUnit, ...]],
         reserve: Reserve,
         root: Path = Path("/"),
-        affinity_count: int | None = None,
     ) -> None:
         self._state_dir = state_dir
         self._engine = engine
@@ -74,7 +69,6 @@ class HostCapacity:
         self._units = units
         self._reserve = reserve
         self._root = root
-        self._affinity_count = affinity_count
         self._meter = CpuMeter(root)
         self._thread = Threads(1, name="nodeservice-capacity")
         self._last_sample = UsageSample(cpu_percent=0.0, memory_percent=0.0, disk_percent=0.0, gpu_percent=0.0)
@@ -88,21 +82,18 @@ class HostCapacity:
         except NodeServiceError as error:
             engine_error = str(error)
         gpus = await self._gpus.inventory()
-        local = await self._run(lambda: self._read_local(engine))
+        local = await self._thread.run(lambda: self._read_local(engine))
         return _capacity(local, engine, engine_error, gpus, self._units(gpus), self._reserve)
 
     async def sample(self) -> UsageSample:
         """Load now; CPU since the sample before. What cannot be read keeps its last value: a heartbeat never fails here."""
         gpu_load = gpu_percent(await self._gpus.inventory())
-        self._last_sample = await self._run(lambda: self._sample(gpu_load))
+        self._last_sample = await self._thread.run(lambda: self._sample(gpu_load))
         return self._last_sample
 
     async def close(self) -> None:
         """End the thread. The GPU provider belongs to whoever made it."""
         self._thread.close()
-
-    async def _run(self, call: Callable[[], T]) -> T:
-        return await self._thread.run(call)
 
     def _sample(self, gpu_load: float) -> UsageSample:
         memory, disk = self._last_sample.memory_percent, self._last_sample.disk_percent
@@ -116,7 +107,7 @@ class HostCapacity:
 
     def _read_local(self, engine: EngineFacts | None) -> _Local:
         return _Local(
-            cpu=read_cpu(self._root, affinity_count=self._affinity_count),
+            cpu=read_cpu(self._root),
             memory=read_memory(self._root),
             disk=read_disk(self._state_dir, root=self._root),
             engine_disk=self._engine_disk(engine),

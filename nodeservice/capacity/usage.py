@@ -50,8 +50,9 @@ def disk_percent(path: Path) -> float:
 
 
 def gpu_percent(inventory: GpuInventory) -> float:
-    """The mean over the GPUs that tell; 0 where none does."""
-    known = [gpu.utilization_percent for gpu in inventory.gpus if gpu.utilization_percent is not None]
+    """The mean over the GPUs that tell; 0 where none does, as with a driver that fails: it showed them before that."""
+    gpus = inventory.gpus if inventory.error is None else ()
+    known = [gpu.utilization_percent for gpu in gpus if gpu.utilization_percent is not None]
     return percent(sum(known), 100 * len(known))
 
 

@@ -28,10 +28,9 @@ def doctor(
     import json
     import sys
 
-    from rich.console import Console
-
     from nodeservice.cli.doctor_view import render_diagnosis
     from nodeservice.cli.exit_codes import DoctorCode
+    from nodeservice.cli.fitted import console
     from nodeservice.config import load_config
     from nodeservice.doctor.examine import examine
     from nodeservice.errors import NodeServiceError
@@ -51,5 +50,5 @@ def doctor(
     if as_json:
         sys.stdout.write(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
     else:
-        render_diagnosis(diagnosis, Console())
+        render_diagnosis(diagnosis, console())
     raise typer.Exit(DoctorCode.SOUND if diagnosis.is_sound else DoctorCode.NOT_KEPT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,6 +45,8 @@ def seen_as_dict(seen: Seen) -> dict[str, object]:
         },
         "engine": _engine_dict(host.engine, host.engine_disk, seen.degraded),
         "engine_error": host.engine_error,
+        "daemon": asdict(seen.daemon) if seen.daemon is not None else None,
+        "daemon_error": seen.daemon_error,
         "gpus": gpu_dicts(seen),
         "gpu_driver_version": host.gpus.driver_version,
         "cuda_version": host.gpus.cuda_version,
@@ -61,14 +64,15 @@ def render_seen(seen: Seen, console: Console) -> None:
     host, found = seen.capacity.host, seen.capacity.host.gpus
     console.print(_facts("Host", _host_rows(host)))
     console.print(_facts("Engine", _engine_rows(host, seen.degraded)))
+    console.print(_facts("Daemon", _daemon_rows(seen)))
     console.print(_resources(seen.capacity, seen.free))
-    for words in filter(None, (found.error, *found.unreachable)):
+    for words in found.complaints:
         console.print(Text(f"GPU fault: {words}", style="bold red"))
     if found.gpus:
         versions = driver_words(found.driver_version, found.cuda_version)
         for part in gpu_tables(gpu_dicts(seen), title=escape(f"GPUs: {versions}" if versions else "GPUs")):
             console.print(part)
-    elif not found.error and not found.unreachable:
+    elif not found.complaints:
         console.print(Text("GPUs: none" if found.driver_version else "GPUs: none: no NVIDIA driver"))
 
 
@@ -112,6 +116,18 @@ def _engine_rows(host: HostFacts, degraded: Sequence[str]) -> Iterable[tuple[str
         yield "disk", _disk_text(host.engine_disk)
     for sentence in degraded:
         yield "degraded", sentence
+
+
+def _daemon_rows(seen: Seen) -> Iterable[tuple[str, str]]:
+    if seen.daemon is None:
+        yield ("fault", seen.daemon_error) if seen.daemon_error else ("runs", "no: nothing takes tasks here")
+        return
+    yield "runs", f"version {seen.daemon.version}, pid {seen.daemon.pid}, {seen.daemon.mode}"
+    yield "status", seen.daemon.status
+    for words in seen.daemon.conditions:
+        yield "condition", words
+    for words in seen.daemon.warnings:
+        yield "warning", words
 
 
 def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:

@@ -71,9 +71,9 @@ def show_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
     """Amounts are assigned / allocatable. Below the table what is wrong, and the GPUs of each node."""
     out = console()
     made = FittedTable(
-        ("NODE", "STATE", "ADDRESS", "CPU", "MEMORY", "DISK", "GPU", "TASKS", "HEARD OF (UTC)"),
+        ("NODE", "STATE", "ADDRESS", "CPU", "MEMORY", "DISK", "GPU", "TASKS", "HEARD OF (UTC)", "VERSION"),
         text="ADDRESS",
-        spare=("ADDRESS", "DISK", "HEARD OF (UTC)", "MEMORY"),
+        spare=("ADDRESS", "VERSION", "DISK", "HEARD OF (UTC)", "MEMORY"),
     )
     for node in nodes:
         assigned, allocatable = node["assigned"], node["allocatable"]
@@ -87,6 +87,7 @@ def show_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
             "fault" if _lacks_driver(node) else f"{assigned['gpu_count']}/{allocatable['gpu_count']}",
             str(len(node["running_tasks"])),
             text(_second(node["last_heartbeat_at"])),
+            text(node["version"] or ""),
         )
     out.print(made)
     for node in nodes:

@@ -220,8 +220,7 @@ def _directory(results: str) -> Path:
 async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
     import contextlib
 
-    from nodeservice.lifecycle.removal import remove_tree
-    from nodeservice.single import run_once, sweep_dead_runs
+    from nodeservice.single import remove_run, run_once, sweep_dead_runs
 
     await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host, say=view.say)
     try:
@@ -239,5 +238,7 @@ async def _run(config: NodeConfig, spec: TaskSpec, view: RunView) -> Finished:
         await sweep_dead_runs(config.state_dir.parent, docker_host=config.docker_host)
         raise
     with contextlib.suppress(OSError):
-        remove_tree(config.state_dir)
+        kept = remove_run(config.state_dir)
+        if kept is not None:
+            view.say(f"what could not be collected or stored stays in {kept}")
     return finished

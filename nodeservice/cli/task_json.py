@@ -124,6 +124,7 @@ def node_document(view: pb.NodeView) -> Document:
     return {
         "worker_id": view.worker_id,
         "address": view.address,
+        "version": view.node_version or None,
         "state": view.state,
         "capacity": _amounts(view.capacity),
         "allocatable": _amounts(view.allocatable),

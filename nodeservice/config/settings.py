@@ -210,10 +210,6 @@ class NodeConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
-    @property
-    def uses_tls(self) -> bool:
-        return self.tls_cert is not None
-
     @model_validator(mode="after")
     def _check_together(self) -> NodeConfig:
         # A ConfigError passes through pydantic as it is, since it is no ValueError.

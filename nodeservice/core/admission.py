@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.ledger import Ledger, Shortfall
@@ -23,34 +22,25 @@ from nodeservice.task_bounds import (
     check_rate,
     check_seconds,
     check_stop_signal,
+    check_words,
+    shown,
 )
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_ATTEMPT = 1_000_000
 _MAX_TEXT = 256
-_MAX_COMMAND_BYTES = 128 * 1024
-"""Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
-_MAX_ENV_COUNT = 1_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
-    """`existing` set: this very attempt is known already, and the answer is the same as then."""
-
-    existing: TaskRecord | None = None
-
-
-def check_task_id(task_id: str, *, field: str = "task_id") -> None:
+def check_task_id(task_id: str) -> None:
     """Raise RequestError (INVALID_REQUEST) unless the id is safe as a name and in a path."""
     if not task_id:
-        raise invalid_request(field, "is empty", "give every task an id")
+        raise invalid_request("task_id", "is empty", "give every task an id")
     if not _ID.match(task_id) or ".." in task_id:
         raise invalid_request(
-            field,
-            f"is {_shown(task_id)}, which is not safe as a name",
+            "task_id",
+            f"is {shown(task_id)}, which is not safe as a name",
             "use 1–128 of A–Z a–z 0–9 . _ - beginning with a letter or digit, and no '..'",
         )
 
@@ -70,36 +60,12 @@ def check(spec: TaskSpec) -> None:
     ):
         if len(text) > _MAX_TEXT or _CONTROL.search(text) or _SURROGATE.search(text):
             raise invalid_request(
-                field, f"is {_shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
+                field, f"is {shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
             )
-    _check_command(spec)
-    _check_amounts(spec)
-
-
-def _check_command(spec: TaskSpec) -> None:
     if spec.command is not None and spec.argv:
         raise invalid_request("argv", "is given beside command", "give one of the two")
-    for field, text in (("command", spec.command or ""), *(("argv", arg) for arg in spec.argv)):
-        if not _can_be_passed(text):
-            raise invalid_request(
-                field, f"is {_shown(text)}", "use less than 128 KiB of UTF-8 and no NUL; put long scripts in the image"
-            )
-    if len(spec.env) > _MAX_ENV_COUNT:
-        raise invalid_request("env", f"has {len(spec.env)} variables", f"use at most {_MAX_ENV_COUNT}")
-    for name, value in spec.env:
-        if not _ENV_NAME.match(name):
-            raise invalid_request("env", f"has a variable named {_shown(name)}", "use letters, digits and _ in names")
-        if not _can_be_passed(value):
-            raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB of UTF-8 and no NUL")
-
-
-def _can_be_passed(text: str) -> bool:
-    """Whether it fits into one argument. What a shell passed on as other bytes than UTF-8 has lone surrogates here."""
-    return (
-        "\0" not in text
-        and len(text.encode(errors="surrogatepass")) < _MAX_COMMAND_BYTES
-        and not _SURROGATE.search(text)
-    )
+    check_words(spec.command or "", spec.argv, spec.env)
+    _check_amounts(spec)
 
 
 def _check_amounts(spec: TaskSpec) -> None:
@@ -138,16 +104,17 @@ def admit(
     conditions: Mapping[str, str],
     live_count: int,
     max_live_count: int,
-) -> Admitted:
-    """Decide. Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError.
+) -> TaskRecord | None:
+    """The record of this very attempt where it is known already: the answer is the same as then. None: it is admitted.
 
-    Reasons of the latter: INSUFFICIENT_…, NODE_DRAINING, or the name of a condition of this node.
+    Raises RequestError (INVALID_REQUEST, TASK_CONFLICT) or CapacityError. Reasons of the latter: INSUFFICIENT_…,
+    NODE_DRAINING, or the name of a condition of this node.
     """
     check(spec)
     existing = known(spec)
     if existing is not None:
         if existing.spec.fingerprint == spec.fingerprint:
-            return Admitted(existing=existing)
+            return existing
         raise RequestError(
             f"task {spec.id.task_id} attempt {spec.id.attempt} was accepted before with another specification",
             reason="TASK_CONFLICT",
@@ -169,7 +136,7 @@ def admit(
     missing = ledger.shortfall(spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
     if missing is not None:
         raise _no_room(missing)
-    return Admitted()
+    return None
 
 
 _RESOURCES = {
@@ -205,8 +172,3 @@ def _amount(resource: str, value: int) -> str:
             return f"{value / GIB:.3f} GiB"
         case _:
             return str(value)
-
-
-def _shown(text: str) -> str:
-    """A hostile text, fit to be shown: short and without control characters."""
-    return repr(text[:40]) + (f"… ({len(text)} characters)" if len(text) > 40 else "")

@@ -130,7 +130,7 @@ def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect, *
 
 
 def _can_wait(step: Step) -> Step:
-    return replace(step, can_wait=True)
+    return Step(step.record, step.effects, step.changed, can_wait=True)
 
 
 def _give_up(record: TaskRecord, at: datetime, verdict: Verdict, *before: fx.Effect) -> Step:
@@ -147,9 +147,15 @@ def _stop_while_pulling(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 
 def _stop_noted(record: TaskRecord, event: ev.StopRequested) -> Step:
-    """A create or start is under way in the engine: its answer decides what there is to stop."""
+    """A create is under way in the engine: its answer decides what there is to stop."""
     stopped = _requested(record, event.stop)
     return Step(stopped, changed=stopped is not record)
+
+
+def _stop_while_starting(record: TaskRecord, event: ev.StopRequested) -> Step:
+    """It may run already though the engine has not answered, and may not answer for long."""
+    step = _stop_noted(record, event)
+    return replace(step, effects=(fx.StopContainer(),) if step.changed else ())
 
 
 def _stop_while_running(record: TaskRecord, event: ev.StopRequested) -> Step:
@@ -207,23 +213,12 @@ def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
 
 
 def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
-    facts = verdicts.ExitFacts(
-        exit_code=event.exit_code,
-        oom_killed=event.oom_killed,
-        host_oom_killed=event.host_oom_killed,
-        error=event.error,
-        finished_at=event.finished_at,
-        stop=record.stop,
-        gpu_fault=event.gpu_fault,
-        by_engine=event.by_engine,
-        engine_was_away=event.engine_was_away,
-    )
-    remarks = (*record.remarks, *verdicts.exit_remarks(facts))
+    remarks = (*record.remarks, *verdicts.exit_remarks(event))
     return _enter(
         record,
         Phase.COLLECTING,
         event.at,
-        verdict=verdicts.of_exit(facts),
+        verdict=verdicts.of_exit(event, record.stop),
         remarks=remarks,
         usage=event.observed,
         stuck=False,
@@ -341,7 +336,7 @@ TRANSITIONS: Mapping[type[ev.Event], Mapping[Phase, Handler]] = {  # the diagram
     ev.StopRequested: {
         Phase.PULLING: _stop_while_pulling,
         Phase.CREATING: _stop_noted,
-        Phase.STARTING: _stop_noted,
+        Phase.STARTING: _stop_while_starting,
         Phase.RUNNING: _stop_while_running,
     },
     ev.ImagePulled: {Phase.PULLING: _pulled},

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 from nodeservice.core.gpus import GpuPart, GpuRequest, GpuUsage
 
@@ -18,8 +19,7 @@ MIB = 1024**2
 DEFAULT_OPEN_FILES = 65_536
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class AttemptId:
+class AttemptId(NamedTuple):
     """Identity of one attempt at a task. `task_id` is validated at the boundary (see `core.admission`)."""
 
     task_id: str

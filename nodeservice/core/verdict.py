@@ -6,9 +6,8 @@ The first failure is final; success is provisional until the results are stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
 
+from nodeservice.core.events import ContainerExited
 from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest, TaskRecord, Verdict
 
 _SIGNAL_BASE = 128
@@ -59,22 +58,6 @@ _RETRYABLE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExitFacts:
-    """What is known of a container that ended; the fields are those of `events.ContainerExited`, and what was requested."""
-
-    exit_code: int
-    oom_killed: bool
-    host_oom_killed: bool = False
-    error: str = ""
-    finished_at: datetime | None = None
-    stop: StopRequest | None = None
-    gpu_fault: str = ""
-    """The fault of one of its GPUs that was seen before it ended, in words."""
-    by_engine: bool = False
-    engine_was_away: bool = False
-
-
 def has_no_grace(record: TaskRecord) -> bool:
     """Whether it is to be killed at once, be that the first thing that was requested or not."""
     return any(request is not None and request.cause in AT_ONCE for request in (record.stop, record.escalation))
@@ -96,38 +79,38 @@ def of_stop(stop: StopRequest, *, exit_code: int | None = None) -> Verdict:
     return Verdict(outcome=outcome, reason=reason, message=stop.message or message, exit_code=exit_code)
 
 
-def of_exit(facts: ExitFacts) -> Verdict:
-    """The verdict on a container that ended."""
-    stop, exit_code = facts.stop, facts.exit_code
-    if stop is not None and not _ended_before(facts, stop):
+def of_exit(ended: ContainerExited, stop: StopRequest | None = None) -> Verdict:
+    """The verdict on a container that ended, with what had been requested of it."""
+    exit_code = ended.exit_code
+    if stop is not None and not _ended_before(ended, stop):
         return of_stop(stop, exit_code=exit_code)
-    if facts.by_engine:
+    if ended.by_engine:
         message = f"The engine or the host was stopped or started anew, which ended the task; it left code {exit_code}."
         return Verdict(outcome=Outcome.FAILED, reason=Reason.ENGINE_FAULT, message=message, exit_code=exit_code)
     if exit_code == 0:
         return Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="Exited with code 0.", exit_code=0)
-    reason, message = _cause(facts)
+    reason, message = _cause(ended)
     return Verdict(outcome=Outcome.FAILED, reason=reason, message=message, exit_code=exit_code)
 
 
-def _ended_before(facts: ExitFacts, stop: StopRequest) -> bool:
+def _ended_before(ended: ContainerExited, stop: StopRequest) -> bool:
     """It had ended by itself when we decided to end it. Whoever cancelled has been told so already: that stands."""
-    if stop.cause is StopCause.CANCELLED or facts.finished_at is None:
+    if stop.cause is StopCause.CANCELLED or ended.finished_at is None:
         return False
-    return facts.finished_at < stop.requested_at
+    return ended.finished_at < stop.requested_at
 
 
-def _cause(facts: ExitFacts) -> tuple[Reason, str]:
-    exit_code, error = facts.exit_code, facts.error
+def _cause(ended: ContainerExited) -> tuple[Reason, str]:
+    exit_code, error = ended.exit_code, ended.error
     if error and exit_code in _NOT_EXECUTED:
         return Reason.COMMAND_NOT_FOUND, f"The command could not be executed: {error}"
-    if facts.oom_killed:
+    if ended.oom_killed:
         return Reason.MEMORY_LIMIT, "The kernel killed a process of the task: it needed more memory than its limit."
-    if facts.host_oom_killed:
+    if ended.host_oom_killed:
         message = "The kernel killed a process of the task for lack of memory on the host, not at the task's own limit."
         return Reason.HOST_OUT_OF_MEMORY, message
-    if facts.gpu_fault:
-        return Reason.GPU_FAULT, f"Exited with code {exit_code} after a GPU of it failed: {facts.gpu_fault}"
+    if ended.gpu_fault:
+        return Reason.GPU_FAULT, f"Exited with code {exit_code} after a GPU of it failed: {ended.gpu_fault}"
     if error and exit_code in _NOT_AN_EXIT:
         return Reason.ENGINE_FAULT, f"The engine could not run the container to its end: {error}"
     message = f"Exited with code {exit_code}."
@@ -139,20 +122,20 @@ def _cause(facts: ExitFacts) -> tuple[Reason, str]:
     return Reason.EXIT_NONZERO, message
 
 
-def exit_remarks(facts: ExitFacts) -> tuple[str, ...]:
+def exit_remarks(ended: ContainerExited) -> tuple[str, ...]:
     """What a reader of the verdict must still be told."""
     remarks: list[str] = []
-    if facts.engine_was_away or facts.by_engine:
+    if ended.engine_was_away or ended.by_engine:
         remarks.append("The container engine was restarted while the task ran: its log may lack what was printed then.")
-    if facts.exit_code != 0 or facts.by_engine:
+    if ended.exit_code != 0 or ended.by_engine:
         return tuple(remarks)
     anyway = "although the task exited with code 0"
-    if facts.oom_killed:
+    if ended.oom_killed:
         remarks.append(f"A process of the task was killed at the memory limit {anyway}.")
-    elif facts.host_oom_killed:
+    elif ended.host_oom_killed:
         remarks.append(f"A process of the task was killed for lack of memory on the host {anyway}.")
-    if facts.gpu_fault:
-        remarks.append(f"A GPU of the task failed {anyway}: {facts.gpu_fault}")
+    if ended.gpu_fault:
+        remarks.append(f"A GPU of the task failed {anyway}: {ended.gpu_fault}")
     return tuple(remarks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nodeservice.capacity.source import Reserve
+from nodeservice.capacity.reserve import Reserve
 from nodeservice.config import NodeConfig
 from nodeservice.core.model import Resources
 from nodeservice.errors import ConfigError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from nodeservice.capacity.source import HostCapacity
 from nodeservice.config import NodeConfig
@@ -11,13 +13,15 @@ from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import Lease, Resources
 from nodeservice.daemon.host_policy import reserve, sharing_policy
+from nodeservice.daemon.told import Told, ask
+from nodeservice.errors import TransientError
 from nodeservice.gpu.health import GpuState, HealthBoard
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.gpu.units import units_of
 from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from nodeservice.lifecycle.allocatable_disk import believe_note, with_disk
 from nodeservice.limits.cgroup import task_cgroups
-from nodeservice.ports import GpuInventory, NodeCapacity
+from nodeservice.ports import EngineFacts, GpuInventory, NodeCapacity
 from nodeservice.runtime.docker import DockerRuntime
 
 
@@ -33,10 +37,13 @@ class Seen:
     gpu_leases: tuple[Lease, ...] = ()
     """Of the tasks that hold GPUs now."""
     gpu_sharing_allowed: bool = False
+    daemon: Told | None = None
+    """Of the one that runs on this state directory; None: none does, or `daemon_error` says why it is not known."""
+    daemon_error: str | None = None
 
 
 async def look(config: NodeConfig) -> Seen:
-    """Look at this host. A daemon that runs here is asked through its journal."""
+    """Look at this host. A daemon that runs here is asked how it is; what its tasks hold stands in its journal."""
     runtime = DockerRuntime(base_url=config.docker_host, node_id=config.worker_id)
     gpus = NvmlGpuProvider()
     policy = sharing_policy(config)
@@ -67,22 +74,33 @@ async def look(config: NodeConfig) -> Seen:
         return Seen(
             capacity=with_disk(seen, ledger.allocatable.disk_bytes),
             free=ledger.free,
-            degraded=(*runtime.degraded, *await _without_cgroups(config, seen)),
+            degraded=(*runtime.degraded, *await _without_cgroups(config, seen.host.engine)),
             gpu_health={gpu.uuid: board.state(gpu.uuid) for gpu in seen.host.gpus.gpus},
             gpu_leases=tuple(ledger.gpu_leases()),
             gpu_sharing_allowed=policy.allowed,
+            **await _daemon(config.state_dir),
         )
     finally:
         await runtime.close()
         await gpus.close()
 
 
-async def _without_cgroups(config: NodeConfig, seen: NodeCapacity) -> tuple[str, ...]:
-    if seen.host.engine is None:
-        return ()
-    cgroups = task_cgroups(node_id=config.worker_id, facts=seen.host.engine)
+async def _daemon(state_dir: Path) -> dict[str, Any]:
     try:
-        why = cgroups.describe()
+        return {"daemon": await ask(state_dir)}
+    except TransientError as error:
+        return {"daemon_error": str(error)}
+
+
+async def why_no_cgroups(node_id: str, facts: EngineFacts) -> str | None:
+    """Why tasks get no cgroups of their own, in words; None where they do."""
+    cgroups = task_cgroups(node_id=node_id, facts=facts)
+    try:
+        return cgroups.describe()
     finally:
         await cgroups.close()
+
+
+async def _without_cgroups(config: NodeConfig, facts: EngineFacts | None) -> tuple[str, ...]:
+    why = await why_no_cgroups(config.worker_id, facts) if facts is not None else None
     return (f"limits sit on the container alone: {why}",) if why else ()

@@ -40,7 +40,6 @@ from nodeservice.limits.disk import open_task_disk
 from nodeservice.limits.free_space import DirectoriesFreeSpace
 from nodeservice.limits.owners import ProcOwners
 from nodeservice.limits.process import ProcReader
-from nodeservice.limits.receipt import receipt
 from nodeservice.ports import EngineFacts, PullProgress, ResultStore, TraceSink, Uplink
 from nodeservice.results.choose import open_result_store
 from nodeservice.results.folder import ResultsFolder
@@ -203,7 +202,6 @@ async def working(
             ),
         ),
         encode_record=encode_record,
-        receipt=receipt,
         processes=ProcReader(),
         gpus=node.keeper,
         images=ImageKeeper(

@@ -17,6 +17,7 @@ from nodeservice.core.retry import Backoff
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store, task_defaults
 from nodeservice.daemon.standing import standing
+from nodeservice.daemon.told import telling, told
 from nodeservice.errors import ConfigError, NodeServiceError
 from nodeservice.ports import EngineFacts, ResultStore
 from nodeservice.rpc.result_push import MasterPushResultStore
@@ -55,7 +56,10 @@ async def serve(
     noting = asyncio.create_task(_note_stop_of_host(node, stopping), name="stop of the host")
     try:
         _credentials(config)  # what is wrong with them is not to be found only when the engine answers
-        async with manager.watching(lambda: _come_round(node), lambda: standing(node)):
+        async with (
+            telling(config.state_dir, lambda: told(node)),
+            manager.watching(lambda: _come_round(node), lambda: standing(node)),
+        ):
             facts = await _until(stopping, _engine(node, manager))
             if facts is not None:
                 await _serve(node, facts, stopping, manager, on_ready)
@@ -122,6 +126,7 @@ async def _serve(
         new_trace=new_trace_ids,
         mode=node.mode,
         on_master=lambda address: _master_called(node, link, address),
+        report_again=link.report_again,
     )
     servicer.serve_on(server)
     async with working(

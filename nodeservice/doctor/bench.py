@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
 import structlog
 
@@ -21,6 +20,7 @@ from nodeservice.errors import CapacityError, NodeServiceError, RequestError
 from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import EngineFacts
+from nodeservice.single import LocalUplink
 from nodeservice.telemetry.tracing import new_trace_ids
 
 log = structlog.get_logger(__name__)
@@ -37,18 +37,8 @@ class Bench:
     allocatable: Resources
     gpu_uuids: tuple[str, ...] = ()
     """Of all GPUs of this host."""
-
-
-class _NoMaster:
-    """Outcomes are read from the records, so there is nobody to report to."""
-
-    heard_at: datetime | None = None
-
-    async def settled(self) -> None:
-        return
-
-    async def report(self, record: TaskRecord) -> None:
-        return
+    gpu_trouble: tuple[str, ...] = ()
+    """Why there may be more, or why these can't be had, in words."""
 
 
 async def run_probes(
@@ -74,18 +64,22 @@ async def run_probes(
 
     node.driver.on_change(note)
     try:
-        async with working(node, uplink=_NoMaster(), store=open_store(config), facts=facts, retries_kept_results=False):
+        async with working(
+            node, uplink=LocalUplink(), store=open_store(config), facts=facts, retries_kept_results=False
+        ):
             refused: dict[AttemptId, str] = {}
             with suppress(TimeoutError):
                 async with asyncio.timeout(all_seconds):
                     await _run_all(node, list(specs.values()), ended, refused)
             seen = {name: _seen(node, spec.id, refused) for name, spec in specs.items()}
             capacity = await node.capacity.read()
+        gpus = capacity.host.gpus
         return Bench(
             seen=seen,
             share=shares[0] if shares else None,
             allocatable=capacity.allocatable,
-            gpu_uuids=tuple(gpu.uuid for gpu in capacity.host.gpus.gpus),
+            gpu_uuids=tuple(gpu.uuid for gpu in gpus.gpus),
+            gpu_trouble=gpus.complaints,
         )
     finally:
         await asyncio.shield(_clear(node, config, facts, [spec.id for spec in specs.values()]))

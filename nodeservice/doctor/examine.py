@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nodeservice.config import NodeConfig
+from nodeservice.daemon.look import why_no_cgroups
 from nodeservice.doctor.bench import Bench, run_probes
 from nodeservice.doctor.checks import all_probes
 from nodeservice.doctor.checks.gpu import judge_access
@@ -19,7 +20,6 @@ from nodeservice.doctor.image import LentImage, engine_says, lent_image
 from nodeservice.doctor.probe import Probe
 from nodeservice.doctor.toolkit import gpu_advice, toolkit_version
 from nodeservice.errors import NodeFaultError
-from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.ports import EngineFacts
 from nodeservice.runtime.docker import DockerRuntime
 from nodeservice.runtime.gpu_access import GpuAccess, GpuWay
@@ -53,7 +53,7 @@ async def examine(config: NodeConfig, *, image: str | None = None, patience: flo
     finally:
         _remove_empty(own)
         await runtime.close()
-    why = await _why_no_cgroups(own.worker_id, facts)
+    why = await why_no_cgroups(own.worker_id, facts)
     toolkit = await asyncio.to_thread(toolkit_version)
     return Diagnosis(
         findings=_findings(probes, bench, why, access),
@@ -94,20 +94,13 @@ def _findings(probes: Sequence[Probe], bench: Bench, why_no_cgroups: str | None,
     found = [finding for probe in probes for finding in probe.judge(bench.seen[probe.name])]
     found += judge_access(
         len(bench.gpu_uuids),
+        trouble=bench.gpu_trouble,
         words=access.words,
         is_possible=access.way is not GpuWay.NONE,
         passed_over=access.passed_over,
         remedy=access.remedy,
     )
     return [*found, judge_share(bench.share, bench.allocatable, why_no_cgroups)]
-
-
-async def _why_no_cgroups(node_id: str, facts: EngineFacts) -> str | None:
-    cgroups = task_cgroups(node_id=node_id, facts=facts)
-    try:
-        return cgroups.describe()
-    finally:
-        await cgroups.close()
 
 
 def _facts(facts: EngineFacts, info: Mapping[str, Any], image: LentImage) -> dict[str, str]:

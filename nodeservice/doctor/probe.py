@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from nodeservice.core.model import MIB, AttemptId, PullPolicy, Reason, Resources, TaskRecord, TaskSpec
@@ -44,6 +45,19 @@ class Seen:
     @property
     def has_run(self) -> bool:
         return self.record is not None and self.record.started_at is not None
+
+    @property
+    def ended_at(self) -> datetime | None:
+        """Its container, as this service saw it."""
+        timings = self.record.timings if self.record else ()
+        return next((timing.ended_at for timing in timings if timing.name == "run"), None)
+
+    @property
+    def run_seconds(self) -> float | None:
+        """From the container's start to its end as this service saw it."""
+        if self.record is None or self.record.started_at is None or self.ended_at is None:
+            return None
+        return (self.ended_at - self.record.started_at).total_seconds()
 
     def receipt(self, part: str) -> Mapping[str, Any]:
         """`asked`, `effective`, `enforcement`, `read_from` or `unread`; empty where there is no receipt."""

@@ -17,7 +17,8 @@ from nodeservice.gpu.throttle import HELD_BACK
 
 _MOST = 2**63
 _LONGEST_GAP_SECONDS = 5.0
-"""Between two looks; over a longer one nothing is known."""
+_MOST_LOOKS = 3
+"""Between two looks, in seconds or in looks that were left out; over a longer time nothing is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +56,11 @@ class GpuBill:
         self._meters: dict[str, _Meter] = {}
         self._last_at: float | None = None
 
-    def add(self, samples: Sequence[GpuSample], *, now_seconds: float) -> None:
-        """One look, at a time of a clock that nobody sets."""
+    def add(self, samples: Sequence[GpuSample], *, now_seconds: float, every_seconds: float = 1.0) -> None:
+        """One look, at a time of a clock that nobody sets; `every_seconds` there is one, as far as the driver answers."""
         gap = 0.0 if self._last_at is None else now_seconds - self._last_at
         self._last_at = now_seconds
-        seconds = gap if 0 <= gap <= _LONGEST_GAP_SECONDS else 0.0
+        seconds = gap if 0 <= gap <= max(_LONGEST_GAP_SECONDS, _MOST_LOOKS * every_seconds) else 0.0
         for sample in samples:
             meter = self._meters.setdefault(sample.uuid, _Meter())
             meter.name = sample.name

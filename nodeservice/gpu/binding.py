@@ -51,6 +51,22 @@ def can_load(library: str = LIBRARY) -> bool:
     return True
 
 
+def library_file(nvml: Any) -> Path | None:
+    """The file that the binding's library was loaded from, by its own name and not by a link to it; None where untold."""
+    address = ctypes.cast(nvml.nvmlLib.nvmlInitWithFlags, ctypes.c_void_p).value or 0
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        span, *_, rest = line.split(maxsplit=4)
+        begin, _, end = span.partition("-")
+        if int(begin, 16) <= address < int(end, 16):
+            _, _, path = rest.partition(" ")
+            return Path(path.strip().removesuffix(" (deleted)"))
+    return None
+
+
 def has_nvidia_hardware(pci_devices: Path) -> bool:
     """Whether the host has an NVIDIA GPU, driver or not."""
     for device in pci_devices.glob("*"):

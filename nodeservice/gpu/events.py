@@ -1,7 +1,7 @@
 """Waits for the driver's error events (XID) in a thread of its own, since the wait blocks.
 
 Events that came before the registration are never told, so it is made as soon as the GPUs are open, and made anew whenever
-NVML was begun anew.
+NVML was begun anew, or a GPU was lost or came back: a lost one ends every wait, and a reset may end its registration.
 """
 
 from __future__ import annotations
@@ -86,13 +86,16 @@ class XidListener:
             names: dict[int | None, str] = {}
             for uuid in uuids:
                 _register(nvml, events, uuid, names)
-            while not self._ended.is_set() and tuple(self._uuids()) == tuple(uuids):
-                self._wait(nvml, events, names)
+            while not self._ended.is_set():
+                has_changed = tuple(self._uuids()) != tuple(uuids)
+                if not self._wait(nvml, events, names) and has_changed:  # what had come before is told
+                    break
         finally:
             with suppress(nvml.NVMLError):
                 nvml.nvmlEventSetFree(events)
 
-    def _wait(self, nvml: Any, events: Any, names: Mapping[int | None, str]) -> None:
+    def _wait(self, nvml: Any, events: Any, names: Mapping[int | None, str]) -> bool:
+        """Whether an event came."""
         try:
             event = nvml.nvmlEventSetWait_v2(events, _WAIT_MILLISECONDS)
             # One that has just fallen off the bus tells its UUID no more.
@@ -101,11 +104,12 @@ class XidListener:
             if int(error.value) != TIMEOUT:
                 # A lost GPU ends every wait at once; the look at the GPUs tells which one it is.
                 self._ended.wait(_PAUSE_SECONDS)
-            return
+            return False
         instance = int(event.gpuInstanceId)
         xid = GpuXid(uuid=uuid, code=int(event.eventData), gpu_instance_id=None if instance == _WHOLE_GPU else instance)
         self._events.append(xid)
         self._on_event()
+        return True
 
 
 def _register(nvml: Any, events: Any, uuid: str, names: dict[int | None, str]) -> None:

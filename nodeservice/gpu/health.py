@@ -46,6 +46,19 @@ class GpuFault:
     gpu_instance_id: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwaitedReset:
+    """Why a GPU needs one, and what its energy counter said last: it begins anew with a reset."""
+
+    words: str
+    energy_millijoules: int | None
+
+    def __post_init__(self) -> None:
+        """TypeError for what was written by somebody else."""
+        if not isinstance(self.words, str) or not isinstance(self.energy_millijoules, int | None):
+            raise TypeError("not what waits for a reset")
+
+
 @dataclass(slots=True)
 class _Chart:
     state: GpuState = GpuState.WELL
@@ -101,6 +114,19 @@ class HealthBoard:
             suspicions[by] = why
         else:
             suspicions.pop(by, None)
+
+    def awaited_resets(self) -> dict[str, AwaitedReset]:
+        """To be told to the next board by `await_reset`."""
+        return {
+            uuid: AwaitedReset(words=chart.words, energy_millijoules=chart.energy_millijoules)
+            for uuid, chart in self._charts.items()
+            if chart.needs_reset
+        }
+
+    def await_reset(self, uuid: str, awaited: AwaitedReset, *, now_seconds: float) -> None:
+        chart = self._chart(uuid)
+        self._quarantine(chart, awaited.words, now_seconds, needs_reset=True)
+        chart.energy_millijoules = awaited.energy_millijoules
 
     # ---- events ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +195,7 @@ class HealthBoard:
         if gpu.remap_failed:
             remap = "a memory row could not be replaced; the GPU is to be exchanged"
         elif gpu.remap_pending:
-            remap = f"memory rows wait to be replaced; {_RESET_REMEDY}"
+            remap = f"memory rows or pages wait to be replaced; {_RESET_REMEDY}"
         held_back = gpu.throttle_reasons & HARMFUL
         if not held_back:
             chart.throttled_since = None

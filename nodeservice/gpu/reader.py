@@ -51,7 +51,6 @@ def open_device(nvml: Any, handle: Any) -> Device:
         name=text(nvml.nvmlDeviceGetName(handle)),
         memory_total_bytes=0,
         pci_address=address,
-        minor=_number(int, nvml, nvml.nvmlDeviceGetMinorNumber, handle),
         compute_capability=(int(capability[0]), int(capability[1])) if capability is not None else None,
         numa_node=_numa_node(nvml, handle, address),
         cpu_ids=_cpu_ids(nvml, handle),
@@ -75,7 +74,7 @@ def read_fast(nvml: Any, device: Device) -> None:
         memory_reserved_bytes=int(getattr(memory, "reserved", 0)) if memory is not None else 0,
         utilization_percent=float(load.gpu) if load is not None else None,
         processes=_processes(nvml, device),
-        mig_instances=tuple(_with_memory(nvml, device, instance) for instance in gpu.mig_instances),
+        mig_instances=_instances_now(nvml, device),
         lost="",
     )
 
@@ -86,7 +85,6 @@ def read_slow(nvml: Any, device: Device) -> None:
     mig = optional(nvml, nvml.nvmlDeviceGetMigMode, handle)
     mig_enabled = mig is not None and bool(mig[0])
     slices = _number(int, nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) if mig_enabled else None
-    device.mig_handles = {}
     device.graphics = _graphics_processes(nvml, handle)
     instances = _mig_instances(nvml, device) if mig_enabled else ()
     remapped = None if mig_enabled else optional(nvml, nvml.nvmlDeviceGetRemappedRows, handle)
@@ -96,12 +94,14 @@ def read_slow(nvml: Any, device: Device) -> None:
     limit = optional(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
     device.gpu = replace(
         device.gpu,
+        # A change of the MIG mode may change it (nvmlDeviceSetMigMode in nvml.h).
+        minor=_number(int, nvml, nvml.nvmlDeviceGetMinorNumber, handle),
         mig_enabled=mig_enabled,
         mig_slice_count=slices or device.gpu.mig_slice_count,
         mig_instances=instances,
         ecc_enabled=bool(ecc[0]) if ecc is not None else None,
         ecc_uncorrected_count=int(errors) if errors is not None else None,
-        remap_pending=bool(remapped[2]) if remapped is not None else None,
+        remap_pending=bool(remapped[2]) if remapped is not None else _pages_pending(nvml, handle),
         remap_failed=bool(remapped[3]) if remapped is not None else None,
         recovery_action=_recovery_action(nvml, handle),
         power_watts=power / 1000 if power is not None else None,
@@ -113,8 +113,26 @@ def read_slow(nvml: Any, device: Device) -> None:
     )
 
 
+def as_lost(gpu: Gpu, why: str) -> Gpu:
+    """What was measured last is no more; what it is, and what its counters said, stays."""
+    return replace(
+        gpu,
+        lost=why,
+        memory_used_bytes=None,
+        utilization_percent=None,
+        power_watts=None,
+        temperature_celsius=None,
+        throttle_reasons=0,
+        processes=(),
+        mig_instances=tuple(replace(instance, memory_used_bytes=None) for instance in gpu.mig_instances),
+    )
+
+
 def read_closeness(nvml: Any, devices: Iterable[Device]) -> None:
-    """How near they are to each other. That of one host never changes while its GPUs don't."""
+    """How near they are to each other. That of one host never changes while its GPUs don't.
+
+    What can't be read of it makes no GPU unwell: those that are so fail at the looks.
+    """
     known = list(devices)
     addresses = {device.gpu.pci_address: device.gpu.uuid for device in known}
     for device in known:
@@ -197,30 +215,48 @@ def _recovery_action(nvml: Any, handle: Any) -> int | None:
     return int(values[0].value.uiVal)
 
 
+def _pages_pending(nvml: Any, handle: Any) -> bool | None:
+    """Before Ampere, memory pages are retired instead of rows remapped, at the next reset too."""
+    pending = optional(nvml, nvml.nvmlDeviceGetRetiredPagesPendingStatus, handle)
+    return None if pending is None else bool(pending)
+
+
+def _instances_now(nvml: Any, device: Device) -> tuple[MigInstance, ...]:
+    """As they were at the slow look, with their memory. A handle goes stale with its instance: then all are listed anew."""
+    try:
+        return tuple(_with_memory(nvml, device, instance) for instance in device.gpu.mig_instances)
+    except nvml.NVMLError:
+        return _mig_instances(nvml, device)
+
+
 def _mig_instances(nvml: Any, device: Device) -> tuple[MigInstance, ...]:
+    device.mig_handles = {}
     instances: list[MigInstance] = []
     for index in range(int(nvml.nvmlDeviceGetMaxMigDeviceCount(device.handle))):
         try:
-            handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(device.handle, index)
+            instances.append(_mig_instance(nvml, device, index))
         except nvml.NVMLError as error:
-            if int(error.value) in _WITHOUT_ANSWER:  # the indices have holes
-                continue
-            raise
-        name = text(nvml.nvmlDeviceGetName(handle))
-        attributes = optional(nvml, nvml.nvmlDeviceGetAttributes_v2, handle)
-        instance = MigInstance(
-            uuid=text(nvml.nvmlDeviceGetUUID(handle)),
-            name=name,
-            # The name ends with it: "NVIDIA H200 MIG 1g.18gb".
-            profile=name.rpartition(" ")[2],
-            memory_total_bytes=0,
-            gpu_instance_id=int(nvml.nvmlDeviceGetGpuInstanceId(handle)),
-            compute_instance_id=int(nvml.nvmlDeviceGetComputeInstanceId(handle)),
-            compute_slice_count=int(attributes.computeInstanceSliceCount) if attributes is not None else 1,
-        )
-        device.mig_handles[instance.uuid] = handle
-        instances.append(_with_memory(nvml, device, instance))
+            if int(error.value) not in _WITHOUT_ANSWER:  # the indices have holes
+                raise
     return tuple(instances)
+
+
+def _mig_instance(nvml: Any, device: Device, index: int) -> MigInstance:
+    handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(device.handle, index)
+    name = text(nvml.nvmlDeviceGetName(handle))
+    attributes = optional(nvml, nvml.nvmlDeviceGetAttributes_v2, handle)
+    instance = MigInstance(
+        uuid=text(nvml.nvmlDeviceGetUUID(handle)),
+        name=name,
+        # The name ends with it: "NVIDIA H200 MIG 1g.18gb".
+        profile=name.rpartition(" ")[2],
+        memory_total_bytes=0,
+        gpu_instance_id=int(nvml.nvmlDeviceGetGpuInstanceId(handle)),
+        compute_instance_id=int(nvml.nvmlDeviceGetComputeInstanceId(handle)),
+        compute_slice_count=int(attributes.computeInstanceSliceCount) if attributes is not None else 1,
+    )
+    device.mig_handles[instance.uuid] = handle
+    return _with_memory(nvml, device, instance)
 
 
 def _with_memory(nvml: Any, device: Device, instance: MigInstance) -> MigInstance:
@@ -254,7 +290,10 @@ def _cpu_ids(nvml: Any, handle: Any) -> tuple[int, ...]:
 
 
 def _topology(nvml: Any, one: Device, other: Device) -> int:
-    level = _number(int, nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, one.handle, other.handle)
+    try:
+        level = _number(int, nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, one.handle, other.handle)
+    except nvml.NVMLError:
+        level = None
     return _FARTHEST_TOPOLOGY if level is None else level
 
 
@@ -266,12 +305,10 @@ def _nvlinks(nvml: Any, handle: Any) -> tuple[list[str], int]:
         try:
             if not nvml.nvmlDeviceGetNvLinkState(handle, link):
                 continue
-        except nvml.NVMLError as error:
-            if int(error.value) in _WITHOUT_ANSWER:
-                break
-            raise
-        count += 1
-        remote = optional(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+            count += 1
+            remote = optional(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+        except nvml.NVMLError:  # it has no more of them
+            break
         if remote is not None:
             remotes.append(text(remote.busId).lower())
     return remotes, count

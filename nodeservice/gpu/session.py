@@ -7,13 +7,13 @@ where the driver does not stay loaded), and cheap to use. GPUs are keyed by UUID
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from nodeservice.gpu.binding import binding, has_nvidia_hardware, text
+from nodeservice.gpu.binding import binding, has_nvidia_hardware, library_file, text
 from nodeservice.gpu.faults import (
     DRIVER_NOT_LOADED,
     LIBRARY_NOT_FOUND,
@@ -21,28 +21,47 @@ from nodeservice.gpu.faults import (
     OF_ONE_GPU,
     explain,
 )
-from nodeservice.gpu.reader import Device, open_device, read_closeness, read_fast, read_slow
+from nodeservice.gpu.reader import Device, as_lost, open_device, read_closeness, read_fast, read_slow
 from nodeservice.ports import Gpu, GpuInventory
 
 log = structlog.get_logger(__name__)
 
+_NONE_LISTED = (
+    "the driver lists no GPU though this host has one: it could not be initialised; look for NVRM and Xid in `dmesg`,"
+    " reset the GPU or restart the machine"
+)
+_OUTDATED = (
+    "the driver was updated or removed while it runs ({} is there no more), and containers would get what does not fit the"
+    " kernel's part of it; restart the machine"
+)
+_PAUSE_FACTOR = 1000
+"""One that takes long to fail holds up the look at the others: no more than a thousandth of the time goes to it."""
+
 
 class NvmlSession:
-    """`slow_every`: how many looks there are from one at what changes slowly to the next."""
+    """`slow_every`: how many looks there are from one at what changes slowly to the next.
 
-    def __init__(self, *, pci_devices: Path, slow_every: int = 5) -> None:
+    `open_again_seconds`: how long to wait at least before GPUs that could not be opened are tried again.
+    """
+
+    def __init__(self, *, pci_devices: Path, slow_every: int = 5, open_again_seconds: float = 60.0) -> None:
         self._pci_devices = pci_devices
         self._slow_every = slow_every
+        self._open_again_seconds = open_again_seconds
         self._open = False
         self._looks = 0
         self._devices: dict[str, Device] = {}
-        self._unreachable: tuple[str, ...] = ()
+        self._unreachable: dict[int, str] = {}
+        self._none_listed = False
+        self._library: Path | None = None
+        self._is_outdated = False
+        self._open_again_at = 0.0
         self._versions: tuple[str | None, str | None] = (None, None)
 
     @property
     def uuids(self) -> tuple[str, ...]:
-        """Of the GPUs that are open now."""
-        return tuple(self._devices) if self._open else ()
+        """Of the GPUs that are open now, and answer."""
+        return tuple(uuid for uuid, device in self._devices.items() if not device.gpu.lost) if self._open else ()
 
     def look(self) -> GpuInventory:
         """Raises nothing. With an error, the GPUs are those that were known before it."""
@@ -51,6 +70,7 @@ class NvmlSession:
         except Exception as error:
             # Not an error of NVML, so the binding's or ours: the node goes on without GPUs and says so.
             log.exception("gpu.look_failed")
+            self.end()  # what was begun may be half done
             return self._told(_boot_seconds(), error=f"the GPUs could not be read: {error!r}")
 
     def look_closely(self) -> GpuInventory:
@@ -75,13 +95,18 @@ class NvmlSession:
     def _look(self) -> GpuInventory:
         nvml = binding()
         began = _boot_seconds()
+        if self._none_listed and began >= self._open_again_at:
+            self.end()  # NVML lists what there was when it was begun
         try:
             if not self._open:
                 self._begin(nvml)
             is_slow = self._looks % self._slow_every == 0
             self._looks += 1
             if is_slow:
+                self._is_outdated = self._library is not None and not self._library.exists()
                 nvml.nvmlDeviceGetCount()  # tells of a driver that went away where there is no GPU to ask
+                if self._unreachable and began >= self._open_again_at:
+                    self._take_up(nvml, self._devices | self._open_all(nvml, self._unreachable))
             for device in self._devices.values():
                 self._look_at(nvml, device, is_slow=is_slow)
         except nvml.NVMLError as error:
@@ -97,24 +122,40 @@ class NvmlSession:
         nvml.nvmlInit()
         self._open = True
         self._looks = 0
+        self._library = library_file(nvml)
         cuda = int(nvml.nvmlSystemGetCudaDriverVersion())
         self._versions = text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
-        known = {uuid: device.gpu for uuid, device in self._devices.items()}
+        known = {
+            # One that was there before and is no more is lost; its tasks must hear of it.
+            uuid: Device(None, as_lost(device.gpu, "the driver lists it no more"))
+            for uuid, device in self._devices.items()
+        }
+        count = nvml.nvmlDeviceGetCount()
+        self._none_listed = count == 0 and not known and has_nvidia_hardware(self._pci_devices)
+        self._take_up(nvml, known | self._open_all(nvml, range(count)))
+
+    def _take_up(self, nvml: Any, devices: dict[str, Device]) -> None:
+        self._devices = devices
+        read_closeness(nvml, [device for device in devices.values() if device.handle is not None])
+
+    def _open_all(self, nvml: Any, indices: Iterable[int]) -> dict[str, Device]:
+        """By UUID. Those that can't be opened are tried again later: a reset may mend them."""
+        unreachable: dict[int, str] = {}
         found: dict[str, Device] = {}
-        unreachable: list[str] = []
-        for index in range(nvml.nvmlDeviceGetCount()):
+        lost_seconds = 0.0
+        for index in indices:
+            began = _boot_seconds()
             try:
                 device = open_device(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
                 found[device.gpu.uuid] = device
             except nvml.NVMLError as error:
                 # The count includes devices that this process may not open: they are not ours, which is no fault.
                 if int(error.value) != NO_PERMISSION:
-                    unreachable.append(explain(int(error.value), f"GPU {index}"))
-        for uuid, gpu in known.items():
-            # One that was there before and is no more is lost; its tasks must hear of it.
-            found.setdefault(uuid, Device(None, replace(gpu, lost="the driver lists it no more")))
-        self._devices, self._unreachable = found, tuple(unreachable)
-        read_closeness(nvml, [device for device in self._devices.values() if device.handle is not None])
+                    unreachable[index] = explain(int(error.value), f"GPU {index}")
+                    lost_seconds += _boot_seconds() - began
+        self._unreachable = unreachable
+        self._open_again_at = _boot_seconds() + max(self._open_again_seconds, _PAUSE_FACTOR * lost_seconds)
+        return found
 
     def _look_at(self, nvml: Any, device: Device, *, is_slow: bool) -> None:
         """What fails for one GPU is that GPU's; what fails for all goes on as an error."""
@@ -130,7 +171,7 @@ class NvmlSession:
             code = int(error.value)
             if code not in OF_ONE_GPU and not device.gpu.lost:
                 raise
-            device.gpu = replace(device.gpu, lost=explain(code))
+            device.gpu = as_lost(device.gpu, explain(code))
 
     def _told(self, began: float, *, error: str | None = None) -> GpuInventory:
         driver, cuda = self._versions
@@ -139,7 +180,8 @@ class NvmlSession:
             driver_version=driver,
             cuda_version=cuda,
             error=error,
-            unreachable=self._unreachable,
+            unreachable=(*self._unreachable.values(), *([_NONE_LISTED] if self._none_listed else ())),
+            outdated=_OUTDATED.format(self._library) if self._is_outdated else "",
             looked_at_seconds=began,
         )
 

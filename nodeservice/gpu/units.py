@@ -32,7 +32,7 @@ def units_of(inventory: GpuInventory, unwell: Mapping[str, str], policy: Sharing
     """`unwell` says by UUID of a GPU why it takes no new tasks; its MIG instances don't either then."""
     units: list[GpuUnit] = []
     for gpu in inventory.gpus:
-        why = unwell.get(gpu.uuid, "")
+        why = unwell.get(gpu.uuid, "") or inventory.outdated
         if inventory.error is not None:
             why = inventory.error
         elif gpu.lost:

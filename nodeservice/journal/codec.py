@@ -1,6 +1,6 @@
 """Turns a task record into versioned JSON text and back.
 
-The forms are derived once from the type hints of the frozen dataclasses in `core.model`, so a new field with a default
+The forms are derived once from the type hints of the frozen classes in `core.model`, so a new field with a default
 needs no code here: a record written before it existed takes the default. A change that a default cannot carry (a renamed or
 removed field, another meaning) raises `VERSION` and adds a step to `_UPGRADES`.
 """
@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from functools import cache
+from inspect import Parameter, signature
 from json.encoder import encode_basestring_ascii
+from operator import attrgetter
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from nodeservice.core.model import AttemptId, Phase, TaskRecord
@@ -119,13 +121,6 @@ class _Memory:
         self.known = known
         self.used: _Parts = {}
 
-    def text(self, value: Any, make: Callable[[Any, _Memory], str]) -> str:
-        part = self.known.get(id(value))
-        if part is None:
-            part = (value, make(value, self))
-        self.used[id(value)] = part
-        return part[1]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
@@ -133,6 +128,18 @@ class _Form:
 
     encode: Callable[[Any, _Memory], str]
     decode: Callable[[Any], Any]
+    is_optional: bool = False
+    """None is written by whoever holds the value, not by `encode`."""
+
+
+def _remembered(make: Callable[[Any, _Memory], str]) -> Callable[[Any, _Memory], str]:
+    def encode(value: Any, memory: _Memory) -> str:
+        key = id(value)
+        part = memory.known.get(key) or (value, make(value, memory))
+        memory.used[key] = part
+        return part[1]
+
+    return encode
 
 
 @cache
@@ -142,8 +149,8 @@ def _form(hint: Any) -> _Form:
     if hint is datetime:
         return _Form(_encode_instant, _decode_instant)
     if isinstance(hint, type):
-        if dataclasses.is_dataclass(hint):
-            return _dataclass_form(hint)
+        if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):  # the latter of a NamedTuple
+            return _object_form(hint)
         if issubclass(hint, StrEnum | IntEnum):
             return _enum_form(hint)
     origin, args = get_origin(hint), get_args(hint)
@@ -152,7 +159,7 @@ def _form(hint: Any) -> _Form:
     if origin is tuple:
         return _tuple_form(args)
     if origin is Mapping and args == (str, object):
-        return _Form(lambda value, memory: memory.text(value, _encode_mapping), _decode_mapping)
+        return _Form(_remembered(_encode_mapping), _decode_mapping)
     raise InvariantError(f"the journal has no form for the type {hint!r}")
 
 
@@ -174,6 +181,8 @@ def _encode_plain(value: Any, _memory: _Memory) -> str:
     kind = type(value)
     if kind is str:
         return encode_basestring_ascii(value)
+    if kind is bool:
+        return "true" if value else "false"
     return str(value) if kind is int else _COMPACT.encode(value)
 
 
@@ -219,15 +228,14 @@ def _optional_form(args: tuple[Any, ...]) -> _Form:
     if len(others) != 1 or len(args) != 2:
         raise InvariantError(f"the journal has no form for the union {args!r}")
     inner = _form(others[0])
-    return _Form(
-        lambda value, memory: "null" if value is None else inner.encode(value, memory),
-        lambda value: None if value is None else inner.decode(value),
-    )
+    return _Form(inner.encode, lambda value: None if value is None else inner.decode(value), is_optional=True)
 
 
 def _tuple_form(args: tuple[Any, ...]) -> _Form:
     endless = len(args) == 2 and args[1] is Ellipsis
     forms = [_form(args[0])] if endless else [_form(arg) for arg in args]
+    if any(form.is_optional for form in forms):
+        raise InvariantError(f"the journal has no form for a tuple of {args!r}")
 
     def encode(value: tuple[Any, ...], memory: _Memory) -> str:
         if endless:
@@ -244,21 +252,20 @@ def _tuple_form(args: tuple[Any, ...]) -> _Form:
     return _Form(encode, decode)
 
 
-def _dataclass_form(kind: type[Any]) -> _Form:
-    hints = get_type_hints(kind)
-    fields = {field.name: _form(hints[field.name]) for field in dataclasses.fields(kind)}
-    required = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+def _object_form(kind: type[Any]) -> _Form:
+    hints, parameters = get_type_hints(kind), signature(kind).parameters
+    fields = {name: _form(hints[name]) for name in parameters}
+    required = {name for name, parameter in parameters.items() if parameter.default is Parameter.empty}
+    values_of = attrgetter(*fields)
+    columns = [(f'"{name}":', form.encode, form.is_optional) for name, form in fields.items()]
 
     def write(value: Any, memory: _Memory) -> str:
-        texts = [f'"{name}":{form.encode(getattr(value, name), memory)}' for name, form in fields.items()]
+        values = values_of(value) if len(columns) > 1 else (values_of(value),)
+        texts = [
+            f"{start}null" if item is None and is_optional else start + encode_item(item, memory)
+            for (start, encode_item, is_optional), item in zip(columns, values, strict=True)
+        ]
         return f"{{{','.join(texts)}}}"
-
-    def encode(value: Any, memory: _Memory) -> str:
-        return memory.text(value, write)
 
     def decode(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -270,7 +277,7 @@ def _dataclass_form(kind: type[Any]) -> _Form:
             raise _MalformedError(f"missing field {min(missing)!r}")
         return kind(**{name: _at(name, fields[name].decode, item) for name, item in value.items()})
 
-    return _Form(encode, decode)
+    return _Form(_remembered(write), decode)
 
 
 def _at(step: str, decode: Callable[[Any], Any], value: Any) -> Any:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 from pathlib import Path
-from types import TracebackType
 
 from nodeservice.errors import ConfigError
 
@@ -54,15 +53,6 @@ class StateDirLock:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> StateDirLock:
-        self.acquire()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def _refusal(self, error: OSError, holder: str) -> ConfigError:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):

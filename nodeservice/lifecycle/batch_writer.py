@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 
 import structlog
@@ -13,6 +12,7 @@ from nodeservice.core.model import AttemptId, TaskRecord
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, TransientError
 from nodeservice.lifecycle.inbox import Batch, fail
+from nodeservice.lifecycle.patience import back_off
 from nodeservice.ports import Clock, Journal
 
 log = structlog.get_logger(__name__)
@@ -62,7 +62,7 @@ class BatchWriter:
                     log.error("journal.unwritable", error=str(error))
                 self.trouble = str(error)
                 self._refuse_admitted(batch)
-                await self._clock.sleep(_BACKOFF.delay(failures, random.random()))  # noqa: S311
+                await back_off(self._clock, _BACKOFF, failures)
                 failures += 1
             else:
                 break

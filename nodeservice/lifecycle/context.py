@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from nodeservice.core.model import AttemptId, Lease, TaskRecord, TaskSpec, Usage
+from nodeservice.core.model import AttemptId, TaskRecord, Usage
 from nodeservice.core.retry import Backoff
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
 from nodeservice.lifecycle.image_keeper import ImageKeeper
@@ -20,12 +19,9 @@ from nodeservice.ports import (
     Clock,
     ContainerRuntime,
     ContainerState,
-    DiskBound,
     FreeSpace,
-    GpuBound,
     ProcessReader,
     PullProgress,
-    Reading,
     ResultBundle,
     ResultsFolder,
     ResultStore,
@@ -34,31 +30,6 @@ from nodeservice.ports import (
     Uplink,
 )
 from nodeservice.threads import Threads
-
-
-class ReceiptView(Protocol):
-    """What `limits.receipt` makes of the readings."""
-
-    @property
-    def not_enforced(self) -> tuple[str, ...]:
-        """The limits that do not hold, in words; a task may not run with one."""
-        ...
-
-    def as_dict(self) -> dict[str, object]: ...
-
-
-class MakeReceipt(Protocol):
-    def __call__(
-        self,
-        spec: TaskSpec,
-        lease: Lease,
-        *,
-        readings: Sequence[Reading],
-        disk: DiskBound | None,
-        engine: Mapping[str, object],
-        gpus: Sequence[GpuNodes],
-        gpu_part: GpuBound | None = None,
-    ) -> ReceiptView: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +107,6 @@ class Context:
     settings: Settings
     encode_record: Callable[[TaskRecord], str]
     """For the label that lets a container tell its whole story."""
-    receipt: MakeReceipt
     processes: ProcessReader
     gpus: GpuKeeper
     images: ImageKeeper

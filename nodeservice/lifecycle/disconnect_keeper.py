@@ -11,8 +11,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from nodeservice.core import events as ev
-from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Phase, StopCause, TaskRecord
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
@@ -67,10 +66,8 @@ class DisconnectKeeper:
         silent_seconds = self._context.clock.elapsed() - (sign if self._heard is None else max(sign, self._heard))
         limit = record.spec.disconnect_limit_seconds
         if limit is not None and silent_seconds > limit:
-            now = self._context.clock.now()
             message = f"The master was not heard for {silent_seconds:.0f} s; its limit is {limit:g} s."
-            stop = StopRequest(cause=StopCause.MASTER_LOST, requested_at=now, message=message)
-            self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+            self._driver.end(record.id, StopCause.MASTER_LOST, message)
 
     def _moment(self, instant: datetime) -> float:
         """An instant of the host's clock, which may lie before a restart, on the clock that nobody sets."""

@@ -20,7 +20,7 @@ from nodeservice.core import admission, machine
 from nodeservice.core import effects as fx
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import AttemptId, Phase, StopRequest, TaskRecord, TaskSpec, TraceIds
+from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord, TaskSpec, TraceIds
 from nodeservice.core.verdict import AT_ONCE
 from nodeservice.errors import InvariantError, NodeServiceError, TransientError
 from nodeservice.lifecycle.batch_writer import BatchWriter
@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 StartEffect = Callable[[TaskRecord, fx.Effect], None]
 Changed = Callable[[TaskRecord], None]
 _MAX_BATCH = 512
+_MAX_LIVE_COUNT = 10_000
 _UNWRITTEN_SECONDS = 1.0
 """For how long a stop waits for the journal before it is carried out all the same."""
 
@@ -48,7 +49,6 @@ class Driver:
         ledger: Ledger,
         clock: Clock,
         traces: TraceSink,
-        max_live_count: int = 10_000,
         finished_retention_count: int = 2_000,
         finished_retention_seconds: float = 7 * 86_400.0,
     ) -> None:
@@ -56,7 +56,6 @@ class Driver:
         self._clock = clock
         self._present = AgeClock(clock)
         self._traces = traces
-        self._max_live_count = max_live_count
         self._finished_retention_count = finished_retention_count
         self._finished_retention = timedelta(seconds=finished_retention_seconds)
         self._records: dict[AttemptId, TaskRecord] = {}
@@ -107,6 +106,10 @@ class Driver:
         attempts = self._attempts.get(task_id)
         return None if attempts is None else self._records.get(AttemptId(task_id, attempts[-1]))
 
+    def is_live(self, id_: AttemptId | None) -> bool:
+        """Whether it is known and unfinished."""
+        return id_ in self._live
+
     def live(self) -> list[TaskRecord]:
         """All unfinished attempts, oldest first."""
         return list(self._live.values())
@@ -154,6 +157,11 @@ class Driver:
         self._queue.put_nowait(Occurred(id_, event))
         if isinstance(event, ev.StopRequested):
             self._see_to_stop(id_, event)
+
+    def end(self, id_: AttemptId, cause: StopCause, message: str = "") -> None:
+        """Tell that this service wants it to end from now on. Never blocks."""
+        now = self._clock.now()
+        self.post(id_, ev.StopRequested(at=now, stop=StopRequest(cause=cause, requested_at=now, message=message)))
 
     async def settled(self) -> None:
         """Return once all that was posted before is journalled."""
@@ -258,16 +266,16 @@ class Driver:
             return batch.changed.get(spec.id) or self._records.get(spec.id)
 
         try:
-            admitted = admission.admit(
+            existing = admission.admit(
                 item.spec,
                 known=known,
                 ledger=self.ledger,
                 draining=self.draining or self.cordoned,
                 conditions={**self.conditions, **self._stuck_condition()},
                 live_count=len(self._live) + len(batch.admitted),
-                max_live_count=self._max_live_count,
+                max_live_count=_MAX_LIVE_COUNT,
             )
-            if admitted.existing is None:
+            if existing is None:
                 spec = item.spec
                 lease = self.ledger.grant(spec.id, spec.request, exclusive_cpus=spec.exclusive_cpus, gpu=spec.gpu)
                 self._note(

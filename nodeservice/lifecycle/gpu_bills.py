@@ -28,8 +28,7 @@ class GpuBills:
         return bill
 
     def usage(self, id_: AttemptId) -> tuple[GpuUsage, ...]:
-        bill = self._bills.get(id_)
-        return bill.usage() if bill is not None else ()
+        return self.of(id_).usage()
 
     async def save(self, ids: Iterable[AttemptId]) -> None:
         texts = {self._dirs.gpu_bill(id_): self.of(id_).as_text() for id_ in ids}

@@ -6,6 +6,8 @@ works on what was seen last.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -22,6 +24,7 @@ from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.gpu.xid import words as xid_words
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_bills import GpuBills
+from nodeservice.lifecycle.gpu_resets import GpuResets
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.ports import Clock, GpuInventory, GpuProvider, GpuXid, ProcessOwners
 
@@ -33,6 +36,7 @@ _READY_LOOK_SECONDS = 0.2
 _LATE_EVENT_SECONDS = 0.3
 """An event of the driver comes on a way of its own, and may come after the end of the task that it ended."""
 _SAVE_EVERY_LOOKS = 10
+_LAST_SAVE_SECONDS = 1.0
 _WITHOUT_GPUS_SECONDS = 30.0
 
 
@@ -65,8 +69,13 @@ class GpuKeeper:
         self._on_change: Callable[[], None] = lambda: None
         self._pids: dict[AttemptId, int] = {}
         self._bills = GpuBills(dirs)
+        self._resets = GpuResets(dirs.gpu_resets)
+        for uuid, awaited in self._resets.read().items():
+            self._board.await_reset(uuid, awaited, now_seconds=monotonic())
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
+        self._untold: set[AttemptId] = set()
+        """Of whose processes the driver did not tell the memory at the last look."""
         self._looks = 0
 
     # ---- what there is ---------------------------------------------------------------------------------------------
@@ -88,10 +97,15 @@ class GpuKeeper:
     async def run(self, driver: Driver, *, on_change: Callable[[], None]) -> None:
         """Work until cancelled. `on_change` is called when what tasks can lease has changed."""
         self._driver, self._on_change = driver, on_change
-        while True:
-            await self.look()
-            there = self._inventory.gpus or self._inventory.error
-            await self._clock.sleep(self._look_seconds if there else _WITHOUT_GPUS_SECONDS)
+        try:
+            while True:
+                await self.look()
+                there = self._inventory.gpus or self._inventory.error
+                await self._clock.sleep(self._look_seconds if there else _WITHOUT_GPUS_SECONDS)
+        finally:
+            with contextlib.suppress(TimeoutError):  # a disk that hangs holds up no end
+                async with asyncio.timeout(_LAST_SAVE_SECONDS):
+                    await self._bills.save(record.id for record in self._holders())
 
     async def look(self) -> None:
         """Take up what was seen last, and act on it."""
@@ -104,7 +118,9 @@ class GpuKeeper:
         self._inventory = inventory
         now = self._monotonic()
         xids = self._provider.take_xids()
-        faults = self._board.observe(inventory.gpus, xids, now_seconds=now) if inventory.error is None else []
+        # What a driver that fails or hangs shows is of before; the events that it tells meanwhile count all the same.
+        shown = inventory.gpus if inventory.error is None else ()
+        faults = self._board.observe(shown, xids, now_seconds=now)
         seen = places(inventory)
         holders = self._holders()
         self._note_xids(xids, seen, holders)
@@ -123,7 +139,9 @@ class GpuKeeper:
                     ],
                     # A driver that hangs tells the same look again: no time has passed for the bill then.
                     now_seconds=inventory.looked_at_seconds or now,
+                    every_seconds=self._look_seconds,
                 )
+        await self._resets.write(self._board.awaited_resets())
         self._looks += 1
         if holders and self._looks % _SAVE_EVERY_LOOKS == 0:
             await self._bills.save(record.id for record in holders)
@@ -189,7 +207,8 @@ class GpuKeeper:
                 stranger = stranger or (f"process {pids[0]} uses it, which is of no task that holds it" if pids else "")
             left_bytes = left_behind_bytes(place, owners)
             if not own and left_bytes and place.gpu.uuid not in held_parents:
-                left = left or f"{left_bytes} bytes of its memory are in use though no task holds it"
+                # Without the bytes, which change from look to look: a change of the words is told to the master.
+                left = left or "its memory is in use though no task holds it"
             words[place.gpu.uuid] = (stranger, left)
         for uuid, (stranger, left) in words.items():
             self._suspect(uuid, _STRANGER, stranger)
@@ -205,15 +224,26 @@ class GpuKeeper:
     def _watch_memory(
         self, seen: Mapping[str, Place], holders: Iterable[TaskRecord], owners: Mapping[int, AttemptId]
     ) -> None:
+        untold: set[AttemptId] = set()
         for record in holders:
             part = record.lease.gpu_part
             if part is None or part.method is ShareMethod.MIG or record.phase is not Phase.RUNNING:
                 continue
             (uuid,) = record.lease.gpu_uuids
-            used = memory_of(seen[uuid], record.id, owners) if uuid in seen else None
-            if used is not None and used > part.memory_bytes:
+            if uuid not in seen:
+                continue
+            used = memory_of(seen[uuid], record.id, owners)
+            if used is None and part.method is ShareMethod.WATCHED:
+                untold.add(record.id)
+                if record.id in self._untold:
+                    message = (
+                        f"The driver does not tell what its processes hold of {uuid}: its part of it is not watched."
+                    )
+                    self._stop(record, StopCause.LIMIT_NOT_ENFORCED, message)
+            elif used is not None and used > part.memory_bytes:
                 message = f"Took {used} bytes of GPU memory; its limit is {part.memory_bytes} bytes ({uuid})."
                 self._stop(record, StopCause.GPU_MEMORY_LIMIT, message)
+        self._untold = untold
 
     # ---- one attempt -----------------------------------------------------------------------------------------------
 
@@ -231,8 +261,8 @@ class GpuKeeper:
             await self._clock.sleep(_READY_LOOK_SECONDS)
 
     def _not_ready(self, record: TaskRecord) -> str:
-        if self._inventory.error is not None:
-            return self._inventory.error
+        if why := self._inventory.error or self._inventory.outdated:
+            return why
         seen, owners = places(self._inventory), self._owners_of(self._inventory)
         shared = record.lease.gpu_part is not None and record.lease.gpu_part.method is not ShareMethod.MIG
         for uuid in record.lease.gpu_uuids:
@@ -272,6 +302,7 @@ class GpuKeeper:
         if not well:
             await self._clock.sleep(_LATE_EVENT_SECONDS)
         await self._look_now()
+        await self._bills.save([id_])
 
     async def returned(self, record: TaskRecord) -> None:
         """Before the lease goes back: wait, within a bound, until nothing of the attempt is left on its GPUs.
@@ -308,9 +339,8 @@ class GpuKeeper:
         driver = self._driver
         if driver is None:
             return
-        complaints = [*([inventory.error] if inventory.error else []), *inventory.unreachable]
-        if complaints:
-            driver.warnings[GPU_DRIVER] = "; ".join(complaints)
+        if inventory.complaints:
+            driver.warnings[GPU_DRIVER] = "; ".join(inventory.complaints)
         else:
             driver.warnings.pop(GPU_DRIVER, None)
         units = self.units(inventory)

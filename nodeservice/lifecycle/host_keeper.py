@@ -9,9 +9,8 @@ from pathlib import Path
 
 import structlog
 
-from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, TaskRecord
 from nodeservice.core.verdict import has_no_grace
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
@@ -105,15 +104,13 @@ class HostKeeper:
         if largest is None:
             return
         wrote_bytes, record = largest
-        now = self._context.clock.now()
         message = (
             f"The host was about to run out of disk: {words}. This task had written {wrote_bytes} bytes, the most."
         )
         log.warning("disk.task_ended", task_id=record.id.task_id, attempt=record.id.attempt, place=str(place))
-        stop = StopRequest(cause=StopCause.NODE_DISK_LOW, requested_at=now, message=message)
         # Its record may not tell for long: a disk that is full may keep the journal from being written.
         self._ending[record.id] = Patience(self._context.clock, _MAKE_ROOM_SECONDS)
-        self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+        self._driver.end(record.id, StopCause.NODE_DISK_LOW, message)
 
     def _is_making_room(self) -> bool:
         """Whether one is on its way out, and not for long: neither a grace nor one that hangs keeps the disk filling."""

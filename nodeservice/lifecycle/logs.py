@@ -74,13 +74,13 @@ class LogBook:
         try:
             async for chunk in self._runtime.read_log(container_id, follow=follow, after=after, on_mark=writer.mark):
                 writer.feed(chunk)
-                self._wake(id_)
+                self.wake(id_)
         finally:
             writer.close()
             self._states[id_] = writer.state
             if writer.tail is not None:
                 self._tails[id_] = writer.tail
-            self._wake(id_)
+            self.wake(id_)
 
     async def follow_until_end(self, id_: AttemptId, container_id: str, path: Path) -> None:
         """Follow, and take the stream up again when it breaks. Ends with the container."""
@@ -110,7 +110,7 @@ class LogBook:
         self._tails.pop(id_, None)
         self._states.pop(id_, None)
         self._complete.pop(id_, None)
-        self._wake(id_)
+        self.wake(id_)
 
     # ---- followers ------------------------------------------------------------------------------------------------
 
@@ -118,14 +118,11 @@ class LogBook:
         """An event that is set at the next growth or end of this log. Take it before reading, so that none is missed."""
         return self._signals.setdefault(id_, asyncio.Event())
 
-    def _wake(self, id_: AttemptId) -> None:
+    def wake(self, id_: AttemptId) -> None:
+        """Tell followers to look again, for instance since the attempt's phase changed."""
         signal = self._signals.pop(id_, None)
         if signal is not None:
             signal.set()
-
-    def wake(self, id_: AttemptId) -> None:
-        """Tell followers to look again, for instance since the attempt's phase changed."""
-        self._wake(id_)
 
 
 def clean_tail(raw: bytes, limit_bytes: int) -> str:

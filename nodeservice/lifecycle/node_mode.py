@@ -14,8 +14,7 @@ from enum import StrEnum
 
 import structlog
 
-from nodeservice.core import events as ev
-from nodeservice.core.model import Phase, StopCause, StopRequest
+from nodeservice.core.model import Phase, StopCause
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.patience import Patience
 from nodeservice.ports import Clock, Journal
@@ -108,11 +107,9 @@ class ModeKeeper:
         return None if self._patience is None else self._patience.left_seconds
 
     def _end_all(self) -> None:
-        now = self._clock.now()
         for record in self._driver.live():
             if record.phase <= Phase.RUNNING and record.stop is None:
-                stop = StopRequest(cause=StopCause.NODE_DRAINED, requested_at=now)
-                self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+                self._driver.end(record.id, StopCause.NODE_DRAINED)
 
     def _take(self, mode: NodeMode) -> None:
         self.current = mode

@@ -13,11 +13,11 @@ from functools import partial
 
 import structlog
 
-from nodeservice.core.model import AttemptId, Phase
+from nodeservice.core.model import AttemptId
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.recovery import identity, named
+from nodeservice.lifecycle.recovery import identity
 from nodeservice.ports import ContainerState
 
 log = structlog.get_logger(__name__)
@@ -78,7 +78,7 @@ class Orphans:
                 kind="container", name=f"{container.name} {container.id[:12]}", remove=partial(remove, container.id)
             )
             for container in listed
-            if not self._is_unfinished(identity(container))
+            if not self._driver.is_live(identity(container))
         ]
 
     async def _cgroups(self) -> list[_Orphan]:
@@ -103,18 +103,14 @@ class Orphans:
         directories = await asyncio.to_thread(dirs.all)
         logs = await asyncio.to_thread(dirs.logs)
         found = [
-            _Orphan(kind="directory", name=name, remove=partial(remove_directory, id_))
-            for name in directories
-            if (id_ := named(name)) is not None and id_ not in written_to and not self._is_unfinished(id_)
+            _Orphan(kind="directory", name=str(id_), remove=partial(remove_directory, id_))
+            for id_ in directories
+            if id_ not in written_to and not self._driver.is_live(id_)
         ]
         # The log of a finished attempt can be read for as long as the attempt is remembered.
         found += [
-            _Orphan(kind="log", name=name, remove=partial(remove, dirs.remove_log, id_))
-            for name in logs
-            if (id_ := named(name)) is not None and self._driver.get(id_) is None
+            _Orphan(kind="log", name=str(id_), remove=partial(remove, dirs.remove_log, id_))
+            for id_ in logs
+            if self._driver.get(id_) is None
         ]
         return found
-
-    def _is_unfinished(self, id_: AttemptId | None) -> bool:
-        record = self._driver.get(id_) if id_ is not None else None
-        return record is not None and record.phase is not Phase.FINISHED

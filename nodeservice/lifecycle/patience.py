@@ -1,9 +1,11 @@
-"""How long something lasts, and how old something is, whoever sets the host's clock meanwhile."""
+"""How long something lasts or is waited for, and how old it is, whoever sets the host's clock meanwhile."""
 
 from __future__ import annotations
 
+import random
 from datetime import datetime, timedelta
 
+from nodeservice.core.retry import Backoff
 from nodeservice.ports import Clock
 
 
@@ -39,3 +41,8 @@ class AgeClock:
     def now(self) -> datetime:
         passed = timedelta(seconds=self._clock.elapsed() - self._began)
         return min(self._clock.now(), self._began_at + passed)
+
+
+async def back_off(clock: Clock, backoff: Backoff, failures: int) -> None:
+    """Before another try."""
+    await clock.sleep(backoff.delay(failures, random.random()))  # noqa: S311

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -14,6 +13,7 @@ from nodeservice.core.model import AttemptId, Phase, PhaseTiming, TaskRecord
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import back_off
 from nodeservice.ports import ContainerState, labels
 
 log = structlog.get_logger(__name__)
@@ -35,19 +35,18 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
             break
         except NodeServiceError as error:
             log.warning("recovery.not_listed", error=str(error))
-            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(context.clock, context.settings.step_backoff, failures)
             failures += 1
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
-    await _sweep(context, driver, [name for name in leftover if named(name) not in claimed])
+    await _sweep(context, driver, [id_ for id_ in leftover if id_ not in claimed])
 
 
 async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> AttemptId | None:
     """Resume or adopt or remove it. The attempt whose directory is needed from now on; None where there is none."""
     id_ = identity(container)
-    known = driver.get(id_) if id_ is not None else None
-    if known is not None and known.phase is not Phase.FINISHED:
+    if driver.is_live(id_):
         return id_
-    if known is None:
+    if id_ is None or driver.get(id_) is None:
         record = _from_labels(container, decode)
         if record is not None:
             log.warning(
@@ -95,23 +94,14 @@ def _from_labels(container: ContainerState, decode: Decode) -> TaskRecord | None
     )
 
 
-async def _sweep(context: Context, driver: Driver, leftover: list[str]) -> None:
+async def _sweep(context: Context, driver: Driver, leftover: list[AttemptId]) -> None:
     """Remove work directories that were there at the start and that no unfinished attempt owns."""
-    for name in leftover:
-        id_ = named(name)
-        if id_ is None:
+    for id_ in leftover:
+        if driver.is_live(id_):
             continue
-        record = driver.get(id_)
-        if record is None or record.phase is Phase.FINISHED:
-            try:
-                await asyncio.to_thread(context.dirs.remove, id_)
-            except OSError as error:
-                log.error("recovery.not_swept", directory=name, error=str(error))
-            else:
-                log.warning("recovery.swept", directory=name)
-
-
-def named(directory: str) -> AttemptId | None:
-    """Whose a work directory is, by its name; None for one that is not ours."""
-    task_id, _, attempt = directory.rpartition(".")
-    return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None
+        try:
+            await asyncio.to_thread(context.dirs.remove, id_)
+        except OSError as error:
+            log.error("recovery.not_swept", directory=str(id_), error=str(error))
+        else:
+            log.warning("recovery.swept", directory=str(id_))

@@ -46,7 +46,7 @@ class Retention:
         before = self._present.now() - timedelta(seconds=keep_seconds)
         only_moved = context.fallback is not None
         for id_ in await asyncio.to_thread(context.folder.stored_before, before, only_moved=only_moved):
-            if self._is_finished_or_unknown(id_):
+            if not self._driver.is_live(id_):
                 await self._remove("results", str(id_), partial(context.folder.remove, id_))
 
     async def _old_salvage(self) -> None:
@@ -82,10 +82,6 @@ class Retention:
             if count:
                 log.info("retention.uploads_dropped", task_id=record.id.task_id, count=count)
         self._tidied = {id_ for id_ in self._tidied if self._driver.get(id_) is not None}
-
-    def _is_finished_or_unknown(self, id_: AttemptId) -> bool:
-        record = self._driver.get(id_)
-        return record is None or record.phase is Phase.FINISHED
 
     async def _remove(self, kind: str, name: str, work: Callable[[], None]) -> None:
         if self._context.settings.janitor_dry_run:

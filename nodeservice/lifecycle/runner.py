@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Awaitable, Callable, Coroutine
 
 import structlog
@@ -17,6 +16,7 @@ from nodeservice.core.verdict import has_no_grace, of_failure
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import back_off
 from nodeservice.lifecycle.steps import clean_up, collect, pull, report, run, upload
 
 log = structlog.get_logger(__name__)
@@ -45,7 +45,7 @@ class Runner:
             case fx.CancelStep():
                 self._interrupt(record.id, fx.PullImage)
             case fx.StopContainer() | fx.KillContainer():
-                if record.phase is Phase.RUNNING:
+                if Phase.STARTING <= record.phase <= Phase.RUNNING:
                     self._end(record)
             case _:
                 if record.phase is _PHASE_OF[type(effect)]:
@@ -120,8 +120,7 @@ class Runner:
                     verdict = of_failure(Reason.NODE_FAULT, f"{type(effect).__name__} failed on this node: {error}")
                     event = ev.TaskAbandoned(at=self._context.clock.now(), verdict=verdict)
                     break
-                pause = self._context.settings.step_backoff.delay(failures, random.random())  # noqa: S311
-                await self._context.clock.sleep(pause)
+                await back_off(self._context.clock, self._context.settings.step_backoff, failures)
         self._tasks.pop((id_, type(effect)), None)
         self._driver.post(id_, event)
 
@@ -133,7 +132,7 @@ class Runner:
             fx.StartContainer: lambda record: run.start(context, record),
             fx.WatchContainer: lambda record: run.watch(context, self._driver, record),
             fx.CollectResults: lambda record: collect.collect(context, self._driver, record),
-            fx.UploadResults: lambda record: upload.upload(context, record),
+            fx.UploadResults: lambda record: upload.upload(context, self._driver, record),
             fx.ReportOutcome: lambda record: report.report(context, record),
             fx.CleanUp: lambda record: clean_up.clean_up(context, record),
             fx.StoreRetained: lambda record: upload.store_retained(context, record),

@@ -11,9 +11,8 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nodeservice.core import events as ev
 from nodeservice.core.deadlines import Deadline, deadlines
-from nodeservice.core.model import AttemptId, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, TaskRecord
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.ports import Clock
 
@@ -70,6 +69,4 @@ class Timekeeper:
     async def _keep(self, id_: AttemptId, due: Mapping[Deadline, float]) -> None:
         first = min(due, key=lambda deadline: due[deadline])
         await self._clock.sleep(due[first] - self._clock.elapsed())
-        now = self._clock.now()
-        stop = StopRequest(cause=first.cause, requested_at=now, message=first.message)
-        self._driver.post(id_, ev.StopRequested(at=now, stop=stop))
+        self._driver.end(id_, first.cause, first.message)

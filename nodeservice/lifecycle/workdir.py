@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
 from nodeservice.lifecycle.removal import remove_tree
+
+SALVAGE = "salvage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +25,21 @@ class WorkDirs:
     state_dir: Path
 
     def root(self, id_: AttemptId) -> Path:
-        return self.state_dir / "tasks" / str(id_)
+        return self.state_dir.joinpath("tasks", str(id_))
 
     def results(self, id_: AttemptId) -> Path:
         """Mounted in the container at /results and /output."""
-        return self.root(id_) / "results"
+        return self.state_dir.joinpath("tasks", str(id_), "results")
 
     def gpu_bill(self, id_: AttemptId) -> Path:
-        return self.root(id_) / "gpu.json"
+        return self.state_dir.joinpath("tasks", str(id_), "gpu.json")
+
+    @property
+    def gpu_resets(self) -> Path:
+        return self.state_dir / "gpus.json"
 
     def log(self, id_: AttemptId) -> Path:
-        return self.state_dir / "logs" / f"{id_}.log"
+        return self.state_dir.joinpath("logs", f"{id_}.log")
 
     def prepare(self, id_: AttemptId) -> None:
         """Make them. World-writable inside a private parent, since a container may run as any user."""
@@ -46,20 +53,29 @@ class WorkDirs:
         """Remove all but the log. Repeating is harmless."""
         remove_tree(self.root(id_))
 
-    def salvage(self, id_: AttemptId) -> None:
-        """Move what could not be collected aside, to `salvage/`, for a person to look at. Repeating is harmless.
+    def salvage(self, id_: AttemptId) -> Path | None:
+        """Move what could not be collected or stored aside, to `salvage/`, for a person to look at. Repeating is harmless.
 
         What lies there under its name already, of an attempt that was taken up a second time, stays: the next gets a number.
+        Gives where it is then, durably; None where there is nothing.
         """
-        root, target = self.root(id_), self.state_dir / "salvage" / str(id_)
-        if root.exists():
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            numbered = (target.with_name(f"{id_}.{number}") for number in itertools.count(2))
-            root.rename(next(free for free in itertools.chain([target], numbered) if not os.path.lexists(free)))
+        root, salvage = self.root(id_), self.state_dir / SALVAGE
+        last = None
+        for name in itertools.chain([str(id_)], (f"{id_}.{number}" for number in itertools.count(2))):
+            if not os.path.lexists(target := salvage / name):
+                break
+            last = target
+        if not root.exists():
+            return last
+        salvage.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.rename(target)
+        for directory in (salvage, self.state_dir):
+            _sync(directory)
+        return target
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
         """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""
-        salvage = self.state_dir / "salvage"
+        salvage = self.state_dir / SALVAGE
         if not salvage.is_dir() or salvage.is_symlink():
             return []
         found = sorted(entry for entry in salvage.iterdir() if entry.is_dir() and not entry.is_symlink())
@@ -71,12 +87,24 @@ class WorkDirs:
     def remove_log(self, id_: AttemptId) -> None:
         self.log(id_).unlink(missing_ok=True)
 
-    def logs(self) -> list[str]:
-        """Whose logs there are, named as work directories are."""
-        logs = self.state_dir / "logs"
-        return sorted(entry.stem for entry in logs.glob("*.log")) if logs.is_dir() else []
+    def logs(self) -> list[AttemptId]:
+        """Whose logs there are."""
+        return _named(entry.stem for entry in (self.state_dir / "logs").glob("*.log"))
 
-    def all(self) -> list[str]:
-        """The names (`<task_id>.<attempt>`) of all work directories there are."""
-        tasks = self.state_dir / "tasks"
-        return sorted(entry.name for entry in tasks.iterdir()) if tasks.is_dir() else []
+    def all(self) -> list[AttemptId]:
+        """Whose work directories there are."""
+        return _named(entry.name for entry in (self.state_dir / "tasks").glob("*"))
+
+
+def _named(names: Iterable[str]) -> list[AttemptId]:
+    """What is not called as ours are is left out."""
+    parts = (name.rpartition(".") for name in sorted(names))
+    return [AttemptId(task_id, int(number)) for task_id, _, number in parts if task_id and number.isdecimal()]
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -65,7 +65,7 @@ class Watched:
     @property
     def is_hard(self) -> bool:
         """Whether the kernel bounds all that the container itself can write to."""
-        return bool(self.layer) and set(self.layer) <= set(self.joined)
+        return bool(self.layer and self.joined) and set(self.layer) <= set(self.joined)
 
     @property
     def most_bytes(self) -> int:

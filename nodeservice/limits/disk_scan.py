@@ -97,6 +97,7 @@ def _files(places: tuple[Path, ...], pids: tuple[int, ...]) -> Generator[os.stat
         devices.add(status.st_dev)
         if stat.S_ISDIR(status.st_mode):
             for entry in walk(place):
+                devices.add(entry.status.st_dev)
                 yield entry.status
     yield from _nameless(pids, devices)
 

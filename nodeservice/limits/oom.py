@@ -21,24 +21,24 @@ class OomWatches:
     """One eventfd per watched cgroup. Only for use from one thread."""
 
     def __init__(self) -> None:
-        self._watches: dict[Path, _Watch] = {}
+        self._watches: dict[str, _Watch] = {}
 
-    def watch(self, memory_directory: Path, *, from_birth: bool) -> None:
+    def watch(self, memory_directory: str, *, from_birth: bool) -> None:
         """Start to watch; one that is watched already goes on. `from_birth`: nothing can have happened in it before."""
         if memory_directory in self._watches:
             return
         descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
-            with (memory_directory / "memory.oom_control").open("rb") as control:
+            with open(f"{memory_directory}/memory.oom_control", "rb") as control:
                 command = f"{descriptor} {control.fileno()}"
-                (memory_directory / "cgroup.event_control").write_text(command)
+                Path(memory_directory, "cgroup.event_control").write_text(command)
         except OSError as error:
             os.close(descriptor)
-            log.debug("cgroup.oom_not_watched", path=str(memory_directory), error=str(error))
+            log.debug("cgroup.oom_not_watched", path=memory_directory, error=str(error))
             return
         self._watches[memory_directory] = _Watch(descriptor, from_birth)
 
-    def kills_at_least(self, memory_directory: Path) -> int | None:
+    def kills_at_least(self, memory_directory: str) -> int | None:
         """1 once a kill was seen, else 0; None where none was seen but some may have come before the watch."""
         watch = self._watches.get(memory_directory)
         if watch is None:
@@ -49,7 +49,7 @@ class OomWatches:
             return 1
         return 0 if watch.from_birth else None
 
-    def forget(self, memory_directory: Path) -> None:
+    def forget(self, memory_directory: str) -> None:
         watch = self._watches.pop(memory_directory, None)
         if watch is not None:
             os.close(watch.descriptor)

@@ -49,11 +49,6 @@ class Receipt:
     why_watched: str = ""
     """What is missing for a hard limit on the disk."""
 
-    @property
-    def not_enforced(self) -> tuple[str, ...]:
-        """The limits with which the task may not run, in words."""
-        return self.mismatches
-
     def as_dict(self) -> dict[str, object]:
         """JSON-able: the `limits` of a TaskRecord."""
         result: dict[str, object] = {
@@ -175,10 +170,10 @@ def _is_of_task_only(name: str, asked: Value | None, kernel: Sequence[Reading]) 
 def _place(readings: Sequence[Reading]) -> dict[str, Value]:
     """The task's own cgroup is the outer one of those that were read."""
     for reading in sorted(readings, key=lambda reading: len(reading.source)):
-        file = PurePosixPath(reading.source)
-        version = _VERSION_OF_FILE.get(file.name)
+        directory, _, file = reading.source.rpartition("/")
+        version = _VERSION_OF_FILE.get(file)
         if reading.readable and version is not None:
-            parts = file.parent.parts
+            parts = PurePosixPath(directory).parts
             top = parts.index("cgroup") + 1 if "cgroup" in parts else 1
             # One directory for each controller, on a hybrid host also for the unified hierarchy.
             top += version == 1 or parts[top : top + 1] == ("unified",)

@@ -18,7 +18,7 @@ from nodeservice.ports import OomFacts, Reading
 _MONITORS = ("conmon", "libpod-conmon-")
 """As Podman names them with its cgroup manager cgroupfs, and with systemd."""
 
-DirectoryCall = Callable[[Path], None]
+DirectoryCall = Callable[[Path | str], None]
 
 NO_LIMIT = 1 << 62
 """v1 shows "no limit" as the largest number of whole pages, just below 2**63."""
@@ -110,27 +110,27 @@ def online_cpus() -> tuple[int, ...]:
     return tuple(sorted(ids_of(Path("/sys/devices/system/cpu/online").read_text(encoding="ascii"))))
 
 
-def only_child(directory: Path) -> Path | None:
+def only_child(directory: Path | str) -> Path | None:
     """The container's cgroup in the task's, while there is exactly one. That of Podman's monitor lies beside it."""
     children = [child for child in children_of(directory) if not child.name.startswith(_MONITORS)]
     return children[0] if len(children) == 1 else None
 
 
-def children_of(directory: Path) -> Iterator[Path]:
+def children_of(directory: Path | str) -> Iterator[Path]:
     try:
         with os.scandir(directory) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
-        yield directory / name
+        yield Path(directory, name)
 
 
-def processes_in(directory: Path) -> list[int]:
+def processes_in(directory: Path | str) -> list[int]:
     """All in it and below."""
     found: list[int] = []
     with suppress(OSError):
-        found += [int(line) for line in (directory / "cgroup.procs").read_text(encoding="ascii").split()]
+        found += [int(line) for line in Path(directory, "cgroup.procs").read_text(encoding="ascii").split()]
     for child in children_of(directory):
         found += processes_in(child)
     return found
@@ -143,7 +143,7 @@ def send_kill(pids: Iterable[int]) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def remove_tree(directory: Path, rmdir: DirectoryCall) -> bool:
+def remove_tree(directory: Path | str, rmdir: DirectoryCall) -> bool:
     """Remove bottom up. True when it is gone, False when a process or a cgroup in it keeps it (EBUSY)."""
     if _rmdir(directory, rmdir):  # the engine has mostly taken away what was below
         return True
@@ -165,7 +165,7 @@ def prune_parents(top: Path, place: str, rmdir: DirectoryCall) -> None:
         parent = parent.parent
 
 
-def _rmdir(directory: Path, rmdir: DirectoryCall) -> bool:
+def _rmdir(directory: Path | str, rmdir: DirectoryCall) -> bool:
     try:
         rmdir(directory)
     except FileNotFoundError:

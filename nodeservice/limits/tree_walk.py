@@ -43,6 +43,8 @@ def walk(place: Path) -> Iterator[Entry]:
             if len(levels) >= _MOST_OPEN:
                 level.close()
             levels.append(below)
+            if below.device != level.device and below.descriptor is not None:
+                yield Entry(below.descriptor, ".", os.fstat(below.descriptor))
     except OSError:
         return
     finally:
@@ -73,6 +75,8 @@ class _Level:
                     except OSError:
                         continue
                     if status.st_dev != self.device:
+                        if stat.S_ISDIR(status.st_mode):  # entered if it is a subvolume
+                            self.directories.append(entry.name)
                         continue
                     if stat.S_ISDIR(status.st_mode):
                         self.directories.append(entry.name)
@@ -87,7 +91,7 @@ class _Level:
                 below = _Level(os.open(self.directories.pop(), _OPEN, dir_fd=self.descriptor))
             except OSError:
                 continue
-            if below.device == self.device:
+            if below.device == self.device or _mount_of(below) == _mount_of(self):
                 return below
             below.close()
         return None
@@ -96,6 +100,12 @@ class _Level:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
+
+
+def _mount_of(level: _Level) -> str:
+    """A subvolume of btrfs, which any task may make, has a device number of its own, but no mount."""
+    about = Path(f"/proc/self/fdinfo/{level.descriptor}").read_text()
+    return next(line for line in about.splitlines() if line.startswith("mnt_id:"))
 
 
 def _leave(levels: list[_Level]) -> None:

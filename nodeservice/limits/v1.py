@@ -64,7 +64,7 @@ class V1CgroupTree:
         self._log = OomLog()
 
     def create(self, place: str, limits: CgroupLimits) -> None:
-        born = not self._memory(place).is_dir()
+        born = not os.path.isdir(self._memory(place))
         for name in self._bases:
             self._make(name, place)
         for top in self._idle_tops:
@@ -94,7 +94,7 @@ class V1CgroupTree:
                 self._node("cpuset", part).controller.set_property(b"cpuset.cpus", ids_text(ids))
 
     def exists(self, place: str) -> bool:
-        return self._memory(place).is_dir()
+        return os.path.isdir(self._memory(place))
 
     def children(self, place: str) -> set[str]:
         """Of all hierarchies: one that was being removed may be left in some."""
@@ -102,7 +102,7 @@ class V1CgroupTree:
 
     def was_used(self, place: str) -> bool:
         task = self._memory(place)
-        if not task.is_dir():
+        if not os.path.isdir(task):
             return False
         return only_child(task) is not None or bool(self._node("memory", place).controller.max_usage_in_bytes)
 
@@ -111,7 +111,7 @@ class V1CgroupTree:
 
     def readings(self, place: str) -> list[Reading]:
         task = self._memory(place)
-        if not task.is_dir():
+        if not os.path.isdir(task):
             return []
         self._oom.watch(task, from_birth=False)
         child = only_child(task)
@@ -121,7 +121,7 @@ class V1CgroupTree:
         return found + self._held_throttles(place if child is None else f"{place}/{child.name}")
 
     def usage(self, place: str) -> Usage:
-        if not self._memory(place).is_dir():
+        if not self.exists(place):
             return Usage()
         memory = self._node("memory", place).controller
         cpu_nanoseconds = _read(self._node("cpuacct", place).controller, "usage")
@@ -173,8 +173,8 @@ class V1CgroupTree:
         self._oom.forget(self._memory(place))
         for key in [key for key in self._nodes if key[1] == place or key[1].startswith(f"{place}/")]:
             del self._nodes[key]
-        gone = [remove_tree(top / place, os.rmdir) for top in self._tops]
-        if next(children_of(self._memory(place).parent), None) is None:  # it was the last there
+        gone = [remove_tree(f"{top}/{place}", os.rmdir) for top in self._tops]
+        if next(children_of(os.path.dirname(self._memory(place))), None) is None:  # it was the last there
             for top in self._tops:
                 prune_parents(top, place, os.rmdir)
         return all(gone)
@@ -295,8 +295,8 @@ class V1CgroupTree:
         for child in children_of(self._bases[name] / name / place):
             yield from self._all_in(name, f"{place}/{child.name}")
 
-    def _memory(self, place: str) -> Path:
-        return self._memory_top / place
+    def _memory(self, place: str) -> str:
+        return f"{self._memory_top}/{place}"
 
     def _node(self, controller: str, place: str = "") -> Any:
         """A node holds a path and nothing of what lies there, so it stays right; to make one costs more than a read."""

@@ -7,7 +7,8 @@ import asyncio
 import grpc.aio
 import structlog
 
-from nodeservice.master.dialing import NodeDialer
+from nodeservice.errors import TransientError
+from nodeservice.master.dialing import NodeDialer, answered
 from nodeservice.wire import master_worker_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -31,10 +32,13 @@ async def _announce_to(
     while True:
         try:
             info = pb.MasterInfo(master_id=master_id, master_address=master_address)
-            ack: pb.RegisterAck = await dialer.stub(address).MasterRegister(info, timeout=_DEADLINE_SECONDS)
+            stub = dialer.stub(address)
+            ack: pb.RegisterAck = await answered(stub.MasterRegister(info, timeout=_DEADLINE_SECONDS))
             story = "accepted" if ack.success else f"refused: {ack.message[:200]}"
         except grpc.aio.AioRpcError as error:
             story = f"no answer: {error.code().name}"
+        except TransientError as error:
+            story = f"no answer: {error}"
         if story != last:
             log.info("node.announced", address=address, answer=story)
             last = story

@@ -19,13 +19,14 @@ from nodeservice.task_bounds import (
     check_rate,
     check_seconds,
     check_stop_signal,
+    check_words,
 )
 from nodeservice.wire import master_worker_pb2 as pb
 
 TASK_MAX_BYTES = 1024**2
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LABEL = re.compile(r"[^\x00-\x1f\x7f/\\]{1,128}")
-_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
 _PORT = re.compile(r"[0-9]{1,5}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -163,10 +164,4 @@ def _check_texts(task: pb.Task) -> None:
     for field, text in (("task_name", task.task_name), ("task_type", task.task_type), ("user_id", task.user_id)):
         if text and not _LABEL.fullmatch(text):
             raise invalid(field, f"{shown(text)} has characters that it may not have or is longer than 128")
-    if "\0" in task.command or any("\0" in word for word in task.argv):
-        raise invalid("command", "contains a NUL character")
-    for variable in task.env:
-        if not variable.name or "=" in variable.name or "\0" in variable.name or "\0" in variable.value:
-            raise invalid(
-                "env", f"{shown(variable.name)} is not the name of a variable, or its value has a NUL character"
-            )
+    check_words(task.command, task.argv, ((variable.name, variable.value) for variable in task.env))

@@ -62,6 +62,7 @@ class Delivery:
         self._next_try: dict[_Name, float] = {}
         self._refusals: dict[Key, dict[str, Refusal]] = {}
         self._cancelled: set[Key] = set()
+        self._unanswered: dict[Key, float] = {}
         self._closed = False
 
     def excluded(self, key: Key) -> frozenset[str]:
@@ -69,10 +70,16 @@ class Delivery:
         now = self._clock.monotonic()
         return frozenset(worker for worker, refusal in self._refusals.get(key, {}).items() if refusal.until > now)
 
+    def unanswered(self) -> dict[Key, float]:
+        """Since when (monotonic) the node of an attempt has not said whether it takes it."""
+        return dict(self._unanswered)
+
     def due(self) -> None:
         """Start every call that is due: assignments without an answer, cancellations that were not passed on."""
         rows = self._book.open_rows()
         self._forget({row.key for row in rows})
+        waiting = {row.key for row in rows if row.worker_id and not row.accepted}
+        self._unanswered = {key: since for key, since in self._unanswered.items() if key in waiting}
         for row in rows:
             if not row.worker_id:
                 continue
@@ -133,6 +140,8 @@ class Delivery:
             held = self._book.get_open(key)
             if held is not None and held.worker_id == worker_id:
                 self._book.explain({key: ("NODE_UNREACHABLE", why)})
+                if kind == "assign":
+                    self._unanswered.setdefault(key, self._clock.monotonic())
         except TransientError as error:
             log.error("store.unavailable", task_id=key[0], error=str(error))
 
@@ -140,8 +149,12 @@ class Delivery:
         task = pb.Task()
         task.CopyFrom(row.task)
         task.attempt = row.attempt
-        metadata = (("traceparent", row.traceparent),) if row.traceparent else ()
+        # The end of an open attempt is not known here. Metadata, since the task itself must be the one that it was before.
+        metadata = [("nodeservice-report-again", "1")]
+        if row.traceparent:
+            metadata.append(("traceparent", row.traceparent))
         ack: pb.TaskAck = await stub.AssignTask(task, timeout=ASSIGN_DEADLINE_SECONDS, metadata=metadata)
+        self._unanswered.pop(row.key, None)
         if ack.success:
             await self._book.accepted(row.key, row.worker_id)
             log.info("task.assigned", task_id=row.task_id, attempt=row.attempt, worker_id=row.worker_id)
@@ -169,7 +182,7 @@ class Delivery:
             attempt=attempt,
             worker_id=worker_id,
             success=ack.success,
-            message=ack.message,
+            message=ack.message[:500],
         )
         # Either the report of the end is under way, or the node has lost the task; a heartbeat without it tells.
         self._cancelled.add(key)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 
+from nodeservice.errors import TransientError
 from nodeservice.master.checks import check_address
 from nodeservice.master.fault_points import armed
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
+
+T = TypeVar("T")
 
 NODE_PORT = 50052
 """Where a node listens that doesn't say so."""
@@ -42,6 +46,7 @@ class NodeDialer:
         return armed(pb_grpc.MasterWorkerStub(channel), "node")
 
     async def drop(self, address: str) -> None:
+        """Calls under way there end: see `answered`."""
         channel = self._channels.pop(address, None)
         if channel is not None:
             await channel.close(None)
@@ -50,6 +55,20 @@ class NodeDialer:
         channels = list(self._channels.values())
         self._channels.clear()
         await asyncio.gather(*(channel.close(None) for channel in channels))
+
+
+async def answered(call: Awaitable[T]) -> T:
+    """What a node answers. Raises TransientError where its channel was dropped under the call.
+
+    grpc.aio tells that with a CancelledError, which would end the waiting task as if it had been cancelled itself.
+    """
+    try:
+        return await call
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise TransientError("the node has another address now", reason="NODE_UNANSWERED") from error
 
 
 def node_address(info: pb.WorkerInfo, peer: str) -> str:

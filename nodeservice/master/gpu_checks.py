@@ -10,8 +10,9 @@ from nodeservice.master.gpu_fit import capability_of
 from nodeservice.master.request import GpuWish
 from nodeservice.wire import master_worker_pb2 as pb
 
-_UUID = re.compile(r"(GPU|MIG)-[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-_PROFILE = re.compile(r"([0-9]c\.)?[0-9]g\.[0-9]{1,4}gb(\+[a-z.]{1,12}){0,2}")
+# As the node checks them (core.gpu_request): what it refuses for its value alone is refused here.
+_UUID = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_PROFILE = re.compile(r"([0-9]c\.)?[0-9]g\.[0-9]{1,4}gb([+-][a-z.]{1,12}){0,2}")
 _MODEL = re.compile(r"[ -~]{0,96}")
 _MOST_GPUS = 1024
 _MOST_BYTES = 2**60

@@ -14,8 +14,9 @@ from nodeservice.master.request import GpuWish
 from nodeservice.wire import master_worker_pb2 as pb
 
 _WELL = "WELL"
-_SLICES = 7
-"""Compute slices of every GPU that can be split by MIG."""
+_MOST_SLICES = 7
+_FEWER_SLICES = (4, 2)
+"""Compute slices of GPUs that can be split by MIG: an A100 and all of its kind have 7, an A30 has 4, an RTX PRO 5000 2."""
 _ROUNDING_MILLI = 20
 """The halves of a GPU that MIG makes are a little less than half."""
 _PROFILE = re.compile(r"(?:([0-9])c\.)?([0-9])g\.")
@@ -121,7 +122,7 @@ def _can_be_parted(unit: Unit, wish: GpuWish) -> bool:
     if wish.part_memory_bytes > unit.memory_bytes:
         return False
     if unit.mig_profile:
-        compute_milli = _compute_milli(unit.mig_profile) + _ROUNDING_MILLI
+        compute_milli = _compute_milli(unit) + _ROUNDING_MILLI
         return unit.memory_milli + _ROUNDING_MILLI >= wish.part_milli and compute_milli >= max(
             wish.part_milli, 10 * wish.part_sm_percent
         )
@@ -132,10 +133,18 @@ def _can_be_parted(unit: Unit, wish: GpuWish) -> bool:
     return "driver" in unit.share_methods and not (wish.part_milli or wish.part_sm_percent)
 
 
-def _compute_milli(profile: str) -> int:
-    """From a profile such as 2g.35gb or 1c.3g.71gb; of one that can't be read, all of it."""
-    found = _PROFILE.match(profile)
-    return int(found[1] or found[2]) * 1000 // _SLICES if found else 1000
+def _compute_milli(unit: Unit) -> int:
+    """From a profile such as 2g.35gb or 1c.3g.71gb; of one that can't be read, all of it.
+
+    A node does not tell how many slices the whole has: where the part of the memory goes with fewer than most have, so does
+    the part of the compute.
+    """
+    found = _PROFILE.match(unit.mig_profile)
+    if found is None:
+        return 1000
+    of_memory, of_compute = int(found[2]), int(found[1] or found[2])
+    fewer = (count for count in _FEWER_SLICES if unit.memory_milli + _ROUNDING_MILLI >= of_memory * 1000 // count)
+    return min(1000, of_compute * 1000 // min(fewer, default=_MOST_SLICES))
 
 
 def _needed(unit: Unit, wish: GpuWish) -> int:
@@ -197,8 +206,9 @@ def room_of(
     back: dict[str, int] = {}
     for task in ended:
         for uuid in task.gpu_uuids:
-            milli = 1000 if len(task.gpu_uuids) > 1 else round(task.gpu_allocated * 1000)
-            back[uuid] = back.get(uuid, 0) + milli
+            # A node can send any number, NaN too, which this makes 0.
+            part = 1.0 if len(task.gpu_uuids) > 1 else min(1.0, max(0.0, task.gpu_allocated))
+            back[uuid] = back.get(uuid, 0) + round(part * 1000)
     room = GpuRoom(
         tuple(replace(unit, held_milli=max(0, unit.held_milli - back.get(unit.uuid, 0))) for unit in units), trouble
     )

@@ -70,6 +70,8 @@ def read_manifest(data: bytes, *, task_id: str, attempt: int) -> tuple[Entry, ..
 class Incoming:
     """One upload on its way. `commit` or `abort` ends it; `abort` after `commit` does nothing.
 
+    Before its first file there is nothing of it, so that a sender who is gone by then leaves nothing.
+
     Methods raise RequestError for what the sender did wrong (ALREADY_STORED for other results of the same attempt) and
     NodeFaultError (RESULTS_UNWRITABLE) where this host can't store.
     """
@@ -85,8 +87,6 @@ class Incoming:
         self._path = ""
         self._size_bytes = 0
         self._hash = hashlib.sha256()
-        with _storing():
-            self._staging.mkdir(parents=True)
 
     @property
     def file_count(self) -> int:

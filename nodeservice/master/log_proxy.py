@@ -14,6 +14,7 @@ import grpc.aio
 import structlog
 
 from nodeservice.errors import TransientError
+from nodeservice.master.dialing import answered
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.rows import State, TaskRow
 from nodeservice.master.tasks import TaskBook
@@ -113,9 +114,9 @@ class LogProxy:
                 heard.sent += 1
                 heard.is_away = False
                 yield chunk
-        except (grpc.aio.AioRpcError, TimeoutError) as error:
+        except (grpc.aio.AioRpcError, TimeoutError, TransientError) as error:
             log.info("log.node_unanswered", task_id=row.task_id, worker_id=row.worker_id, error=type(error).__name__)
-            if isinstance(error, TimeoutError) or error.code() is grpc.StatusCode.UNAVAILABLE:
+            if not isinstance(error, grpc.aio.AioRpcError) or error.code() is grpc.StatusCode.UNAVAILABLE:
                 heard.unanswered = _unanswered(row, "does not answer")
             elif error.code() is not grpc.StatusCode.NOT_FOUND:
                 heard.unanswered = _unanswered(row, f"can't tell its log: {error.code().name} {error.details()}")
@@ -126,8 +127,8 @@ class LogProxy:
         """The next chunk, or that there is none. Raises TimeoutError for a node that is silent; a task may be, for hours."""
         if row.state.is_final or not follow:
             async with asyncio.timeout(_FIRST_LINE_SECONDS):
-                return await call.read()
-        reading = asyncio.ensure_future(call.read())
+                return await answered(call.read())
+        reading = asyncio.ensure_future(answered(call.read()))
         try:
             while not (await asyncio.wait({reading}, timeout=_LOOK_SECONDS))[0]:
                 if not self._nodes.is_active(row.worker_id):

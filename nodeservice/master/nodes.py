@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -24,6 +24,8 @@ from nodeservice.wire import master_worker_pb2 as pb
 log = structlog.get_logger(__name__)
 
 _LARGEST = 2**60
+_MOST_GPUS = 2**31 - 1
+"""What `Resources` can tell to a client."""
 _ABSENT_SECONDS = 2.5
 _NOTICE_SECONDS = 1.0
 _ABLE_COUNT = 8
@@ -113,7 +115,7 @@ class NodeRegistry:
         self._dialer = dialer
         self._clock = clock
         self._timeout_seconds = timeout_seconds
-        self._gone_after_seconds = gone_after_seconds
+        self.gone_after_seconds = gone_after_seconds
         self._nodes: dict[str, Node] = {}
         self._ran_at = clock.monotonic()
         self._noticed_at = -math.inf
@@ -309,7 +311,7 @@ class NodeRegistry:
 
     def _silent_for_good(self, node: Node) -> bool:
         since = node.known_since if node.heard_at is None else node.heard_at
-        return self._clock.monotonic() - since > self._gone_after_seconds
+        return self._clock.monotonic() - since > self.gone_after_seconds
 
     def _active(self, node: Node) -> bool:
         return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds
@@ -344,15 +346,11 @@ def _key(task: pb.RunningTask) -> Key:
 
 def amounts_of(info: pb.WorkerInfo) -> tuple[Amounts, Amounts]:
     """(capacity, allocatable): the exact fields where there are some, else the old ones. Raises RequestError."""
-    scales: tuple[tuple[str, Callable[[pb.WorkerInfo], float], int], ...] = (
-        ("total_cpu", lambda i: i.total_cpu, 1000),
-        ("total_memory", lambda i: i.total_memory, GIB),
-        ("total_storage", lambda i: i.total_storage, GIB),
-        ("total_gpu", lambda i: math.floor(i.total_gpu) if math.isfinite(i.total_gpu) else i.total_gpu, 1),
-    )
-    cpu, memory, disk, gpu = (
-        amount_of(name, read(info), scale=scale, largest=_LARGEST) for name, read, scale in scales
-    )
+    gpus = math.floor(info.total_gpu) if math.isfinite(info.total_gpu) else info.total_gpu
+    cpu = amount_of("total_cpu", info.total_cpu, scale=1000, largest=_LARGEST)
+    memory = amount_of("total_memory", info.total_memory, scale=GIB, largest=_LARGEST)
+    disk = amount_of("total_storage", info.total_storage, scale=GIB, largest=_LARGEST)
+    gpu = amount_of("total_gpu", gpus, scale=1, largest=_MOST_GPUS)
     old = Amounts(cpu_milli=cpu, memory_bytes=memory, disk_bytes=disk, gpu_count=gpu)
     allocatable = from_message(info.allocatable) if info.HasField("allocatable") else old
     capacity = from_message(info.capacity) if info.HasField("capacity") else allocatable

@@ -16,8 +16,8 @@ log = structlog.get_logger(__name__)
 MISSES = 3
 """An attempt that so many heartbeats in a row do not list is offered to its node again.
 
-Offering is safe: a node that has it answers the same; one that has ended it is still reporting, or it would have ended here
-too; only one that has lost it starts it.
+Offering is safe: a node that has it answers the same; one that has ended it is still reporting, or reports again, where our
+database was set back; only one that has lost it starts it.
 """
 
 

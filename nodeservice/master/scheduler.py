@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -12,6 +12,7 @@ from nodeservice.errors import NodeServiceError
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.delivery import Delivery
 from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.placement import Choice, Offer, place
 from nodeservice.master.plan import Candidate, make_plan
 from nodeservice.master.rows import Key, State
 from nodeservice.master.tasks import TaskBook
@@ -19,6 +20,7 @@ from nodeservice.master.tasks import TaskBook
 log = structlog.get_logger(__name__)
 
 _SILENT = "NODE_SILENT"
+_DEAF = "has not answered yet whether it takes what it was given"
 _WAITED = "WAIT_TIMEOUT"
 
 
@@ -73,9 +75,10 @@ class Scheduler:
         await self._give_up_waiting()
         self._nodes.notice_silence()
         await self._give_up_gone_nodes()
+        await self._give_up_unanswered(now)
         queue = self._candidates(now)
         # What all nodes have to offer is asked only where somebody waits for it: it costs some time for each node.
-        offers = self._nodes.offers(self._book.assigned()) if queue else ()
+        offers = self._offers() if queue else ()
         plan = make_plan(queue, offers, patience_seconds=self._settings.patience_seconds)
         self._book.explain(
             {key: (why.reason, why.message) for key, why in plan.waiting.items() if why.reason != "NODE_REFUSED"}
@@ -118,6 +121,13 @@ class Scheduler:
             for row in rows
         ]
 
+    def _offers(self) -> list[Offer]:
+        """One that does not answer an assignment would not answer the next: who takes nothing is not to draw all tasks."""
+        rows = map(self._book.get_open, self.delivery.unanswered())
+        deaf = {row.worker_id for row in rows if row is not None}
+        offers = self._nodes.offers(self._book.assigned())
+        return [replace(o, blocked=o.blocked or _DEAF) if o.worker_id in deaf else o for o in offers]
+
     def _explain_silence(self) -> None:
         """A task whose node is silent stays with it; say so, and take it back when the node speaks again."""
         notes: dict[Key, tuple[str, str]] = {}
@@ -139,3 +149,20 @@ class Scheduler:
                 unknown = "what became of it there" if row.accepted else "whether it ran there"
                 message = f"node {row.worker_id} was silent for too long and is given up; {unknown} is not known"
                 await self._book.lose(row.key, row.worker_id, message)
+
+    async def _give_up_unanswered(self, now: float) -> None:
+        """A task that is cancelled, or has room elsewhere, waits no longer for a node that is heard of and does not answer
+        than for a silent one. One in each pass, since the next might find that room taken.
+
+        Had the node taken the task, and only its answer was lost, its heartbeats would list it.
+        """
+        for key, since in self.delivery.unanswered().items():
+            row = self._book.get_open(key)
+            if row is None or row.accepted or now - since <= self._nodes.gone_after_seconds:
+                continue
+            target, excluded = row.task.target_worker_id, (row.worker_id,)
+            elsewhere = place(self._book.request(key), self._offers(), target=target, excluded=excluded)
+            if row.cancel_requested or isinstance(elsewhere, Choice):
+                message = f"node {row.worker_id} did not say whether it takes the task, for too long; {row.message}"
+                await self._book.lose(key, row.worker_id, message)
+                return

@@ -183,7 +183,8 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             check_id("task_id", task_id)
             row = await self._book.find(task_id, attempt or None)
             if row is None:
-                raise RequestError(f"there is no task {task_id}", reason="NOT_FOUND", field="task_id")
+                which = f"attempt {attempt} of task {task_id}" if attempt else f"task {task_id}"
+                raise RequestError(f"there is no {which}", reason="NOT_FOUND", field="task_id")
         except NodeServiceError as error:
             await _abort(context, error)
             raise InvariantError("abort returned") from error

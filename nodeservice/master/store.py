@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,6 +202,10 @@ def _make_engine(url: str) -> sa.Engine:
             parsed, poolclass=QueuePool, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=options
         )
     engine = sa.create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 10})
+    if parsed.database and not parsed.database.startswith((":", "file:")):
+        # It holds the tasks' environment, so only its owner may read it. SQLite gives its side files the mode of this one.
+        with contextlib.suppress(OSError):
+            Path(parsed.database).touch(0o600)
 
     def on_connect(connection: Any, _record: object) -> None:
         cursor = connection.cursor()

@@ -10,6 +10,9 @@ from nodeservice.master.reports import outcome_of
 from nodeservice.master.rows import TaskRow
 from nodeservice.wire import master_worker_pb2 as pb
 
+_BRIEF_MAX_BYTES = 64 * 1024
+"""Of one result in a list. A node can send 4 MiB; a thousand of those no client would take."""
+
 
 def task_view(row: TaskRow, *, running: pb.RunningTask | None = None, brief: bool = False) -> pb.TaskView:
     """`running` is the attempt as its node listed it last. `brief` leaves out what makes a list of many tasks large.
@@ -42,6 +45,9 @@ def task_view(row: TaskRow, *, running: pb.RunningTask | None = None, brief: boo
             view.result.ClearField(field)
         if row.result is None:
             view.ClearField("result")
+        elif view.result.ByteSize() > _BRIEF_MAX_BYTES:
+            exit_code = row.result.exit_code if row.result.HasField("exit_code") else None
+            view.result.CopyFrom(pb.TaskResult(exit_code=exit_code))
         for field in ("env", "argv", "command"):
             view.task.ClearField(field)
     return view
@@ -90,6 +96,7 @@ def node_view(node: Node, active: bool, assigned: Amounts) -> pb.NodeView:
         draining=beat.draining,
         gpu_driver_version=node.info.gpu_driver_version,
         cuda_version=node.info.cuda_version,
+        node_version=node.info.node_version,
     )
 
 

@@ -64,7 +64,7 @@ class Gpu:
     ecc_uncorrected_count: int | None = None
     """Since the driver was loaded."""
     remap_pending: bool | None = None
-    """Memory rows wait for a reset of the GPU to be replaced."""
+    """Memory rows, or pages before Ampere, wait for a reset of the GPU to be replaced."""
     remap_failed: bool | None = None
     recovery_action: int | None = None
     """What the driver asks for (NVML field 230): 0 nothing, 1 a reset, 2 a restart of the host, 3 drain, 4 drain, reset."""
@@ -94,8 +94,15 @@ class GpuInventory:
     error: str | None = None
     unreachable: tuple[str, ...] = ()
     """GPUs that are counted and can't be opened, in words: not even their UUID is known."""
+    outdated: str = ""
+    """Why new tasks can't use the driver though it works for what runs, in words."""
     looked_at_seconds: float = 0.0
     """When the look began, in seconds since the host was started (CLOCK_BOOTTIME)."""
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What is wrong with the driver and with GPUs that are not even known by name, in words."""
+        return (*filter(None, (self.error, self.outdated)), *self.unreachable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

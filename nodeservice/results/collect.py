@@ -115,7 +115,8 @@ class _Walk:
             for name in self._names(fd, directory):
                 path = f"{directory}/{name}" if directory else name
                 mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
-                if fault := layout.path_fault(layout.stored_path(path)):
+                stored = layout.stored_path(path)
+                if fault := layout.path_fault(stored) or layout.refused_name(stored):
                     self._skip(path, fault)
                 elif stat.S_ISDIR(mode):
                     yield path

@@ -72,10 +72,14 @@ class FileResultStore:
         target = self._root.joinpath(*bundle.prefix.split("/"))
         with self._translated(target):
             if not self._is_stored(target, bundle):
-                self._make_directory(target.parent)
+                self._make_directory(self._root)
+                target.parent.mkdir(exist_ok=True)
                 with self._workplace(target) as partial:
                     self._build(partial, bundle, stop)
                     self._commit(partial, target, bundle)
+            # Also what is there already: whoever put it there may have been killed before this.
+            for directory in (target.parent, self._root):
+                _sync_directory(directory)
         return target.as_uri()
 
     def _is_stored(self, target: Path, bundle: ResultBundle) -> bool:
@@ -90,7 +94,7 @@ class FileResultStore:
         raise NodeFaultError(
             f"{target} already holds other results of attempt {bundle.spec.id}",
             reason="RESULT_CONFLICT",
-            hint="two nodes ran this attempt, or the directory is shared by two masters",
+            hint="two nodes ran this attempt, or two masters share the directory: give each one of its own",
         )
 
     @contextlib.contextmanager
@@ -132,10 +136,8 @@ class FileResultStore:
         try:
             partial.rename(target)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not self._is_stored(target, bundle):
                 raise
-            self._is_stored(target, bundle)
-        _sync_directory(target.parent)
 
     def _make_directory(self, directory: Path) -> None:
         """Make it and its parents, each made durable in its own parent."""

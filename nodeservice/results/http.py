@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -74,7 +74,7 @@ class HttpResultStore:
     def __init__(self, url: str, *, limit_bytes: int = LIMIT_BYTES, ca_file: Path | None = None) -> None:
         self._url = url
         self._limit_bytes = limit_bytes
-        self._ca_file = ca_file
+        self._authorities: str | bool = str(ca_file) if ca_file else True
         self._pool = Threads(2, name="results-http")
 
     async def put(self, bundle: ResultBundle) -> str:
@@ -88,7 +88,8 @@ class HttpResultStore:
             stop.set()
 
     async def check(self) -> None:
-        """The format knows no question."""
+        """Connect as an upload would. What the answer to a HEAD is says nothing about a POST, so any will do."""
+        await self._pool.run(self._connect)
 
     async def drop_leftovers(self, id_: AttemptId, paths: Sequence[str]) -> int:
         """A POST that broke off is the master's to forget."""
@@ -105,28 +106,42 @@ class HttpResultStore:
         with contextlib.ExitStack() as stack:
             readers = [stack.enter_context(VerifiedReader(file, stop=stop)) for file in bundle.files]
             encoder = MultipartEncoder(fields=_parts(bundle, readers))
-            try:
+            with self._translated():
                 response = requests.post(
                     self._url,
                     data=encoder,
                     headers={"Content-Type": encoder.content_type},
                     timeout=(_CONNECT_SECONDS, _ANSWER_SECONDS),
-                    verify=str(self._ca_file) if self._ca_file else True,
+                    verify=self._authorities,
                     allow_redirects=False,
                 )
-            except requests.exceptions.SSLError as error:
-                raise NodeFaultError(
-                    f"{self._url} has a certificate that this node does not trust",
-                    reason="STORE_REFUSED",
-                    hint="configure the certificate authority of the master",
-                ) from error
-            except requests.exceptions.InvalidURL as error:
-                raise NodeFaultError(f"{self._url} is not a URL to send to", reason="STORE_REFUSED") from error
-            except requests.exceptions.RequestException as error:
-                raise TransientError(
-                    f"results cannot be sent to {self._url}: {type(error).__name__}", reason="STORE_UNREACHABLE"
-                ) from error
         return self._location(response, bundle)
+
+    def _connect(self) -> None:
+        import requests
+
+        with self._translated():
+            timeout = (_CONNECT_SECONDS, _ANSWER_SECONDS)
+            requests.head(self._url, timeout=timeout, verify=self._authorities, allow_redirects=False)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        import requests
+
+        try:
+            yield
+        except requests.exceptions.SSLError as error:
+            raise NodeFaultError(
+                f"{self._url} has a certificate that this node does not trust",
+                reason="STORE_REFUSED",
+                hint="configure the certificate authority of the master",
+            ) from error
+        except requests.exceptions.InvalidURL as error:
+            raise NodeFaultError(f"{self._url} is not a URL to send to", reason="STORE_REFUSED") from error
+        except requests.exceptions.RequestException as error:
+            raise TransientError(
+                f"results cannot be sent to {self._url}: {type(error).__name__}", reason="STORE_UNREACHABLE"
+            ) from error
 
     def _location(self, response: requests.Response, bundle: ResultBundle) -> str:
         answer = _json(response)

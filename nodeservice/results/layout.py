@@ -8,6 +8,7 @@ mapping is one to one: two files never meet.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 RESULTS_DIR = "results"
@@ -26,6 +27,9 @@ MAX_PATH_BYTES = 700
 MAX_ENTRY_COUNT = 100_000
 """Files, directories and all else in the results of one attempt. Each costs this service memory (1.6 KB, measured) and the
 store a request, and a task may make as many as its disk limit has blocks."""
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def is_reserved(path: str) -> bool:
@@ -51,14 +55,22 @@ def path_fault(path: str) -> str | None:
         encoded = path.encode()
     except UnicodeEncodeError:
         return "the name is not valid UTF-8"
-    if any(ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0 for character in path):
+    if _CONTROL.search(path):
         return "the name contains control characters"
-    if any(ord(character) in (0xFFFE, 0xFFFF) for character in path):
+    if "\ufffe" in path or "\uffff" in path:
         return "the name contains a character that XML, and so S3, cannot carry"
     if len(encoded) > MAX_PATH_BYTES:
         return f"the path is longer than {MAX_PATH_BYTES} bytes"
     if not path or any(part in ("", ".", "..") for part in path.split("/")):
         return "the path is empty, absolute or has a dot component"
+    return None
+
+
+def refused_name(path: str) -> str | None:
+    """Why a store would refuse this path though nothing is wrong with it, and all of the attempt's results with it."""
+    # MinIO takes back slashes for slashes, and strips spaces, to find dot components (its `hasBadPathComponent`).
+    if any(part.strip(" ") in (".", "..") for part in path.replace("\\", "/").split("/")):
+        return "stores take a part of the name for a dot component"
     return None
 
 

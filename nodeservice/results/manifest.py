@@ -25,6 +25,7 @@ from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results import layout
 from nodeservice.results.collect import collect
 from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME, RESULTS_DIR
+from nodeservice.results.source import shortage
 
 __all__ = [
     "LOG_NAME",
@@ -129,7 +130,8 @@ def read_local(work_dir: Path) -> tuple[Manifest, bytes] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise NodeFaultError(f"{path} cannot be read: {error.strerror}", reason="MANIFEST_INVALID") from error
+        invalid = NodeFaultError(f"{path} cannot be read: {error.strerror}", reason="MANIFEST_INVALID")
+        raise shortage(path, error) or invalid from error
     return decode(data), data
 
 

@@ -187,7 +187,7 @@ def _compare(client: BucketClient, *, bundle: ResultBundle, base: str) -> _There
         raise NodeFaultError(
             f"{client.url(base)} already holds other results of attempt {bundle.spec.id}",
             reason="RESULT_CONFLICT",
-            hint="two nodes ran this attempt, or the bucket is shared by two masters",
+            hint="two nodes ran this attempt, or two masters share the bucket: give each a result_prefix of its own",
         )
     # What lies below a marker was verified before the marker was written; sizes tell whether it still lies there.
     missing = [
@@ -213,7 +213,8 @@ def _finish(
     try:
         client.upload_json(marker, bundle.manifest_bytes, stop, only_new=only_new)
     except AlreadyThere:  # since we looked; RESULT_CONFLICT unless it is the same
-        _compare(client, bundle=bundle, base=base)
+        if not _compare(client, bundle=bundle, base=base).is_marked:
+            raise client.lost(marker) from None
 
 
 def _put_in_turn(client: BucketClient, *, bundle: ResultBundle, base: str, stop: threading.Event) -> list[_Sent]:

@@ -294,7 +294,12 @@ class BucketClient:
             if error.args and isinstance(error.args[0], ssl.SSLCertVerificationError):
                 why, hint = "the certificate is not trusted", "set the certificate authority"
             raise NodeFaultError(f"{where}: {why}", reason="STORE_REFUSED", hint=hint) from error
-        except (urllib3.exceptions.HTTPError, ParseError, OSError) as error:
+        except (
+            urllib3.exceptions.HTTPError,
+            ParseError,
+            AttributeError,
+            OSError,
+        ) as error:  # minio's, of an empty answer
             why, hint = _what_broke(error)
             raise TransientError(f"{where}: cannot {action}: {why}", reason="STORE_UNREACHABLE", hint=hint) from error
         except (MinioException, ValueError) as error:
@@ -330,7 +335,7 @@ def _what_broke(error: Exception) -> tuple[str, str]:
             return why, "see whether the server runs there, and whether `minio` names it"
         case urllib3.exceptions.TimeoutError() | TimeoutError():
             return "no answer in time", "see whether the server is up, and what lies on the way to it"
-        case ParseError():
+        case ParseError() | AttributeError():
             return "its answer is no XML", "see whether what listens there is S3"
     return "the connection broke", "see whether the server is up, and what lies on the way to it"
 

@@ -73,7 +73,7 @@ class BlockwisePool(urllib3.PoolManager):
         connection = kept.take() or self._connect(url)
         try:
             # What is encoded would have to be decoded; it is no part of the signature.
-            request = request_head(method, f"/{target}", {**headers, "Accept-Encoding": "identity"})
+            request = request_head(method, f"/{target}", dict(headers.items()) | {"Accept-Encoding": "identity"})
             is_sent = _send_blocks(connection, request, body)
             head = read_head(connection.reader)
             content = read_body(connection.reader, head)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
+from pathlib import Path
 
-from nodeservice.errors import NodeFaultError
+from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultFile
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def shortage(path: Path, error: OSError) -> TransientError | None:
+    """Where it is this process that lacks something, which says nothing about the file."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return None
+    return TransientError(f"{path} cannot be read now: {error.strerror}", reason="NODE_SHORT_OF_MEANS")
 
 
 class PutStopped(Exception):  # noqa: N818 (not an error: the caller gave up, and nobody waits for this)
@@ -61,7 +70,7 @@ class VerifiedReader:
             data = self._read_exactly(wanted)
         except OSError as error:
             self._close()
-            raise self._changed(os.strerror(error.errno or 0)) from error
+            raise shortage(self._file.source, error) or self._changed(os.strerror(error.errno or 0)) from error
         self._digest.update(data)
         self.len -= len(data)
         if len(data) < wanted:

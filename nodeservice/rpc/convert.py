@@ -54,13 +54,9 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
     """Normalise a Task. Raises RequestError naming the field; `core.admission` checks the rest."""
     gpu_count, gpu = gpu_request(task)
     request = Resources(
-        cpu_milli=_amount("req_cpu", task.req_cpu, 1000, _exact(task, "cpu_milli"), defaults.request.cpu_milli),
-        memory_bytes=_amount(
-            "req_memory", task.req_memory, GIB, _exact(task, "memory_bytes"), defaults.request.memory_bytes
-        ),
-        disk_bytes=_amount(
-            "req_storage", task.req_storage, GIB, _exact(task, "disk_bytes"), defaults.request.disk_bytes
-        ),
+        cpu_milli=_amount(task, "req_cpu", 1000, "cpu_milli", defaults.request.cpu_milli),
+        memory_bytes=_amount(task, "req_memory", GIB, "memory_bytes", defaults.request.memory_bytes),
+        disk_bytes=_amount(task, "req_storage", GIB, "disk_bytes", defaults.request.disk_bytes),
         gpu_count=gpu_count,
     )
     return TaskSpec(
@@ -109,16 +105,17 @@ def _exact(task: pb.Task, field: str) -> int | None:
     return int(getattr(task, field)) if task.HasField(field) else None
 
 
-def _amount(field: str, value: float, unit: int, exact: int | None, default: int) -> int:
+def _amount(task: pb.Task, field: str, unit: int, exact_field: str, default: int) -> int:
     """The exact amount; the old field's, converted; or the default for 0."""
-    amount = _finite(field, value) * unit
-    if amount < 0 or (exact is not None and exact < 0):
-        raise invalid_request(field, f"is {(value if exact is None else exact)!r}", "ask for zero or more")
-    if max(amount, exact or 0) > _MAX_AMOUNT:
-        raise invalid_request(field, f"is {value!r}", "ask for an amount that a machine can have")
+    value, exact = _finite(field, getattr(task, field)), _exact(task, exact_field)
+    for name, told, amount in ((field, value, value * unit), (exact_field, exact or 0, exact or 0)):
+        if amount < 0:
+            raise invalid_request(name, f"is {told!r}", "ask for zero or more")
+        if amount > _MAX_AMOUNT:
+            raise invalid_request(name, f"is {told!r}", "ask for an amount that a machine can have")
     if exact is None:
-        return round(amount) if value else default
-    if value and abs(amount - exact) > _ROUNDING * max(amount, exact):
+        return round(value * unit) if value else default
+    if value and abs(value * unit - exact) > _ROUNDING * max(value * unit, exact):
         raise invalid_request(
             field, f"is {value!r}", f"it disagrees with the exact field, which says {exact}; send one, or the same"
         )

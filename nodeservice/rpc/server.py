@@ -63,6 +63,7 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         defaults: convert.TaskDefaults,
         new_trace: Callable[[str | None], TraceIds],
         on_master: Callable[[str], None],
+        report_again: Callable[[TaskRecord], None],
         mode: ModeKeeper,
     ) -> None:
         self._mode = mode
@@ -73,6 +74,7 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         self._defaults = defaults
         self._new_trace = new_trace
         self._on_master = on_master
+        self._report_again = report_again
 
     async def MasterRegister(self, request: pb.MasterInfo, context: RpcContext) -> pb.RegisterAck:  # noqa: N802
         """Answers at once; the registration itself goes out from the link's own task."""
@@ -86,11 +88,13 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         received_at = self._clock.now()
         try:
             spec = convert.spec_from_task(request, self._defaults)
-            trace = self._new_trace(_traceparent(context))
+            trace = self._new_trace(_told(context, "traceparent"))
             record = await self._driver.assign(spec, trace=trace, received_at=received_at)
         except NodeServiceError as error:
             log.info("task.refused", task_id=request.task_id[:128], reason=error.reason, message=str(error))
             return _refusal(error)
+        if record.phase > Phase.REPORTING and _told(context, "nodeservice-report-again"):
+            self._report_again(record)
         return pb.TaskAck(success=True, message=f"accepted, {record.phase.name}")
 
     async def CancelTask(self, request: pb.TaskID, context: RpcContext) -> pb.TaskAck:  # noqa: N802
@@ -141,7 +145,8 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         check_task_id(task_id)
         record = self._driver.get(AttemptId(task_id, attempt)) if attempt else self._driver.newest(task_id)
         if record is None:
-            raise RequestError(f"task {task_id} is not known here", reason="NOT_FOUND", field="task_id")
+            which = f"attempt {attempt} of task {task_id}" if attempt else f"task {task_id}"
+            raise RequestError(f"{which} is not known here", reason="NOT_FOUND", field="task_id")
         return record
 
 
@@ -165,9 +170,10 @@ def _deadline(request: pb.NodeMode) -> float | None:
     return seconds
 
 
-def _traceparent(context: RpcContext) -> str | None:
+def _told(context: RpcContext, name: str) -> str | None:
+    """What the caller's metadata says under that name."""
     for key, value in context.invocation_metadata() or ():
-        if key == "traceparent":
+        if key == name:
             return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     return None
 

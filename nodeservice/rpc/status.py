@@ -48,7 +48,7 @@ class NodeStatus:
             listen_address=self.listen,
             gpu_driver_version=node.host.gpus.driver_version,
             cuda_version=node.host.gpus.cuda_version,
-            warnings=self._warnings(node.host.gpus),
+            warnings=warnings_told(self.driver, node.host.gpus),
         )
 
     async def heartbeat(self) -> pb.Heartbeat:
@@ -69,14 +69,9 @@ class NodeStatus:
             free=convert.resources(ledger.free),
             gpus=self._gpus(self.gpus.inventory),
             draining=self.driver.draining or self.driver.cordoned,
-            conditions=[f"{name}: {words}" for name, words in self.driver.all_conditions().items()],
-            warnings=self._warnings(self.gpus.inventory),
+            conditions=conditions_told(self.driver),
+            warnings=warnings_told(self.driver, self.gpus.inventory),
         )
-
-    def _warnings(self, inventory: GpuInventory) -> list[str]:
-        """At the first registration nobody may have looked at the GPUs but this."""
-        told = {**({GPU_DRIVER: inventory.error} if inventory.error is not None else {}), **self.driver.warnings}
-        return [f"{name}: {words}" for name, words in told.items()]
 
     def _gpus(self, inventory: GpuInventory) -> list[pb.GpuInfo]:
         ledger = self.driver.ledger
@@ -87,3 +82,13 @@ class NodeStatus:
             self.gpus.state,
             sharing_allowed=ledger.gpu_sharing_allowed,
         )
+
+
+def conditions_told(driver: Driver) -> list[str]:
+    return [f"{name}: {words}" for name, words in driver.all_conditions().items()]
+
+
+def warnings_told(driver: Driver, inventory: GpuInventory) -> list[str]:
+    """At the first registration nobody may have looked at the GPUs but who made this inventory."""
+    told = {**({GPU_DRIVER: "; ".join(inventory.complaints)} if inventory.complaints else {}), **driver.warnings}
+    return [f"{name}: {words}" for name, words in told.items()]

@@ -68,12 +68,15 @@ class MasterLink:
         self._connected_to: str | None = None
         self._heard_at: datetime | None = None
         self._wanted = False
+        self._beat_at = 0.0
+        """Of the loop: when the next heartbeat is due. A master may call for a registration more often than that."""
         self._wake = asyncio.Event()
         """Something is not to wait for the next heartbeat's time: a new registration (`_wanted`), or a release."""
         self._wants_releases = False
         self._untold: dict[AttemptId, float] = {}
         """When (of the loop) attempts released what they computed with that no heartbeat has told yet, the oldest first."""
         self._telling: asyncio.TimerHandle | None = None
+        self._again: dict[AttemptId, asyncio.Task[None]] = {}
         self._reports_under_way = 0
         self._no_report = asyncio.Event()
         self._no_report.set()
@@ -151,6 +154,8 @@ class MasterLink:
                     await self._wait_until_woken(pause)
         finally:
             self._registered.clear()
+            for task in self._again.values():
+                task.cancel()
             await self._disconnect()
 
     async def report(self, record: TaskRecord) -> None:
@@ -167,23 +172,40 @@ class MasterLink:
             if not self._reports_under_way:
                 self._no_report.set()
         if not ack.success:
-            raise TransientError(f"the master refused the report: {ack.message}", reason="REPORT_REFUSED")
+            raise TransientError(f"the master refused the report: {ack.message[:500]}", reason="REPORT_REFUSED")
+
+    def report_again(self, record: TaskRecord) -> None:
+        """For a master that has forgotten what it acknowledged. Tried once: it offers the attempt again until it knows."""
+        if record.id not in self._again:
+            log.info("report.again", task_id=record.id.task_id, attempt=record.id.attempt)
+            self._again[record.id] = task = asyncio.create_task(self._report_once(record), name="report again")
+            task.add_done_callback(lambda _: self._again.pop(record.id, None))
+
+    async def _report_once(self, record: TaskRecord) -> None:
+        try:
+            await self.report(record)
+        except TransientError as error:
+            log.warning("report.not_delivered", task_id=record.id.task_id, attempt=record.id.attempt, error=str(error))
 
     async def _register(self) -> None:
         info = await self._status.registration()
         ack = await self._call("RegisterWorker", lambda stub: stub.RegisterWorker(info, timeout=self._deadline))
         if not ack.success:
-            raise TransientError(f"the master refused the registration: {ack.message}", reason="REGISTRATION_REFUSED")
+            raise TransientError(
+                f"the master refused the registration: {ack.message[:500]}", reason="REGISTRATION_REFUSED"
+            )
         self._wants_releases = ack.wants_releases
         if not self._registered.is_set():
-            log.info("master.registered", address=self._address, message=ack.message)
+            log.info("master.registered", address=self._address, message=ack.message[:500])
+            self._beat_at = asyncio.get_running_loop().time() + self._heartbeat_seconds
         self._registered.set()
 
     async def _beat(self) -> None:
         """Beat until the master forgets us or goes away (TransientError), or a new registration is wanted (return)."""
+        loop = asyncio.get_running_loop()
         while True:
-            await self._wait_until_woken(self._heartbeat_seconds)
-            if self._wanted:
+            await self._wait_until_woken(max(0.0, self._beat_at - loop.time()))
+            if self._wanted and (self._address != self._connected_to or loop.time() < self._beat_at):
                 return
             ack = await self._send_heartbeat()
             if not ack.success:
@@ -191,8 +213,11 @@ class MasterLink:
                 self._registered.clear()
                 return
             self._wants_releases = ack.wants_releases
+            if self._wanted:
+                return
 
     async def _send_heartbeat(self) -> pb.HeartbeatAck:
+        self._beat_at = asyncio.get_running_loop().time() + self._heartbeat_seconds
         self._untold.clear()
         beat = await self._status.heartbeat()
         return await self._call("SendHeartbeat", lambda stub: stub.SendHeartbeat(beat, timeout=self._deadline))

@@ -111,8 +111,7 @@ class EngineConnection:
 
         try:
             client = EngineClient(
-                self.endpoint.url,
-                socket_path=self.endpoint.socket_path,
+                self.endpoint,
                 version="auto",
                 timeout=min(_GREETING_TIMEOUT_SECONDS, int(self.call_timeout_seconds)),
                 max_pool_size=_CALL_THREADS + _SIGNAL_THREADS,

@@ -48,6 +48,8 @@ _NOT_FOUND_EXIT_CODE = 127
 _EXEC_FAILURE_EXIT_CODES = frozenset({126, _NOT_FOUND_EXIT_CODE})
 _CATATONIT_FAILURE_EXIT_CODE = 1
 """Podman's init program ends with this where others do with 126 or 127."""
+_LOST_EXIT_CODE = 255
+"""Docker's, for an end that it missed and of which its containerd knows nothing either."""
 _OOM_LOOKS_SECONDS = (0.02, 0.08, 0.15, 0.25)
 _KILL_PATIENCE_SECONDS = 10.0
 _REMOVAL_PATIENCE_SECONDS = 10.0
@@ -168,6 +170,8 @@ class DockerRuntime:
         finally:
             if started is None or not started.is_running:
                 self._exits.dismiss(container_id)
+            else:
+                self._exits.runs_as(container_id, started.pid)
         if started is None:
             raise calls.lost(container_id)
         if (said := await self._command_failure(started)) is not None:
@@ -198,7 +202,8 @@ class DockerRuntime:
                     changed.clear()
                     state = await self._look_at(container_id)
                     if state is None or not state.is_running:
-                        return await self._settled(state)
+                        return await self._settled(state, was_missed=self._exits.was_missed(container_id))
+                    self._exits.runs_as(container_id, state.pid)
                 except (TransientError, NodeFaultError) as error:
                     log.info("engine.wait_interrupted", container_id=container_id, reason=error.reason)
                     changed.clear()
@@ -340,7 +345,7 @@ class DockerRuntime:
             return False
         return True
 
-    async def _settled(self, state: ContainerState | None) -> ContainerState | None:
+    async def _settled(self, state: ContainerState | None, *, was_missed: bool) -> ContainerState | None:
         """The final state. The engine notes an out-of-memory kill apart from the exit, and perhaps a moment later."""
         if state is None:
             return None
@@ -355,7 +360,8 @@ class DockerRuntime:
                 state = again
         if not (await self._profile()).is_podman:
             state = replace(state, ended_by_engine=self._life.took(state), engine_was_away=self._life.was_away(state))
-        if state.ended_by_engine or self._life.fell_with_the_host(state):
+        is_made_up = was_missed and state.exit_code == _LOST_EXIT_CODE
+        if is_made_up or state.ended_by_engine or self._life.fell_with_the_host(state):
             return replace(state, ended_by_engine=True)
         if (said := await self._command_failure(state)) is not None:
             exit_code = _NOT_FOUND_EXIT_CODE if state.exit_code == _CATATONIT_FAILURE_EXIT_CODE else state.exit_code

@@ -9,6 +9,7 @@ from typing import Any
 from nodeservice.core.model import MIB
 from nodeservice.errors import NodeFaultError, RequestError
 from nodeservice.limits.asked import CORE_FILE_BYTES, DROPPED_CAPABILITIES, ids_text, shm_bytes
+from nodeservice.limits.plan import CPU_PERIOD_US, cpu_quota_us
 from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
 from nodeservice.runtime.profile import RAISE_OPEN_FILES, EngineProfile
@@ -17,9 +18,6 @@ _MIN_LOG_BYTES = 1 * MIB
 _LOG_ROOM = 8
 _LOG_FILES = 2
 _MEMORY_MARGIN_BYTES = 1 * MIB
-_PERIOD_MICROSECONDS = 100_000
-_LONG_PERIOD_MICROSECONDS = 1_000_000
-_SMALLEST_QUOTA_MICROSECONDS = 1_000
 _OURS_TO_SET = ("NVIDIA_", "CUDA_MPS_")
 """NVIDIA's runtime obeys the first, also MIG_CONFIG and IMEX_CHANNELS; an MPS pipe reaches the GPU of whoever serves it."""
 _CAPABILITIES_VARIABLE = "NVIDIA_DRIVER_CAPABILITIES"
@@ -131,11 +129,10 @@ def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:
 
 
 def _host_config(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> dict[str, Any]:
-    period, quota = cpu_quota(spec.cpu_milli)
     memory_bytes = memory_limit_bytes(spec, profile)
     config: dict[str, Any] = {
-        "CpuPeriod": period,
-        "CpuQuota": quota,
+        "CpuPeriod": CPU_PERIOD_US,
+        "CpuQuota": cpu_quota_us(spec.cpu_milli),
         "Memory": memory_bytes,
         # Memory and swap together: equal to Memory means no swap; unset would allow as much swap again.
         "MemorySwap": memory_bytes,
@@ -201,14 +198,6 @@ def memory_limit_bytes(spec: ContainerSpec, profile: EngineProfile) -> int:
     """
     has_own = spec.cgroup_parent is not None and profile.facts.cgroup_version == 2
     return spec.memory_bytes + (_MEMORY_MARGIN_BYTES if has_own else 0)
-
-
-def cpu_quota(cpu_milli: int) -> tuple[int, int]:
-    """Period and quota in microseconds. The kernel takes quotas from 1 ms up, so small shares need the long period."""
-    quota = cpu_milli * _PERIOD_MICROSECONDS // 1000
-    if quota >= _SMALLEST_QUOTA_MICROSECONDS:
-        return _PERIOD_MICROSECONDS, quota
-    return _LONG_PERIOD_MICROSECONDS, cpu_milli * _LONG_PERIOD_MICROSECONDS // 1000
 
 
 def log_config(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:

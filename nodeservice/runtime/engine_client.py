@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,6 +10,7 @@ import requests
 from docker import APIClient
 
 from nodeservice.http_wire import Connection, Head, KeptConnections, read_body, read_head, send_request
+from nodeservice.runtime.endpoint import Endpoint
 
 _LOCAL = "http+docker://localhost"
 _PLAIN = frozenset({"params", "data", "headers", "timeout"})
@@ -24,17 +24,17 @@ class EngineClient(APIClient):
     call of a new container connects anew. What is not plain (streams, other transports) goes the usual way.
     """
 
-    def __init__(self, *args: Any, socket_path: str | None, **kw: Any) -> None:
-        self._socket_path = socket_path
+    def __init__(self, endpoint: Endpoint, **kw: Any) -> None:
+        self._endpoint = endpoint
         self._kept = KeptConnections()
-        super().__init__(*args, **kw)
+        super().__init__(endpoint.url, **kw)
 
     def request(self, method: str, url: str, **kw: Any) -> requests.Response:  # type: ignore[override]
         """As `requests.Session.request`, with its errors: ConnectionError, ReadTimeout."""
         given = {name: value for name, value in kw.items() if value is not None and value is not False}
         given.pop("allow_redirects", None)
         is_plain = given.keys() <= _PLAIN and isinstance(given.get("timeout"), int | float)
-        if self._socket_path is None or not url.startswith(_LOCAL) or not is_plain:
+        if self._endpoint.socket_path is None or not url.startswith(_LOCAL) or not is_plain:
             return super().request(method, url, **kw)
         return self._send(method, url, **given)
 
@@ -79,21 +79,9 @@ class EngineClient(APIClient):
         """One that is idle and still open, else a new one. Raises OSError."""
         connection = self._kept.take()
         if connection is None:
-            assert self._socket_path is not None
-            connection = Connection(_connected(self._socket_path, timeout))
+            connection = Connection(self._endpoint.connect(timeout_seconds=timeout))
         connection.socket.settimeout(timeout)
         return connection
-
-
-def _connected(socket_path: str, timeout: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(timeout)
-        connection.connect(socket_path)
-    except OSError:
-        connection.close()
-        raise
-    return connection
 
 
 def _response(url: str, head: Head, content: bytes) -> requests.Response:

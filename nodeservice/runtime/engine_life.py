@@ -210,7 +210,8 @@ class EngineLife:
             log.warning("engine.restarted", away_since=self._absences[-1].lost_at.isoformat())
         if process != self._process:
             self._watch(process)
-        self._process, self._heard_at, self._lost_at, self._silent_at = process, now, None, None
+        # It may have answered at once, and this process have come to note it late.
+        self._process, self._heard_at, self._lost_at, self._silent_at = process, asked_at, None, None
 
     def _watch(self, process: EngineStart | None) -> None:
         """Learn of its end from the kernel (pidfd_open(2)): the descriptor becomes readable then."""

@@ -46,15 +46,11 @@ class EngineProcess:
 def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> EngineProcess:
     """Blocks shortly. All of the process unknown where the engine listens on TCP, or it can't be seen.
 
-    Raises OSError where this process is out of descriptors: what is not known for now must not be taken for unknown.
+    Raises OSError where the engine has just gone, or this process is out of descriptors: what is not known for now must not
+    be taken for unknown.
     """
     unknown = EngineProcess(root=root, has_gpu_driver=(root / _GPU_DRIVER).exists())
-    try:
-        connection = endpoint.connect(timeout_seconds=_CONNECT_SECONDS)
-    except OSError as error:
-        _raise_if_out_of_descriptors(error)
-        return unknown
-    with connection:
+    with endpoint.connect(timeout_seconds=_CONNECT_SECONDS) as connection:
         if endpoint.socket_path is None:
             return unknown
         pid = _listener(connection)
@@ -62,19 +58,30 @@ def read_engine_process(endpoint: Endpoint, *, root: Path = Path("/")) -> Engine
     try:
         process = _of(place, root, unknown)
     except (OSError, ValueError) as error:
-        _raise_if_out_of_descriptors(error)
+        _raise_if_for_now(error, pid)
         return unknown
     try:
         own_root, path = (root, _SYSTEMD_PATH) if pid == _SYSTEMD else (place / "root", _path(place))
         return replace(process, root=own_root, has_gpu_hook=has_program(GPU_HOOK, path, own_root))
     except OSError as error:
-        _raise_if_out_of_descriptors(error)
+        _raise_if_for_now(error, pid)
         return process
 
 
-def _raise_if_out_of_descriptors(error: Exception) -> None:
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+def _raise_if_for_now(error: Exception, pid: int) -> None:
+    if isinstance(error, OSError) and (error.errno in (errno.EMFILE, errno.ENFILE) or _has_gone(pid)):
         raise error
+
+
+def _has_gone(pid: int) -> bool:
+    """0 is a process that cannot be seen from here; /proc may hide others (proc(5), hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def peer_pid(connection: socket.socket, *, root: Path = Path("/")) -> int | None:

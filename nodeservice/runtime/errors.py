@@ -39,6 +39,8 @@ _NOT_EXECUTABLE = re.compile(
 )
 _HALF_STARTED = re.compile(r"id already in use|with given id already exists|task .*already exists")
 """What containerd and the runtime say of a container that a killed dockerd had handed to them, and has forgotten."""
+_CONTAINERD_AWAY = re.compile(r": unavailable$")
+"""How Docker's words end when it cannot reach containerd, which may be restarted by itself; the status is 500 then."""
 # runc, crun and Docker put the word exec before the command; a mount that fails with the same words has no such word.
 _ABOUT_THE_COMMAND = re.compile(r"\bexec[:` ]|exec user process|executable file|cannot find.*in \$path|open executable")
 
@@ -83,7 +85,7 @@ def translate(error: Exception, *, doing: str) -> NodeServiceError:
         return error
     if isinstance(error, APIError):
         message = f"the container engine failed to {doing}: {explanation(error)}"
-        if error.status_code in {429, 502, 503, 504}:
+        if _is_away(error):
             return TransientError(message, reason="ENGINE_UNAVAILABLE")
         return NodeFaultError(message, reason="ENGINE_ERROR")
     if isinstance(error, requests.exceptions.ReadTimeout | TimeoutError):
@@ -144,8 +146,8 @@ def start_error(container: str, error: APIError, *, init_binary: str) -> NodeSer
     if _DISK_FULL in text or _GPU_STACK.search(text):
         hint = _NO_DRIVER_HINT if _NO_DRIVER in text else None
         return NodeFaultError(f"the engine could not start {container}: {said}", reason="NODE_FAULT", hint=hint)
-    if error.status_code in {502, 503, 504}:
-        return translate(error, doing="start a container")
+    if _is_away(error):
+        return translate(error, doing=f"start {container}")
     if _HALF_STARTED.search(text):
         return NodeFaultError(
             f"the engine was ended while it started {container}: {said}",
@@ -165,6 +167,11 @@ def command_error(said: str) -> RequestError:
 
 def explanation(error: APIError) -> str:
     return _shorten(str(error.explanation or error))
+
+
+def _is_away(error: APIError) -> bool:
+    """The engine, or what it needs, is not there for now: the same call may succeed later."""
+    return error.status_code in {429, 502, 503, 504} or bool(_CONTAINERD_AWAY.search(str(error.explanation).strip()))
 
 
 def is_status(error: Exception, *statuses: int) -> bool:

@@ -9,12 +9,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import structlog
 
 from nodeservice.errors import NodeServiceError
 from nodeservice.ports import labels
+from nodeservice.runtime import docker_calls as calls
 from nodeservice.runtime.connection import EngineConnection
 from nodeservice.runtime.docker_state import read_status
 from nodeservice.runtime.streams import EngineStream, StreamRefusedError
@@ -35,6 +37,10 @@ class ExitWatcher:
     Nothing is missed: a waiter looks after it was registered, or was registered before the container's start; events of the
     last two seconds are asked for again at each connect, for the engine answers before it listens; a new connection wakes
     everybody; and what the engine forgot to tell is found by the list.
+
+    Docker can miss an exit itself: one that comes while its containerd is restarted. It then shows a container as running
+    for ever, until a signal to it is refused by containerd. So what is listed as running and has no process, twice in a row,
+    is sent one that does no harm (SIGURG is ignored by default).
     """
 
     def __init__(
@@ -51,6 +57,9 @@ class ExitWatcher:
         self._on_connected = on_connected
         self._signals: dict[str, set[asyncio.Event]] = {}
         self._expected: dict[str, asyncio.Event] = {}
+        self._pids: dict[str, int] = {}
+        self._gone: set[str] = set()
+        self._reminded: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._relisting: asyncio.Task[None] | None = None
@@ -85,6 +94,15 @@ class ExitWatcher:
             yield signal
         finally:
             self._unregister(container_id, signal)
+
+    def runs_as(self, container_id: str, pid: int | None) -> None:
+        """Tell the process of one that is waited for or expected, as the engine shows it."""
+        if pid is not None and container_id in self._signals:
+            self._pids[container_id] = pid
+
+    def was_missed(self, container_id: str) -> bool:
+        """Whether the engine had to be told of its end, while it is waited for."""
+        return container_id in self._reminded
 
     def cut(self) -> None:
         """Break the event stream, as a fault would; it is taken up again. For tests and for a suspected stall."""
@@ -131,6 +149,8 @@ class ExitWatcher:
         signals.discard(signal)
         if not signals:
             del self._signals[container_id]
+            self._pids.pop(container_id, None)
+            self._reminded.discard(container_id)
 
     def _poke(self, *keys: str) -> None:
         for key in keys:
@@ -159,6 +179,23 @@ class ExitWatcher:
                     running.add(str(entry["Id"]))
                     running.update(name.removeprefix("/") for name in entry.get("Names") or ())
             self._poke(*(self._signals.keys() - running))
+            gone = {id_ for id_, pid in self._pids.items() if id_ in running and not Path(f"/proc/{pid}").exists()}
+            for container_id in gone & self._gone:
+                await self._remind(container_id)
+            self._gone = gone
+
+    async def _remind(self, container_id: str) -> None:
+        """Let the engine find out that it has ended. Once: where processes can't be seen from here, all seem to be gone."""
+        log.warning("engine.exit_missed", container_id=container_id)
+        try:
+            await self._connection.call(
+                lambda client: calls.signal(client, container_id, "SIGURG"), doing="send SIGURG", urgent=True
+            )
+        except (NodeServiceError, RuntimeError) as error:
+            log.debug("engine.not_reminded", error=str(error))
+        else:
+            self._pids.pop(container_id, None)
+            self._reminded.add(container_id)
 
     # ---- in the thread ----
 

@@ -13,12 +13,16 @@ _NEWLINE = 10
 _MAX_STAMP_BYTES = 40
 _FRAME_SURPLUS_BYTES = 12
 """A frame is so much longer than its record in a file of the driver `local`, for lines below 128 bytes, by UTC."""
+_SAID_BY_THE_ENGINE = 3
+"""The stream of a frame in which Docker tells why it can't go on with the log, which then ends as if it were whole."""
 _WHOLE_BUFFER_BYTES = 16384
 """The engine cuts lines that are longer than this into records of this size; the last one is always shorter."""
 
 
 def read_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The bytes of the records, joined per chunk. Raises IncompleteRead when the last frame is cut.
+    """The bytes of the records, joined per chunk.
+
+    Raises IncompleteRead when the last frame is cut, and HTTPException when the engine could not read on.
 
     A frame is a byte for the stream, three of zero, four for the length, then one record: a line with its end, or a part of
     one.
@@ -31,13 +35,14 @@ def read_frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
         while size - start >= _HEADER_BYTES:
             begin = start + _HEADER_BYTES
             end = begin + int.from_bytes(data[start + 4 : begin], "big")
-            if end > size:
+            if end > size or data[start] == _SAID_BY_THE_ENGINE:
                 break
             records.append(data[begin:end])
             start = end
         rest = data[start:]
         if records:
             yield b"".join(records)
+        _raise_if_the_engine_says(rest)
     if rest:
         raise http.client.IncompleteRead(rest)
 
@@ -61,7 +66,7 @@ def read_records(chunks: Iterable[bytes]) -> Iterator[Records]:
         while size - start >= _HEADER_BYTES:
             begin = start + _HEADER_BYTES
             end = begin + int.from_bytes(data[start + 4 : begin], "big")
-            if end > size:
+            if end > size or data[start] == _SAID_BY_THE_ENGINE:
                 break
             space = data.find(b" ", begin, min(end, begin + _MAX_STAMP_BYTES))
             if space < 0:
@@ -83,8 +88,16 @@ def read_records(chunks: Iterable[bytes]) -> Iterator[Records]:
         if texts:
             stored_bytes = start - _FRAME_SURPLUS_BYTES * len(texts)
             yield Records(texts=texts, stamps=stamps, streams=streams, engine_bytes=stored_bytes)
+        _raise_if_the_engine_says(rest)
     if rest:
         raise http.client.IncompleteRead(rest)
+
+
+def _raise_if_the_engine_says(frame: bytes) -> None:
+    if frame[:1] == bytes([_SAID_BY_THE_ENGINE]) and len(frame) >= _HEADER_BYTES:
+        end = _HEADER_BYTES + int.from_bytes(frame[4:_HEADER_BYTES], "big")
+        if end <= len(frame):
+            raise http.client.HTTPException(frame[_HEADER_BYTES:end].decode(errors="replace").strip())
 
 
 class Reread:

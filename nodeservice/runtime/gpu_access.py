@@ -62,7 +62,6 @@ class GpuFacts:
     """Whether NVIDIA's hook is on the engine's own PATH; None where that can't be seen."""
     gpu_runtime: str | None = None
     """The name under which NVIDIA's runtime is registered."""
-    default_runtime: str = ""
     plain_runtime: str | None = None
     """What containers without GPUs are to name, where the engine's default runtime might hand them some."""
     has_driver: bool = False
@@ -155,7 +154,6 @@ def read_gpu_facts(
         cdi_problem=problem,
         has_hook=process.has_gpu_hook,
         gpu_runtime=_gpu_runtime(runtimes),
-        default_runtime=default,
         plain_runtime=None if is_podman else _plain_runtime(default, runtimes),
         has_driver=process.has_gpu_driver,
     )

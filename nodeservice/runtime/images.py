@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nodeservice.errors import RequestError
 
-DEFAULT_REGISTRY = "docker.io"
+_DEFAULT_REGISTRY = "docker.io"
 _MAX_NAME_CHARACTERS = 512
 _MAX_REPOSITORY_CHARACTERS = 255
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -17,7 +17,6 @@ _BRACKETED_DOMAIN = re.compile(r"\[[0-9a-fA-F:]+\](?::[0-9]+)?")
 _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +25,6 @@ class ImageName:
 
     repository: str
     canonical: str
-    registry: str
     tag: str | None
     digest: str | None
     is_id: bool = False
@@ -55,8 +53,8 @@ def parse_image(text: str) -> ImageName:
         raise _invalid(text, "it is empty")
     if len(text) > _MAX_NAME_CHARACTERS:
         raise _invalid(text[:64] + "…", f"it is longer than {_MAX_NAME_CHARACTERS} characters")
-    if _IMAGE_ID.fullmatch(text):
-        return ImageName(repository=text, canonical=text, registry="", tag=None, digest=None, is_id=True)
+    if _DIGEST.fullmatch(text):  # an image's id
+        return ImageName(repository=text, canonical=text, tag=None, digest=None, is_id=True)
     rest, at, digest = text.partition("@")
     if at and not _DIGEST.fullmatch(digest):
         raise _invalid(text, "the digest must be sha256: and 64 hexadecimal digits")
@@ -78,7 +76,6 @@ def parse_image(text: str) -> ImageName:
     return ImageName(
         repository=head,
         canonical=f"{registry}/{path}",
-        registry=registry,
         tag=tag or None,
         digest=digest or None,
     )
@@ -104,12 +101,12 @@ def choose_digest(name: ImageName, *, image_id: str, repo_digests: Sequence[str]
 
 
 def _split_registry(head: str) -> tuple[str, str]:
-    first, slash, path = head.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        return ("docker.io" if first == "index.docker.io" else first), (
-            path if first not in {"docker.io", "index.docker.io"} or "/" in path else f"library/{path}"
-        )
-    return DEFAULT_REGISTRY, head if slash else f"library/{head}"
+    registry, slash, path = head.partition("/")
+    if not slash or not ("." in registry or ":" in registry or registry == "localhost"):
+        registry, path = _DEFAULT_REGISTRY, head
+    elif registry == "index.docker.io":
+        registry = _DEFAULT_REGISTRY
+    return registry, f"library/{path}" if registry == _DEFAULT_REGISTRY and "/" not in path else path
 
 
 def _invalid(text: str, why: str) -> RequestError:

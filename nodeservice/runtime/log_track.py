@@ -104,6 +104,9 @@ class LogTrack:
                 continue
             if self._begin is None:
                 self._begin = batch.stamps[0]
+                if self._place is None:
+                    # The engine may have come to read only now, and have thrown away what it had before.
+                    self._opened = datetime.now(UTC)
             yield from self._sought(batch) if self._seeking else self._followed(batch)
         if self._seeking and self._begin is not None:
             yield from self._given_up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class EngineProfile:
     """Whether a mount's source that is missing is made, as an empty directory of root's, instead of refused."""
     processes_ulimit: int | None = None
     """To be given with each container where the engine's own default would be refused by the kernel."""
-    degraded: tuple[str, ...] = field(default=())
+    degraded: tuple[str, ...] = ()
 
 
 def read_profile(

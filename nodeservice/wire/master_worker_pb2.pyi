@@ -613,7 +613,7 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeView(_message.Message):
-    __slots__ = ("worker_id", "address", "state", "capacity", "allocatable", "assigned", "last_heartbeat_unix_ms", "cpu_usage_percent", "memory_usage_percent", "storage_usage_percent", "gpus", "running_tasks", "conditions", "warnings", "draining", "gpu_driver_version", "cuda_version")
+    __slots__ = ("worker_id", "address", "state", "capacity", "allocatable", "assigned", "last_heartbeat_unix_ms", "cpu_usage_percent", "memory_usage_percent", "storage_usage_percent", "gpus", "running_tasks", "conditions", "warnings", "draining", "gpu_driver_version", "cuda_version", "node_version")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -631,6 +631,7 @@ class NodeView(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     GPU_DRIVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     CUDA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NODE_VERSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     address: str
     state: str
@@ -648,7 +649,8 @@ class NodeView(_message.Message):
     draining: bool
     gpu_driver_version: str
     cuda_version: str
-    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., capacity: _Optional[_Union[Resources, _Mapping]] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., assigned: _Optional[_Union[Resources, _Mapping]] = ..., last_heartbeat_unix_ms: _Optional[int] = ..., cpu_usage_percent: _Optional[float] = ..., memory_usage_percent: _Optional[float] = ..., storage_usage_percent: _Optional[float] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., conditions: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., draining: _Optional[bool] = ..., gpu_driver_version: _Optional[str] = ..., cuda_version: _Optional[str] = ...) -> None: ...
+    node_version: str
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., capacity: _Optional[_Union[Resources, _Mapping]] = ..., allocatable: _Optional[_Union[Resources, _Mapping]] = ..., assigned: _Optional[_Union[Resources, _Mapping]] = ..., last_heartbeat_unix_ms: _Optional[int] = ..., cpu_usage_percent: _Optional[float] = ..., memory_usage_percent: _Optional[float] = ..., storage_usage_percent: _Optional[float] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., running_tasks: _Optional[_Iterable[_Union[RunningTask, _Mapping]]] = ..., conditions: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., draining: _Optional[bool] = ..., gpu_driver_version: _Optional[str] = ..., cuda_version: _Optional[str] = ..., node_version: _Optional[str] = ...) -> None: ...
 
 class NodeList(_message.Message):
     __slots__ = ("nodes",)

@@ -143,6 +143,8 @@ class MasterWorkerServicer:
 
     def AssignTask(self, request, context):
         """Durable before the answer. Same (task_id, attempt) and same spec: the same answer. Same id, other spec: refused.
+        With the metadata `nodeservice-report-again` an end whose report was acknowledged is reported again: by it a master says that
+        it does not know the end, since its memory was set back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

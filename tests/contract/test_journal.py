@@ -482,8 +482,10 @@ def test_a_state_directory_in_use_is_refused_by_the_pid_of_its_holder_and_free_a
     finally:
         holder.kill()
         holder.communicate()
-    with StateDirLock(tmp_path):
-        assert (tmp_path / "node.lock").read_text() == f"{os.getpid()}\n"
+    free = StateDirLock(tmp_path)
+    free.acquire()
+    assert (tmp_path / "node.lock").read_text() == f"{os.getpid()}\n"
+    free.release()
 
 
 def test_a_lock_is_held_once_and_can_be_taken_again(tmp_path: Path) -> None:

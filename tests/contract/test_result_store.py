@@ -282,6 +282,12 @@ async def test_awkward_names_are_stored_as_they_are(harness: Harness, work_dir: 
     assert await harness.read() == {**files, "manifest.json": bundle.manifest_bytes}
 
 
+async def test_names_that_a_store_refuses_keep_it_from_no_other_file(harness: Harness, work_dir: Path) -> None:
+    bundle = bundle_of(work_dir, {" .": b"1", ". /a": b"2", "a\\..": b"3", "..\\": b"4", "good": b"5"}, log=None)
+    await harness.store.put(bundle)
+    assert await harness.read() == {"good": b"5", "manifest.json": bundle.manifest_bytes}
+
+
 async def test_a_result_without_files_is_its_manifest(harness: Harness, work_dir: Path) -> None:
     bundle = bundle_of(work_dir, {}, log=None)
     await harness.store.put(bundle)
@@ -434,6 +440,20 @@ async def test_an_upload_server_that_is_down_is_tried_again(work_dir: Path) -> N
     with pytest.raises(TransientError):
         await store.put(bundle_of(work_dir, {"a": b"1"}))
     await store.close()
+
+
+async def test_an_upload_server_tells_before_any_upload_whether_it_can_be_reached(
+    upload_server: tuple[UploadServer, str], tmp_path: Path
+) -> None:
+    server, url = upload_server
+    server.status = 500  # to a HEAD, which is no upload
+    up, down = HttpResultStore(url), HttpResultStore("http://127.0.0.1:1/upload")
+    await up.check()
+    with pytest.raises(TransientError) as caught:
+        await down.check()
+    assert caught.value.reason == "STORE_UNREACHABLE"
+    for store in (up, down):
+        await store.close()
 
 
 async def test_more_files_than_descriptors_can_be_sent(upload_server: tuple[UploadServer, str], work_dir: Path) -> None:

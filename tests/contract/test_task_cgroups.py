@@ -58,20 +58,22 @@ class UnifiedStandIn:
             Mount(root="/", point=str(top), filesystem="cgroup2", device="cgroup2", super_options=frozenset({"rw"})),
         )
 
-    def mkdir(self, directory: Path) -> None:
-        os.mkdir(directory)
+    def mkdir(self, path: Path | str) -> None:
+        directory = Path(path)
+        directory.mkdir()
         handed_down = (directory.parent / "cgroup.subtree_control").read_text().replace("+", "")
         (directory / "cgroup.controllers").write_text(handed_down)
         for name, content in V2_DEFAULTS.items():
             if name.split(".")[0] in {"cgroup", *handed_down.split()}:
                 (directory / name).write_text(content)
 
-    def rmdir(self, directory: Path) -> None:
+    def rmdir(self, path: Path | str) -> None:
+        directory = Path(path)
         if any(entry.is_dir() for entry in directory.iterdir()) or (directory / "cgroup.procs").read_text():
             raise OSError(errno.EBUSY, "busy")
         for entry in directory.iterdir():
             entry.unlink()
-        os.rmdir(directory)
+        directory.rmdir()
 
     def tree(self) -> V2CgroupTree:
         return V2CgroupTree(self.mounts, mkdir=self.mkdir, rmdir=self.rmdir)
@@ -477,7 +479,7 @@ async def test_a_kernel_that_refuses_costs_the_cgroup_and_one_warning(tmp_path: 
 async def test_a_read_only_hierarchy_costs_the_cgroup(tmp_path: Path) -> None:
     stand_in = UnifiedStandIn(tmp_path / "cgroup")
 
-    def refuse(directory: Path) -> None:
+    def refuse(directory: Path | str) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(directory))
 
     cgroups = KernelTaskCgroups(

@@ -36,7 +36,7 @@ def admit(
     draining: bool = False,
     conditions: Mapping[str, str] | None = None,
     live: int = 0,
-) -> admission.Admitted:
+) -> TaskRecord | None:
     cpus = [Cpu(numa_node=0, core=core, id=core) for core in range(3)]
     ledger = Ledger(free or Resources(cpu_milli=2000, memory_bytes=2**30, disk_bytes=2**30), cpus=cpus)
     return admission.admit(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import product
+from typing import Any
 
 import pytest
 
+from nodeservice.core.events import ContainerExited
 from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest
-from nodeservice.core.verdict import ExitFacts, exit_remarks, is_retryable, of_exit, of_stop
+from nodeservice.core.verdict import exit_remarks, is_retryable, of_exit, of_stop
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 REASON_OF = {
@@ -27,9 +29,13 @@ REASON_OF = {
 CODES = (0, 1, 3, 125, 126, 127, 128, 137, 139, 143, 255)
 
 
-def expected(facts: ExitFacts) -> Reason:
+def ended(exit_code: int, *, oom_killed: bool = False, **facts: Any) -> ContainerExited:
+    return ContainerExited(at=T0, exit_code=exit_code, oom_killed=oom_killed, **facts)
+
+
+def expected(facts: ContainerExited, stop: StopRequest | None) -> Reason:
     """The table in words: our signal, the engine's going, success, no command, own limit, host, GPU, engine, the task."""
-    stop, finished = facts.stop, facts.finished_at
+    finished = facts.finished_at
     too_late = stop is not None and finished is not None and finished < stop.requested_at
     if stop is not None and (stop.cause is StopCause.CANCELLED or not too_late):
         return REASON_OF[stop.cause]
@@ -57,18 +63,17 @@ def test_the_whole_table_is_as_described() -> None:
     for code, own, host, error, gpu_fault, by_engine, finished, stop in product(
         CODES, (False, True), (False, True), ("", "boom"), ("", "XID 79"), (False, True), ends, stops
     ):
-        facts = ExitFacts(
-            exit_code=code,
+        facts = ended(
+            code,
             oom_killed=own,
             host_oom_killed=host,
             error=error,
             gpu_fault=gpu_fault,
             by_engine=by_engine,
             finished_at=finished,
-            stop=stop,
         )
-        verdict = of_exit(facts)
-        assert verdict.reason is expected(facts), facts
+        verdict = of_exit(facts, stop)
+        assert verdict.reason is expected(facts, stop), facts
         assert verdict.exit_code == code
         assert (verdict.outcome is Outcome.SUCCEEDED) == (verdict.reason is Reason.COMPLETED)
         assert (verdict.outcome is Outcome.CANCELLED) == (verdict.reason is Reason.CANCELLED)
@@ -78,19 +83,19 @@ def test_the_whole_table_is_as_described() -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_no_exit_code_alone_means_a_lack_of_memory(code: int) -> None:
-    verdict = of_exit(ExitFacts(exit_code=code, oom_killed=False))
+    verdict = of_exit(ended(code))
     assert verdict.reason not in (Reason.MEMORY_LIMIT, Reason.HOST_OUT_OF_MEMORY)
 
 
 def test_a_task_that_ended_by_itself_just_before_its_deadline_was_not_ended_by_it() -> None:
     stop = StopRequest(cause=StopCause.DEADLINE, requested_at=T0)
-    just_before = ExitFacts(exit_code=0, oom_killed=False, finished_at=T0 - timedelta(milliseconds=1), stop=stop)
-    assert of_exit(just_before).outcome is Outcome.SUCCEEDED
+    just_before = ended(0, finished_at=T0 - timedelta(milliseconds=1))
+    assert of_exit(just_before, stop).outcome is Outcome.SUCCEEDED
 
 
 @pytest.mark.parametrize(("own", "host", "words"), [(True, False, "memory limit"), (False, True, "on the host")])
 def test_a_kill_beside_exit_0_is_told_as_a_remark(own: bool, host: bool, words: str) -> None:
-    facts = ExitFacts(exit_code=0, oom_killed=own, host_oom_killed=host)
+    facts = ended(0, oom_killed=own, host_oom_killed=host)
     assert of_exit(facts).outcome is Outcome.SUCCEEDED
     (remark,) = exit_remarks(facts)
     assert words in remark
@@ -98,9 +103,9 @@ def test_a_kill_beside_exit_0_is_told_as_a_remark(own: bool, host: bool, words: 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_log_that_may_lack_something_is_told_whatever_the_exit_code(code: int) -> None:
-    (remark,) = exit_remarks(ExitFacts(exit_code=code, oom_killed=False, engine_was_away=True))
+    (remark,) = exit_remarks(ended(code, engine_was_away=True))
     assert "log" in remark
-    assert exit_remarks(ExitFacts(exit_code=code, oom_killed=False)) == ()
+    assert exit_remarks(ended(code)) == ()
 
 
 @pytest.mark.parametrize("cause", list(StopCause))

@@ -1,4 +1,4 @@
-"""The node that hostile tasks are tried on."""
+"""The node that hostile tasks are tried on, and an engine that can fail."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 from tests.integration.attack_bench import Bench
+from tests.integration.engine_proxy import EngineProxy
 from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldMaster
 
@@ -38,3 +39,13 @@ async def bench(
     finally:
         await node.stop()
         await master.stop()
+
+
+@pytest_asyncio.fixture
+async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
+    if not engine.startswith("unix://"):
+        pytest.skip(f"the engine at {engine} has no Unix socket to put a proxy before")
+    made = EngineProxy(tmp_path / "e.sock", engine)
+    await made.up()
+    yield made
+    await made.down()

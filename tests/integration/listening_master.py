@@ -94,11 +94,13 @@ class AskingMaster(ListeningMaster):
         return pb.HeartbeatAck(success=True, wants_releases=True)
 
 
-async def assign(address: str, task_id: str, command: str, *, gpus: float = 0, **fields: Any) -> pb.TaskAck:
+async def assign(
+    address: str, task_id: str, command: str, *, gpus: float = 0, metadata: Any = None, **fields: Any
+) -> pb.TaskAck:
     """A small task for the node at that address."""
     task = pb.Task(
         task_id=task_id, docker_image="nodeservice/demo", command=command, req_gpu=gpus,
         cpu_milli=50, memory_bytes=32 * MIB, disk_bytes=8 * MIB, grace_seconds=0.5, **fields,
     )  # fmt: skip
     async with grpc.aio.insecure_channel(address) as channel:
-        return await pb_grpc.MasterWorkerStub(channel).AssignTask(task, timeout=20)
+        return await pb_grpc.MasterWorkerStub(channel).AssignTask(task, timeout=20, metadata=metadata)

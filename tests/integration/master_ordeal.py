@@ -16,13 +16,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import psutil
 
 from nodeservice.fault_points import VARIABLE
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 from tests.integration.master_process import MasterProcess
 from tests.integration.minio_server import free_port
+from tests.integration.ordeal import is_frozen
 from tests.integration.scripted_node import ScriptedNode
 
 FROZEN_SECONDS = 0.5
@@ -191,17 +191,11 @@ async def _kept_alive(master: MasterProcess, ordeal: MasterOrdeal) -> None:
                 master.env.pop(VARIABLE, None)
             with contextlib.suppress(AssertionError):  # it may die at once: then it is started again
                 await master.start()
-        elif not ordeal.reached and _is_frozen(process.pid):
+        elif not ordeal.reached and is_frozen(process.pid):
             ordeal.reached = True
             await asyncio.sleep(FROZEN_SECONDS)
             process.send_signal(signal.SIGCONT)
         await asyncio.sleep(0.02)
-
-
-def _is_frozen(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    return False
 
 
 async def _end(master: MasterProcess) -> None:

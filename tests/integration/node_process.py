@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "60"))
 """To start and to stop; an emulated machine needs more."""
 
@@ -79,9 +77,6 @@ class NodeProcess:
 
     def thaw(self) -> None:
         self._running().send_signal(signal.SIGCONT)
-
-    def rss_bytes(self) -> int:
-        return int(psutil.Process(self._running().pid).memory_info().rss)
 
     async def _end(self, number: signal.Signals) -> int:
         process = self._running()

@@ -157,7 +157,7 @@ async def _kept_alive(node: NodeProcess, master: OldMaster, ordeal: Ordeal) -> A
                     ordeal.reached, ordeal.reported_before = True, len(master.reports)
                 node.env.pop(VARIABLE, None)
                 await _started(node)
-            elif process is not None and not ordeal.reached and _is_frozen(process.pid):
+            elif process is not None and not ordeal.reached and is_frozen(process.pid):
                 ordeal.reached = True
                 await asyncio.sleep(FROZEN_SECONDS)
                 process.send_signal(signal.SIGCONT)
@@ -170,7 +170,7 @@ async def _kept_alive(node: NodeProcess, master: OldMaster, ordeal: Ordeal) -> A
         task.cancel()
 
 
-def _is_frozen(pid: int) -> bool:
+def is_frozen(pid: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
     return False

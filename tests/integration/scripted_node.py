@@ -98,6 +98,8 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
 
     async def MasterRegister(self, request: pb.MasterInfo, context: Any) -> pb.RegisterAck:  # noqa: N802
         self.announced.append(request.master_address)
+        if self.hang:
+            await asyncio.Event().wait()
         return pb.RegisterAck(success=True)
 
     async def AssignTask(self, request: pb.Task, context: Any) -> pb.TaskAck:  # noqa: N802

@@ -277,6 +277,7 @@ async def _fire(cluster: Cluster, story: Story, over: asyncio.Event) -> None:
         "master": cluster.master,
         "store": cluster.store,
         "engine": cluster.engine,
+        "containerd": cluster.containerd,
     }
     async with asyncio.TaskGroup() as fires:
         for name, part in parts.items():

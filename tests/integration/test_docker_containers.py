@@ -37,16 +37,6 @@ async def runtime(engine: str, node_id: str) -> AsyncIterator[DockerRuntime]:
 
 
 @pytest.fixture
-async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
-    if not engine.startswith("unix://"):
-        pytest.skip(f"the engine at {engine} has no Unix socket to put a proxy before")
-    made = EngineProxy(tmp_path / "e.sock", engine)
-    await made.up()
-    yield made
-    await made.down()
-
-
-@pytest.fixture
 async def behind_proxy(proxy: EngineProxy, node_id: str) -> AsyncIterator[DockerRuntime]:
     made = DockerRuntime(node_id=node_id, base_url=proxy.url, relist_seconds=NEVER_SECONDS)
     yield made

@@ -36,16 +36,6 @@ async def master() -> AsyncIterator[OldMaster]:
 
 
 @pytest.fixture
-async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
-    if not engine.startswith("unix://"):
-        pytest.skip(f"the engine at {engine} has no Unix socket to put a proxy before")
-    made = EngineProxy(tmp_path / "e.sock", engine)
-    await made.up()
-    yield made
-    await made.down()
-
-
-@pytest.fixture
 def task() -> str:
     """An id that no other test on this engine has: its container is called by it."""
     return f"t-{uuid.uuid4().hex[:8]}"

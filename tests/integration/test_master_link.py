@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nodeservice.clock import SystemClock
-from nodeservice.core.model import AttemptId, Phase
+from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, Verdict
 from nodeservice.core.retry import Backoff
+from nodeservice.errors import TransientError
 from nodeservice.rpc.uplink import MasterLink
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.contract.test_journal import a_record
@@ -89,3 +90,52 @@ async def test_a_new_master_is_registered_with_at_once_though_the_old_one_does_n
         link.register_again()
         await eventually(lambda: new.registrations == 2)
         assert new.beats == []
+
+
+class WordyMaster(ListeningMaster):
+    async def ReportTaskCompletion(self, request: pb.TaskResult, context: Any) -> pb.Ack:  # noqa: N802
+        return pb.Ack(success=False, message="x" * 3_000_000)
+
+
+async def test_a_master_that_refuses_in_many_words_fills_no_log() -> None:
+    async with WordyMaster() as master, linked(master) as link:
+        verdict = Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="")
+        with pytest.raises(TransientError) as caught:
+            await link.report(a_record("t", phase=Phase.REPORTING, verdict=verdict))
+    assert len(str(caught.value)) < 1000
+
+
+async def test_a_master_that_calls_for_a_registration_all_the_time_hears_heartbeats_too() -> None:
+    class Calling(AskingMaster):
+        link: MasterLink | None = None
+
+        async def RegisterWorker(self, request: pb.WorkerInfo, context: object) -> pb.RegisterAck:  # noqa: N802
+            if self.link is not None:
+                self.link.register_again()
+            return await super().RegisterWorker(request, context)
+
+    async with Calling() as master, linked(master, heartbeat_seconds=0.1) as link:
+        master.link = link
+        link.register_again()
+        heard = len(master.beats)
+        await eventually(lambda: len(master.beats) >= heard + 3)
+        registered = master.registrations
+        await eventually(lambda: master.registrations > registered)
+
+
+async def test_an_end_that_is_reported_again_is_reported_once_each_time_and_a_failure_is_not_repeated() -> None:
+    class Refusing(AskingMaster):
+        refusals = 1
+
+        async def ReportTaskCompletion(self, request: pb.TaskResult, context: object) -> pb.Ack:  # noqa: N802
+            await super().ReportTaskCompletion(request, context)
+            return pb.Ack(success=len(self.reports) > self.refusals)
+
+    verdict = Verdict(outcome=Outcome.SUCCEEDED, reason=Reason.COMPLETED, message="")
+    record = a_record("t", phase=Phase.FINISHED, verdict=verdict)
+    async with Refusing() as master, linked(master) as link:
+        for count in (1, 2):
+            link.report_again(record)
+            link.report_again(record)
+            await eventually(lambda: link._again == {})
+            assert [report.task_id for report in master.reports] == ["t"] * count

@@ -95,6 +95,7 @@ async def test_a_task_is_queued_assigned_run_and_ended_with_its_result(client: C
     assert (list(sent.argv), sent.env[0].value, sent.attempt) == (["echo", "hi"], "x", 1)
     assert sent.submitted_at > 0
     assert node.metadata[0]["traceparent"] == trace
+    assert node.metadata[0]["nodeservice-report-again"] == "1"
     await node.beat(pb.RunningTask(task_id="t1", attempt=1, phase="RUNNING"))
     running = await client.until("t1", "RUNNING")
     assert (running.phase, running.worker_id) == ("RUNNING", "w1")
@@ -399,6 +400,50 @@ async def test_what_a_gone_node_never_answered_for_becomes_a_new_attempt_elsewhe
 
 
 @pytest.fixture
+async def deaf(settings: MasterSettings) -> AsyncIterator[tuple[Client, ScriptedNode]]:
+    """A node that beats and answers no call, with the task t1; its master gives it up for a task after 2 s."""
+    master = Master(replace(settings, gone_after_seconds=2.0))
+    await master.start()
+    client = Client(master.address)
+    async with ScriptedNode(master.address, cpu=4) as node:
+        await node.register()
+        await node.deaf()
+
+        async def beat_on() -> None:
+            while await node.beat():
+                await asyncio.sleep(0.05)
+
+        beating = asyncio.create_task(beat_on())
+        await client.submit("t1")
+        await eventually(lambda: _reason(client, "t1", "NODE_UNREACHABLE"))
+        yield client, node
+        beating.cancel()
+        await asyncio.wait({beating})
+    await client.channel.close(None)
+    await master.stop()
+
+
+async def test_a_node_that_beats_and_answers_no_call_keeps_no_task_from_the_others(
+    deaf: tuple[Client, ScriptedNode],
+) -> None:
+    client, node = deaf
+    await client.submit("t2")
+    await eventually(lambda: _reason(client, "t2", "NODE_UNAVAILABLE"))
+    async with ScriptedNode(node.master, "w2", cpu=16) as other:
+        await other.register()
+        await other.got("t1", "t2")
+        assert sorted((task.task_id, task.attempt) for task in other.assigned) == [("t1", 2), ("t2", 1)]
+
+
+async def test_a_cancelled_task_does_not_wait_for_ever_for_a_node_that_answers_no_call(
+    deaf: tuple[Client, ScriptedNode],
+) -> None:
+    client, _ = deaf
+    assert (await client.cancel("t1")).success
+    assert (await client.until("t1", "CANCELLED")).reason == "NODE_GONE"
+
+
+@pytest.fixture
 async def hasty(settings: MasterSettings) -> AsyncIterator[Master]:
     """Gives a node up in no time."""
     running = Master(replace(settings, heartbeat_timeout_seconds=0.2, gone_after_seconds=0.4))
@@ -685,6 +730,24 @@ async def test_nodes_that_wait_are_called_with_the_masters_address(settings: Mas
         await node.deaf()
 
 
+async def test_a_node_that_is_dialled_elsewhere_while_it_is_called_is_called_again(settings: MasterSettings) -> None:
+    node = ScriptedNode("127.0.0.1:1")
+    node.hang = True
+    await node.listen()
+    master = Master(replace(settings, nodes=(f"127.0.0.1:{node.port}",), announce_seconds=0.05))
+    await master.start()
+    try:
+        await eventually(lambda: len(node.announced) == 1)
+        async with ScriptedNode(master.address) as moved:
+            await moved.register(worker_ip=f"127.0.0.1:{node.port}")
+            await moved.register()
+        await eventually(lambda: len(node.announced) == 2)
+        assert not master.broken.is_set()
+    finally:
+        await master.stop()
+        await node.deaf()
+
+
 async def test_a_wildcard_is_never_told_to_nodes(settings: MasterSettings) -> None:
     with pytest.raises(ConfigError) as caught:
         await Master(replace(settings, listen="0.0.0.0:0", nodes=("127.0.0.1:1",))).start()
@@ -753,6 +816,26 @@ async def test_following_goes_on_after_a_node_was_away_and_repeats_no_line(clien
     await asyncio.wait_for(following, 20)
     assert seen == ["one", "two", "three", ""]
     assert notices == ["[node w1 does not answer; its log goes on once it does]"]
+
+
+async def test_following_goes_on_at_the_new_address_of_a_node(client: Client, node: ScriptedNode) -> None:
+    node.lines["t1"] = ["one"]
+    await client.submit("t1")
+    await node.got("t1")
+    seen: list[str] = []
+
+    async def follow() -> None:
+        async for chunk in client.stub.StreamTaskLogs(pb.TaskLogRequest(task_id="t1", follow=True), timeout=20):
+            seen.append(chunk.status or chunk.content)
+
+    following = asyncio.create_task(follow())
+    await eventually(lambda: seen == ["one"])
+    async with ScriptedNode(node.master) as moved:
+        moved.lines["t1"] = ["one", "two"]
+        moved.log_ended["t1"] = "completed"
+        await moved.register()
+        await following
+    assert [line for line in seen if not line.startswith("[")] == ["one", "two", "completed"]
 
 
 @pytest.mark.parametrize("before", [[], ["early"]])
@@ -827,6 +910,14 @@ async def test_without_following_a_task_that_still_runs_gives_what_is_there(clie
     assert await client.log("t2", follow=False) == []
 
 
+async def test_an_unknown_attempt_of_a_known_task_is_told_as_that(client: Client) -> None:
+    await client.submit("t1")
+    for attempt, words in ((7, "there is no attempt 7 of task t1"), (-1, "there is no attempt -1 of task t1")):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await client.get("t1", attempt)
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, words)
+
+
 async def test_the_log_of_an_unknown_task_is_not_found(client: Client) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.log("nobody", follow=True)
@@ -878,6 +969,14 @@ async def test_hostile_nodes_are_refused_and_hostile_heartbeats_change_nothing(
     assert await node.beat(allocatable=pb.Resources(cpu_milli=4000, memory_bytes=8 * GIB, disk_bytes=GIB))
     await client.submit("t1")
     await node.got("t1")
+
+
+async def test_each_node_is_listed_with_the_version_that_it_registered_with_last(
+    client: Client, node: ScriptedNode
+) -> None:
+    for version in ("0.1.0", "0.2.0"):
+        assert (await node.register(node_version=version)).success
+        assert [view.node_version for view in await client.nodes()] == [version]
 
 
 # ---- GPUs -------------------------------------------------------------------------------------------------------------

@@ -241,6 +241,20 @@ async def test_a_restart_of_postgresql_costs_a_reconnect(cluster: Cluster) -> No
         await store.close()
 
 
+async def test_only_its_owner_may_read_a_new_sqlite_file_since_it_holds_the_environment_of_tasks(
+    tmp_path: Path,
+) -> None:
+    opened = MasterStore(sqlite_url(tmp_path))
+    await opened.open()
+    await opened.save_tasks([row()])
+    try:
+        assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+            f"master.sqlite{side}": 0o600 for side in ("", "-wal", "-shm")
+        }
+    finally:
+        await opened.close()
+
+
 async def test_sqlite_runs_with_a_write_ahead_log_and_full_sync(tmp_path: Path) -> None:
     store = MasterStore(sqlite_url(tmp_path))
     await store.open()

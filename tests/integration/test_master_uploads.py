@@ -18,6 +18,7 @@ import pytest
 from nodeservice.core.model import AttemptId, Manifest, ManifestEntry, Resources, TaskSpec
 from nodeservice.errors import NodeFaultError
 from nodeservice.master.daemon import Master
+from nodeservice.master.incoming import Incoming
 from nodeservice.master.settings import MasterSettings
 from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results.http import HttpResultStore
@@ -203,6 +204,11 @@ async def test_a_sender_that_breaks_off_leaves_nothing(stub: Any, results: Path)
         call.cancel()
         while not nothing_left(results):
             await asyncio.sleep(0.01)
+
+
+def test_an_upload_is_nowhere_before_its_first_file_since_its_sender_may_be_gone_by_then(tmp_path: Path) -> None:
+    Incoming(tmp_path, "t1", 1)
+    assert not list(tmp_path.iterdir())
 
 
 async def test_the_rest_of_an_upload_is_swept_at_the_next_start(settings: MasterSettings) -> None:

@@ -188,6 +188,49 @@ def test_the_next_run_removes_all_that_a_killed_one_left(
     assert list(Path("/sys/fs/cgroup").glob(f"**/{node_id}*")) == []
 
 
+@pytest.mark.engine
+def test_results_that_a_killed_run_had_collected_outlive_the_next(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    write = ["sh", "-c", "echo of worth > /results/a"]
+    killed = subprocess.run(
+        [*RUN, "--task-id", node_id, demo_image, "--", *write],
+        env=environment(tmp_path, TEST_FAULT_POINT="store.put.before:kill"), check=False, timeout=60,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    place = tmp_path / "state/nodeservice/run" / node_id / "salvage"
+    for told in (f"what the task of {node_id} wrote stays in {place}", ""):
+        ended = subprocess.run(
+            [*RUN, demo_image, "--", "true"],
+            env=environment(tmp_path), check=True, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert told in ended.stderr
+        assert (place / f"{node_id}.1/results/a").read_text() == "of worth\n"
+    assert f"{node_id} wrote" not in ended.stderr, "once is enough"
+    assert [entry.name for entry in place.parent.iterdir()] == ["salvage"]
+
+
+@pytest.mark.engine
+def test_a_run_whose_results_nothing_takes_ends_and_leaves_them_aside(
+    tmp_path: Path, demo_image: str, docker_client: docker.APIClient, node_id: str
+) -> None:
+    results = tmp_path / "results"
+    command = [*RUN, "--json", "--task-id", node_id, "--results", str(results), demo_image, "--"]
+    with subprocess.Popen(
+        [*command, "sh", "-c", "echo of worth > /results/a; echo ready; sleep 1"],
+        env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        read_until(process.stderr, "ready")
+        results.rmdir()
+        results.write_text("no directory any more")
+        told, _ = process.communicate(timeout=60)
+    place = tmp_path / "state/nodeservice/run" / node_id / f"salvage/{node_id}.1"
+    assert process.returncode == ExitCode.RESULTS
+    assert json.loads(told)["result_location"] == place.as_uri()
+    assert (place / "results/a").read_text() == "of worth\n"
+
+
 def read_until(stream: IO[str], words: str) -> None:
     for line in stream:
         if words in line:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from minio import Minio
@@ -23,6 +24,7 @@ from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest, s3_archive, s3_client
 from nodeservice.results.access import MIB, S3Access
 from nodeservice.results.s3 import S3ResultStore
+from nodeservice.results.s3_object import AlreadyThere
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.minio_server import MinioServer, find_minio, free_port, minio, running_minio
 
@@ -294,6 +296,19 @@ async def test_results_that_another_node_marks_at_the_same_moment_are_a_conflict
     assert client.get_object(bucket, f"{PREFIX}/manifest.json").data == theirs.manifest_bytes
 
 
+async def test_results_whose_mark_is_gone_when_it_is_looked_for_are_not_stored(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store had another one when ours came, and somebody removed it."""
+    bundle, store = bundle_of(tmp_path, {"a": b"1"}), open_store()
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_client.BucketClient, "upload_json", Mock(side_effect=AlreadyThere))
+        with pytest.raises(TransientError):
+            await store.put(bundle)
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
 async def _store_another_attempt(store: S3ResultStore, tmp_path: Path) -> None:
     """It makes the bucket, and shows what the store makes of conditions."""
     spec = replace(SPEC, id=AttemptId("another-task", 1))
@@ -343,6 +358,20 @@ async def test_a_connection_that_breaks_in_a_part_costs_a_retry_and_leaves_no_pa
     assert "large" not in keys(client, bucket)
     await open_store().put(bundle)
     assert_complete(client, bucket, bundle)
+    assert interrupted_uploads(client, bucket, "large") == 0
+
+
+async def test_an_empty_answer_to_the_last_part_is_no_success_and_leaves_no_parts(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(6 * MIB)})
+    answers = Mock(side_effect=AttributeError("'NoneType' object has no attribute 'decode'"))  # of minio's, then
+    with monkeypatch.context() as patched:
+        patched.setattr(Minio, "_complete_multipart_upload", answers)
+        with pytest.raises(TransientError) as caught:
+            await open_store().put(bundle)
+    assert "its answer is no XML" in str(caught.value)
+    assert not {"large", "manifest.json"} & keys(client, bucket)
     assert interrupted_uploads(client, bucket, "large") == 0
 
 

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from nodeservice.wire import master_worker_pb2 as pb
+from tests.integration.listening_master import assign
 from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldClient, OldMaster
 
@@ -111,6 +112,22 @@ async def test_a_task_is_assigned_followed_and_reported_once(client: OldClient, 
     assert again == lines
     await asyncio.sleep(1.0)
     assert master.count(task_id) == 1
+
+
+async def test_a_master_that_has_forgotten_an_end_hears_it_again_and_the_task_runs_once(
+    node: NodeProcess, client: OldClient, master: OldMaster
+) -> None:
+    task_id = fresh()
+    first = await assign(node.address, task_id, "echo once")
+    assert first.success, first.message
+    report = await master.report_of(task_id)
+    # The note of the acknowledgement is written after it.
+    forgotten = (("nodeservice-report-again", "1"),)
+    while master.count(task_id) == 1:
+        assert (await assign(node.address, task_id, "echo once", metadata=forgotten)).success
+        await asyncio.sleep(0.1)
+    again = [one for one in master.reports if one.task_id == task_id][1]
+    assert (again.status, again.logs, again.result_location) == (report.status, "once\n", report.result_location)
 
 
 async def test_a_running_task_is_cancelled_and_reported_cancelled_once(client: OldClient, master: OldMaster) -> None:

@@ -26,7 +26,6 @@ from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.work import at_work
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
-from nodeservice.limits.receipt import receipt
 from nodeservice.ports import Reading, TaskCgroups
 from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
@@ -215,7 +214,6 @@ class LiveNode:
                 janitor_dry_run=world.dry_run,
             ),
             encode_record=encode_record,
-            receipt=receipt,
             processes=NoProcesses(),
             gpus=GpuKeeper(
                 world.gpus,

@@ -21,7 +21,7 @@ from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.ports import DiskFacts, GpuInventory, HostFacts, NodeCapacity, UsageSample
 from nodeservice.telemetry.tracing import new_trace_ids
 from nodeservice.testing.fake_runtime import FakeImage
-from tests.unit.node_harness import NODE, LiveNode, World, living, spec
+from tests.unit.node_harness import NODE, World, living, running, spec
 
 T = AttemptId("t")
 RESERVED = 1 * MIB
@@ -124,15 +124,9 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-async def running(node: LiveNode) -> str:
-    await node.assign(spec())
-    await node.until(lambda: node.phase(T) is Phase.RUNNING)
-    return node.world.runtime.running[0]
-
-
 async def test_the_disk_is_looked_at_again_when_the_last_lease_of_a_restart_goes(world: World) -> None:
     async with living(world) as node:
-        await running(node)
+        await running(node, spec())
     async with living(world) as node:
         capacity = Capacity(NODE.disk_bytes // 2)
         disk = AllocatableDisk(node.driver, capacity, world.journal)
@@ -158,7 +152,7 @@ async def test_the_disk_is_looked_at_again_when_the_last_lease_of_a_restart_goes
 
 async def test_a_lease_that_goes_during_the_look_does_not_make_it_believed(world: World) -> None:
     async with living(world) as node:
-        container = await running(node)
+        container = await running(node, spec())
         capacity = Capacity(NODE.disk_bytes // 2)
         disk = AllocatableDisk(node.driver, capacity, world.journal)
         read = capacity.read

@@ -269,3 +269,4 @@ def test_gpu_load_is_the_mean_over_those_that_tell() -> None:
 
     assert gpu_percent(GpuInventory(gpus=gpus)) == 75.0
     assert gpu_percent(GpuInventory()) == 0.0
+    assert gpu_percent(GpuInventory(gpus=gpus, error="NVML has not answered for 5 s")) == 0.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,7 @@ from nodeservice.cli.inspect_view import human_bytes, human_cores, render_seen, 
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import GIB, MIB, Resources
 from nodeservice.daemon.look import Seen
+from nodeservice.daemon.told import Told
 from nodeservice.errors import TransientError
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.ports import CapacitySource, EngineFacts, GpuInventory, GpuProvider, NodeCapacity
@@ -255,6 +257,27 @@ async def test_a_person_sees_the_gpus_and_their_fault(tmp_path: Path) -> None:
     assert fake_gpu(0).uuid in text
     assert "GPU fault: GPU 1: lost" in text
     assert "docker 28.0" in text
+
+
+async def test_the_daemon_that_runs_here_is_shown_with_its_conditions_and_warnings(tmp_path: Path) -> None:
+    found = await read(tmp_path)
+    daemon = Told(
+        pid=7, version="0.1.0", mode="CORDONED", status="takes no tasks", conditions=["DISK_LOW: 1"], warnings=["W: 2"]
+    )
+
+    def shown(**said: Any) -> tuple[str, Any]:
+        out, seen = io.StringIO(), Seen(capacity=found, free=found.allocatable, **said)
+        render_seen(seen, Console(file=out, width=120))
+        told = json.loads(json.dumps(seen_as_dict(seen)))
+        return out.getvalue(), (told["daemon"], told["daemon_error"])
+
+    text, told = shown(daemon=daemon)
+    assert all(words in text for words in ("pid 7, CORDONED", "takes no tasks", "DISK_LOW: 1", "W: 2"))
+    assert told == (asdict(daemon), None)
+    assert "no: nothing takes tasks here" in shown()[0]
+    text, told = shown(daemon_error="it hangs")
+    assert "it hangs" in text
+    assert told == (None, "it hangs")
 
 
 async def test_a_person_sees_what_tasks_do_without_on_this_engine(tmp_path: Path) -> None:

@@ -253,8 +253,8 @@ def test_the_transport_must_be_chosen_wholly_and_once(flags: dict[str, object], 
 
 
 def test_a_command_that_opens_no_port_need_not_choose() -> None:
-    assert not load_config(None, {}, {}, serving=False).uses_tls
-    assert load_config(None, {"tls_cert": "c", "tls_key": "k"}, {}).uses_tls
+    assert load_config(None, {}, {}, serving=False).tls_cert is None
+    assert load_config(None, {"tls_cert": "c", "tls_key": "k"}, {}).tls_cert is not None
 
 
 # ---- results and secrets ----------------------------------------------------------------------------------------------

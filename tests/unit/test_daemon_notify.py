@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from nodeservice.daemon.serving import _come_round
-from nodeservice.errors import NodeServiceError
+from nodeservice.daemon.told import SOCKET_NAME, Told, ask, telling
+from nodeservice.errors import NodeServiceError, TransientError
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.service_manager import ServiceManager
 
@@ -90,6 +91,46 @@ def test_a_worker_that_only_waits_for_the_engine_is_ready_and_says_so(started: A
     worker.heard("WATCHDOG=1")
     assert worker.end() == 0
     assert worker.heard("STOPPING=1") == "STOPPING=1\nSTATUS=stops; containers that run now run on"
+
+
+def test_who_asks_on_the_host_hears_how_the_worker_is_until_it_ends(started: Any, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    worker = started("serve", "--insecure", "--listen", "127.0.0.1:0", NODESERVICE_HEARTBEAT_SECONDS="60")
+    worker.heard("READY=1")
+    said = asyncio.run(ask(state))
+    assert said is not None
+    assert (said.pid, said.mode, said.conditions) == (worker.process.pid, "ACTIVE", [])
+    assert said.status.startswith("takes no tasks: the container engine at unix:")
+    assert [words.partition(":")[0] for words in said.warnings] == ["HEARTBEAT_SLOW"]
+    assert (state / SOCKET_NAME).stat().st_mode & 0o777 == 0o600
+    assert worker.end() == 0
+    assert asyncio.run(ask(state)) is None
+    assert not (state / SOCKET_NAME).exists()
+
+
+def test_what_a_killed_worker_leaves_answers_nobody_and_is_in_no_way(started: Any, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    for _ in range(2):
+        worker = started("serve", "--insecure", "--listen", "127.0.0.1:0")
+        worker.heard("READY=1")
+        said = asyncio.run(ask(state))
+        assert said is not None
+        assert said.pid == worker.process.pid
+        worker.close()
+        (tmp_path / "notify").unlink()
+        assert asyncio.run(ask(state)) is None
+
+
+async def test_a_daemon_that_hangs_up_is_no_daemon_that_does_not_run(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 120)  # longer than the kernel takes for the address of a socket
+    deep.mkdir()
+
+    def broken() -> Told:
+        raise OSError("cannot say")
+
+    async with telling(deep, broken):
+        with pytest.raises(TransientError, match="does not tell how it is"):
+            await ask(deep)
 
 
 def test_a_frozen_worker_tells_nothing(started: Any) -> None:

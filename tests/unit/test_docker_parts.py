@@ -19,7 +19,7 @@ from nodeservice.core.model import MIB
 from nodeservice.errors import ConfigError, NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.http_wire import dechunk
 from nodeservice.ports import ContainerSpec
-from nodeservice.runtime.docker_spec import cpu_quota, create_body
+from nodeservice.runtime.docker_spec import create_body
 from nodeservice.runtime.docker_state import init_failure, read_instant, read_state, read_status
 from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.engine_process import EngineProcess
@@ -156,9 +156,10 @@ def test_a_shell_replaces_the_entrypoint_and_an_argv_keeps_it() -> None:
     assert not {"Cmd", "Entrypoint"} & body(SPEC).keys()
 
 
-@given(st.integers(min_value=1, max_value=1_000_000))
+@given(st.integers(min_value=10, max_value=1_000_000))
 def test_every_share_of_a_cpu_is_exact_and_within_what_the_kernel_takes(cpu_milli: int) -> None:
-    period, quota = cpu_quota(cpu_milli)
+    config = body(replace(SPEC, cpu_milli=cpu_milli))["HostConfig"]
+    period, quota = config["CpuPeriod"], config["CpuQuota"]
     assert quota * 1000 == cpu_milli * period
     assert quota >= 1000
     assert 1000 <= period <= 1_000_000
@@ -362,6 +363,8 @@ def test_a_failed_pull_tells_whose_move_is_next(
         (500, "error mounting /x to rootfs: no such file or directory", RequestError, "START_FAILED"),
         (500, "id already in use", NodeFaultError, "ENGINE_FAULT"),
         (503, "shutting down", TransientError, "ENGINE_UNAVAILABLE"),
+        (500, "transport is closing: unavailable", TransientError, "ENGINE_UNAVAILABLE"),
+        (500, "no unavailable device", RequestError, "START_FAILED"),
     ],
 )
 def test_a_failed_start_tells_whose_move_is_next(
@@ -437,6 +440,19 @@ def test_the_ends_of_lines_that_the_engine_had_to_cut_are_put_back(
 ) -> None:
     data = b"".join(stamped(record, stream) for stream, record in frames)
     assert b"".join(text for records in read_records([data]) for text in records.texts) == expected
+
+
+@given(st.lists(st.integers(min_value=1, max_value=40)))
+def test_what_the_engine_says_of_its_own_trouble_is_no_line_of_the_log(sizes: list[int]) -> None:
+    trouble = frame(b"Error grabbing logs: unexpected EOF\n", stream=3)
+    plain = read_frames(cut(frame(b"a\n") + frame(b"b\n") + trouble, sizes))
+    of_local = read_records(cut(stamped(b"a\n") + stamped(b"b\n") + trouble, sizes))
+    texts = (text for records in of_local for text in records.texts)
+    for pieces in (plain, texts):
+        read = [next(pieces)]
+        with pytest.raises(http.client.HTTPException, match=r"^Error grabbing logs: unexpected EOF$"):
+            read.extend(pieces)
+        assert b"".join(read) == b"a\nb\n"
 
 
 @given(st.binary(max_size=60), st.integers(min_value=0, max_value=60), st.lists(st.integers(min_value=1, max_value=20)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nodeservice.cli import build_app
 from nodeservice.core.model import (
     MIB,
     Collected,
@@ -222,6 +223,14 @@ def test_how_gpus_are_handed_is_told_where_there_are_any() -> None:
     assert (bad.state, bad.remedy) == (State.MISSING, "install it")
 
 
+def test_a_driver_that_does_not_work_is_no_host_without_gpus() -> None:
+    told = {"words": "by CDI", "passed_over": (), "remedy": "", "is_possible": True}
+    (only,) = judge_access(0, trouble=("the NVIDIA driver is not loaded",), **told)
+    assert (only.state, only.evidence) == (State.MISSING, "the NVIDIA driver is not loaded")
+    dead, others = judge_access(7, trouble=("GPU 3: a GPU has fallen off the bus",), **told)
+    assert (dead.state, others.state) == (State.MISSING, State.HARD)
+
+
 @pytest.mark.parametrize(
     ("default", "path", "version", "said"),
     [
@@ -393,3 +402,15 @@ def test_a_machine_is_sound_where_every_limit_is_kept(how: State) -> None:
     document = diagnosis.as_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["checks"] == [{"limit": "CPU", "state": how.value, "evidence": "e", "remedy": "r"}]
+
+
+def test_a_pipe_gets_evidence_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/sys/fs/cgroup/" + "a" * 200
+
+    async def examine(*_: object, **__: object) -> Diagnosis:
+        return Diagnosis(findings=[Finding(limit="CPU", state=State.HARD, evidence=path)], facts={}, advice=[path])
+
+    monkeypatch.setattr("nodeservice.telemetry.logs.configure_logging", lambda *_: None)  # it is the whole process's
+    monkeypatch.setattr("nodeservice.doctor.examine.examine", examine)
+    assert build_app()(["doctor"], standalone_mode=False) in (0, None)
+    assert capsys.readouterr().out.count(path) == 2

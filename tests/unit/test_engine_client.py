@@ -15,6 +15,7 @@ from docker.errors import NotFound
 
 from nodeservice.errors import NodeFaultError
 from nodeservice.runtime import docker_calls
+from nodeservice.runtime.endpoint import resolve_endpoint
 from nodeservice.runtime.engine_client import EngineClient
 
 _VERSION = json.dumps({"ApiVersion": "1.41"}).encode()
@@ -83,7 +84,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def client(engine: Engine) -> Iterator[EngineClient]:
-    opened = EngineClient(f"unix://{engine.path}", socket_path=str(engine.path), version="auto", timeout=5)
+    opened = EngineClient(resolve_endpoint(f"unix://{engine.path}"), version="auto", timeout=5)
     yield opened
     opened.close()
 

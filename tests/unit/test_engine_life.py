@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from nodeservice.errors import TransientError
 from nodeservice.ports import ContainerState
+from nodeservice.runtime import engine_life, engine_process
 from nodeservice.runtime.endpoint import Endpoint, resolve_endpoint
 from nodeservice.runtime.engine_life import Absence, EngineLife, EngineStart, read_start
 from nodeservice.runtime.engine_process import read_engine_process
@@ -175,6 +178,28 @@ async def test_what_ended_just_as_the_engine_stopped_answering_was_taken_by_it(e
     assert not engine.life.took(now_ended(0, ended_at - timedelta(seconds=30)))
 
 
+async def test_what_ended_while_an_answer_of_the_engine_was_still_to_be_noted_may_have_been_taken_by_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a process that is frozen just then."""
+    ask = engine.life._ask
+    ended_at: list[datetime] = []
+
+    def ask_and_be_slow(path: Callable[[], str]) -> object:
+        answer = ask(path)
+        ended_at.append(datetime.now(UTC))
+        time.sleep(2 * engine_life._SLACK.total_seconds())
+        return answer
+
+    with monkeypatch.context() as patches:
+        patches.setattr(engine.life, "_ask", ask_and_be_slow)
+        await engine.look()
+    await engine.stop()
+    await engine.start()
+    await engine.look()
+    assert engine.life.took(now_ended(143, ended_at[-1]))
+
+
 async def test_an_engine_that_was_silent_and_is_still_the_same_took_nothing(engine: Engine) -> None:
     engine.path.rename(engine.path.with_suffix(".away"))
     with pytest.raises(TransientError):
@@ -258,16 +283,30 @@ def test_the_start_of_a_process_is_read_and_one_that_is_not_there_is_none() -> N
     assert read_start(2**22 + 1) is None
 
 
-@pytest.mark.parametrize(("number", "is_raised"), [(errno.EMFILE, True), (errno.ENFILE, True), (errno.EACCES, False)])
-def test_being_out_of_descriptors_does_not_make_the_engines_limits_unknown(
-    number: int, is_raised: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ECONNREFUSED])
+def test_an_engine_that_cannot_be_reached_for_now_does_not_make_its_limits_unknown(
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_endpoint: Endpoint, *, timeout_seconds: float) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Endpoint, "connect", refuse)
-    if is_raised:
-        with pytest.raises(OSError, match="open files"):
-            read_engine_process(resolve_endpoint("unix:///e.sock"))
-    else:
-        assert read_engine_process(resolve_endpoint("unix:///e.sock")).open_files_max is None
+    with pytest.raises(OSError, match=os.strerror(number)):
+        read_engine_process(resolve_endpoint("unix:///e.sock"))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_engine_that_goes_while_it_is_looked_at_does_not_make_its_limits_unknown(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is there and is hidden (in `tmp_path` there is no /proc) has limits that cannot be known."""
+    monkeypatch.setattr(engine_process, "_listener", lambda _connection: os.getpid() if is_there else 2**22 + 1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "e.sock"))
+        listener.listen()
+        endpoint = resolve_endpoint(f"unix://{tmp_path}/e.sock")
+        if is_there:
+            assert read_engine_process(endpoint, root=tmp_path).open_files_max is None
+        else:
+            with pytest.raises(FileNotFoundError):
+                read_engine_process(endpoint, root=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ class Connection:
         self.streams_count = 0
         self.lists_count = 0
         self.failures: list[Exception] = []
+        self.listed: list[dict[str, Any]] = []
+        self.sent: list[str] = []
 
     def api_path(self, path: str) -> str:
         return path
@@ -39,11 +42,14 @@ class Connection:
         self.streams_count += 1
         return Stream()
 
-    async def call(self, work: object, *, doing: str) -> list[dict[str, Any]]:
+    async def call(self, work: object, *, doing: str, urgent: bool = False) -> list[dict[str, Any]]:
+        if urgent:
+            self.sent.append(doing)
+            return []
         self.lists_count += 1
         if self.failures:
             raise self.failures.pop()
-        return []
+        return self.listed
 
 
 @pytest.fixture
@@ -106,4 +112,20 @@ async def test_the_list_is_looked_at_again_after_a_look_for_which_no_thread_was_
     watcher = watcher_of(connection, relist_seconds=0.01)
     with watcher.watch("c"):
         await until(lambda: connection.lists_count > 1)
+    await watcher.close()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_an_engine_that_has_missed_an_exit_is_sent_a_signal_for_what_has_no_process_any_more(
+    is_there: bool,
+) -> None:
+    connection = Connection()
+    connection.listed = [{"Id": "c", "Names": ["/n"], "State": "running"}]
+    watcher = watcher_of(connection, relist_seconds=0.01)
+    with watcher.watch("c"):
+        watcher.runs_as("c", os.getpid() if is_there else 2**22 + 1)
+        await until(lambda: connection.lists_count > 5)
+        assert connection.sent == ([] if is_there else ["send SIGURG"])
+        assert watcher.was_missed("c") is not is_there
+    assert not watcher.was_missed("c")
     await watcher.close()

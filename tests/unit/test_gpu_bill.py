@@ -50,6 +50,14 @@ def test_looks_without_a_load_leave_the_mean_of_the_others_as_it_is() -> None:
     assert (used.seconds, used.utilization_mean_percent) == (2.0, 80.0)
 
 
+def test_where_looks_are_seldom_the_time_between_two_is_observed_all_the_same() -> None:
+    bill = GpuBill()
+    for at in (0.0, 10.2, 20.4, 60.0):
+        bill.add([sample(utilization_percent=50.0)], now_seconds=at, every_seconds=10.0)
+    (used,) = bill.usage()
+    assert (used.seconds, used.utilization_mean_percent) == (20.4, 50.0)
+
+
 def test_memory_is_the_most_that_was_seen() -> None:
     assert billed((0.0, sample(memory_bytes=5)), (1.0, sample(memory_bytes=9)), (2.0, sample())).memory_peak_bytes == 9
 

@@ -169,7 +169,7 @@ def test_a_receipt_tells_of_another_gpu_by_its_uuid_wherever_it_shows() -> None:
         return Reading(limit=limit, value=value, source=limit)
 
     def told(*readings: Reading) -> tuple[str, ...]:
-        return receipt(spec, lease, readings=readings, disk=None, engine={}, gpus=HOST).not_enforced
+        return receipt(spec, lease, readings=readings, disk=None, engine={}, gpus=HOST).mismatches
 
     assert told(reading("devices", "nvidia0=195:0"), reading("gpu_uuids", "GPU-a")) == ()
     assert told(

@@ -15,7 +15,8 @@ from nodeservice.errors import CapacityError
 from nodeservice.gpu.health import GpuState
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.lifecycle.gpu_keeper import GPU_DRIVER
-from nodeservice.ports import Enforcement, GpuProcess, GpuXid, MigInstance
+from nodeservice.ports import Enforcement, GpuInventory, GpuProcess, GpuXid, MigInstance
+from nodeservice.rpc.status import warnings_told
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import LiveNode, World, living, spec
@@ -198,6 +199,44 @@ async def test_an_error_of_one_mig_instance_fails_its_task_and_keeps_its_sibling
         await node.until_finished(B)
 
 
+async def test_an_xid_that_comes_while_the_driver_does_not_answer_counts_as_ever(world: World) -> None:
+    """A GSP that hangs (119) holds up every call, so its event comes just then."""
+    world.gpu_quarantine_seconds = 3600.0
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        world.gpus.current = replace(world.gpus.current, error="NVML has not answered for 5 s")
+        world.gpus.xids.append(GpuXid(uuid=uuid, code=119))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.GPU_FAULT
+        world.gpus.current = replace(world.gpus.current, error=None)
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        assert "XID 119" in node.context.gpus.state(uuid)[1]
+
+
+async def test_a_gpu_that_needs_a_reset_needs_it_after_a_restart_of_the_service_too(world: World) -> None:
+    """Of a driver that tells no recovery action; with one, that tells more than the event."""
+    (world.path / "state").mkdir()
+    for gpu in (ONE, TWO):
+        world.gpus.change(gpu.uuid, recovery_action=None, energy_millijoules=9_000)
+    async with living(world) as node:
+        await ready(node)
+        world.gpus.xids.append(GpuXid(uuid=ONE.uuid, code=95))
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+    async with living(world) as node:
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        assert node.context.gpus.state(ONE.uuid)[0] is GpuState.FAULTY
+        assert "XID 95" in node.context.gpus.state(ONE.uuid)[1]
+    world.gpus.change(ONE.uuid, energy_millijoules=5)
+    async with living(world) as node:
+        await ready(node)
+    async with living(world) as node:
+        await ready(node)
+        assert node.context.gpus.state(ONE.uuid)[0] is GpuState.WELL
+
+
 # ---- the driver -------------------------------------------------------------------------------------------------------
 
 
@@ -221,11 +260,37 @@ async def test_a_driver_that_goes_away_costs_gpu_tasks_their_place_and_nobody_el
         await node.until_finished(A)
 
 
+async def test_a_driver_that_was_updated_gives_no_gpu_to_new_tasks_and_those_that_run_are_watched_on(
+    world: World,
+) -> None:
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, part("a", 10 * GIB))
+        world.gpus.current = replace(world.gpus.current, outdated="the driver was updated")
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 0)
+        assert node.driver.warnings[GPU_DRIVER] == "the driver was updated"
+        with pytest.raises(CapacityError, match="was updated"):
+            await node.assign(gpu_spec("b"))
+        assert "was updated" in node.context.gpus._not_ready(record)
+        uses(world, only(record.lease.gpu_uuids), (1, 11 * GIB, A))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.GPU_MEMORY_LIMIT
+
+
 async def test_a_gpu_that_cannot_be_opened_is_told_as_a_warning(world: World) -> None:
     world.gpus.current = replace(world.gpus.current, unreachable=("GPU 2: a GPU has fallen off the bus",))
     async with living(world) as node:
         await node.until(lambda: "fallen off" in node.driver.warnings.get(GPU_DRIVER, ""))
         assert node.driver.ledger.allocatable.gpu_count == 2
+
+
+def test_the_first_registration_tells_of_such_a_gpu_though_nobody_has_looked_yet(world: World) -> None:
+    driver = LiveNode(world).driver
+    dead = GpuInventory(error="it hangs", unreachable=("GPU 2: a GPU has fallen off the bus",))
+    assert warnings_told(driver, dead) == [f"{GPU_DRIVER}: it hangs; GPU 2: a GPU has fallen off the bus"]
+    assert warnings_told(driver, GpuInventory()) == []
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------------
@@ -264,6 +329,20 @@ async def test_a_task_that_takes_more_memory_than_its_part_is_ended_and_its_neig
         uses(world, uuid)
         finish(node, modest)
         await node.until_finished(B)
+
+
+async def test_a_part_that_cannot_be_watched_is_no_part_that_is_kept(world: World) -> None:
+    """In confidential computing the driver does not tell the memory of a process."""
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, part("a", 10 * GIB))
+        world.owners.of[1] = A
+        world.gpus.change(only(record.lease.gpu_uuids), processes=(GpuProcess(pid=1, memory_bytes=None),))
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+        assert "does not tell what its processes hold" in ended.verdict.message
 
 
 async def test_parts_that_only_are_watched_are_given_to_nobody_unless_the_operator_says_so(world: World) -> None:
@@ -324,6 +403,19 @@ async def test_memory_that_nobody_holds_keeps_a_gpu_from_the_next_task(world: Wo
         await node.until(lambda: "no task holds it" in node.context.gpus.state(TWO.uuid)[1])
         world.gpus.change(TWO.uuid, memory_used_bytes=100 * 2**20)
         await ready(node)
+
+
+async def test_memory_that_somebody_takes_bit_by_bit_is_told_to_the_master_once(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        world.gpus.change(TWO.uuid, memory_used_bytes=4 * GIB)
+        await node.until(lambda: node.driver.ledger.allocatable.gpu_count == 1)
+        changes: list[None] = []
+        node.context.gpus._on_change = lambda: changes.append(None)
+        for count in range(5, 10):
+            world.gpus.change(TWO.uuid, memory_used_bytes=count * GIB)
+            await node.context.gpus.look()
+        assert changes == []
 
 
 async def test_a_gpu_that_is_taken_between_the_grant_and_the_start_fails_the_task_before_it_runs(world: World) -> None:
@@ -413,3 +505,21 @@ async def test_the_bill_goes_on_after_a_restart(world: World) -> None:
         finish(node, record)
         (used,) = (await node.until_finished(A)).usage.gpus
         assert (used.memory_peak_bytes, used.energy_joules) == (40 * GIB, 2.5)
+
+
+async def test_the_bill_of_a_task_that_ends_while_nothing_is_known_of_the_gpus_is_that_of_before_the_restart(
+    world: World,
+) -> None:
+    async with living(world) as node:
+        await ready(node)
+        record = await running(node, gpu_spec("a"))
+        uuid = only(record.lease.gpu_uuids)
+        uses(world, uuid, (7, 40 * GIB, A))
+        world.gpus.xids.append(GpuXid(uuid=uuid, code=31))
+        await node.until(lambda: [used.xids for used in node.context.gpus.usage(A)] == [(31,)])
+        await node.until(lambda: node.context.gpus.usage(A)[0].memory_peak_bytes == 40 * GIB)
+    world.gpus.current = GpuInventory(error="NVML has not answered for 5 s")
+    async with living(world) as node:
+        finish(node, record)
+        (used,) = (await node.until_finished(A)).usage.gpus
+    assert (used.uuid, used.memory_peak_bytes, used.xids) == (uuid, 40 * GIB, (31,))

@@ -10,7 +10,7 @@ import ctypes
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from nodeservice.core.model import GIB, MIB
 from nodeservice.errors import NodeFaultError
 from nodeservice.gpu import events
 from nodeservice.gpu.nvml import NvmlGpuProvider
+from nodeservice.gpu.session import NvmlSession
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.ports import GpuInventory, GpuProvider
 from nodeservice.testing.fake_gpu import FakeGpuProvider, fake_gpu
@@ -51,6 +52,16 @@ def machine(false_driver: Build, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bu
             thread.join(10)
             assert not thread.is_alive(), thread.name
     pynvml._nvmlGetFunctionPointer_cache.clear()
+
+
+@contextmanager
+def session_of(driver: FalseDriver, *, slow_every: int = 1) -> Iterator[NvmlSession]:
+    """In this thread, so that a test says when it looks."""
+    session = NvmlSession(pci_devices=driver.pci_devices, slow_every=slow_every, open_again_seconds=0)
+    try:
+        yield session
+    finally:
+        session.end()
 
 
 @asynccontextmanager
@@ -170,6 +181,42 @@ async def test_a_new_layout_of_mig_is_seen_while_it_runs(machine: Build) -> None
         await until(is_whole)
 
 
+@pytest.mark.parametrize("call", ["nvmlDeviceGetNvLinkState", "nvmlDeviceGetTopologyCommonAncestor"])
+def test_a_gpu_that_cannot_tell_how_near_it_is_takes_nothing_from_the_node(machine: Build, call: str) -> None:
+    driver = machine("h200x8")
+    driver.fail(call, 999, device=driver.gpus[2])
+    with session_of(driver) as session:
+        found = session.look()
+    assert (found.error, found.unreachable) == (None, ())
+    assert [gpu.lost for gpu in found.gpus] == [""] * 8
+    first = found.gpus[0].uuid
+    assert found.gpus[2].closeness[first] < found.gpus[1].closeness[first]
+
+
+def test_the_device_node_of_a_gpu_is_the_present_one_after_a_change_of_the_mig_mode(machine: Build) -> None:
+    """Else its tasks would be taken for such as see another's GPU."""
+    driver = machine("h200x8")
+    with session_of(driver) as session:
+        assert [gpu.minor for gpu in session.look().gpus[:2]] == [0, 1]
+        driver.set(driver.gpus[0], minor=8)
+        driver.set_mig(driver.gpus[0], {0: "7g.141gb"})
+        assert [gpu.minor for gpu in session.look().gpus[:2]] == [8, 1]
+
+
+def test_an_instance_that_is_destroyed_takes_neither_its_gpu_nor_its_siblings_along(machine: Build) -> None:
+    driver = machine("h200-mig")
+    (split,) = set(driver.migs.values())
+    layout = {int(driver.facts(uuid)["index"]): driver.facts(uuid)["profile"] for uuid in driver.migs}
+    with session_of(driver, slow_every=1000) as session:
+        before = {gpu.uuid: gpu for gpu in session.look().gpus}[split].mig_instances
+        del layout[max(layout)]
+        kept = driver.set_mig(split, layout)
+        gpu = {gpu.uuid: gpu for gpu in session.look().gpus}[split]
+    assert gpu.lost == ""
+    assert [instance.uuid for instance in gpu.mig_instances] == kept
+    assert len(kept) == len(before) - 1
+
+
 @pytest.mark.slow
 async def test_an_old_driver_tells_less_and_is_no_fault(machine: Build) -> None:
     driver = machine("old")
@@ -191,7 +238,14 @@ async def test_each_kind_of_gpu_in_one_machine_is_told_as_it_is(machine: Build) 
     capabilities = {gpu.name: gpu.compute_capability for gpu in found.gpus}
     assert set(capabilities.values()) == {(9, 0), (8, 0), (7, 5)}
     t4 = next(gpu for gpu in found.gpus if "T4" in gpu.name)
-    assert (t4.nvlink_count, t4.remap_pending) == (0, None)
+    assert (t4.nvlink_count, t4.remap_pending, t4.remap_failed) == (0, False, None)
+
+
+def test_memory_pages_that_wait_to_be_retired_are_told_of_gpus_that_remap_no_rows(machine: Build) -> None:
+    driver = machine("t4x4")
+    driver.set(driver.gpus[1], retired_pending=1)
+    with session_of(driver) as session:
+        assert [gpu.remap_pending for gpu in session.look().gpus] == [False, True, False, False]
 
 
 async def test_what_the_driver_does_not_tell_is_unknown(machine: Build) -> None:
@@ -235,6 +289,54 @@ async def test_a_broken_driver_is_an_error_with_its_remedy_and_not_a_host_withou
         found = await provider.inventory()
     assert found.error is not None
     assert words in found.error
+
+
+def test_a_driver_that_lists_none_of_the_hosts_gpus_is_told_as_such_until_it_does(
+    machine: Build, false_driver: Build
+) -> None:
+    """So it is where every GPU fails to be initialised: nvidia-smi says "No devices were found"."""
+    driver = machine(Machine(name="none", about="a driver without GPUs"))
+    with session_of(driver) as session:
+        assert session.look().unreachable == ()
+    device = driver.pci_devices / "0000:01:00.0"
+    device.mkdir()
+    (device / "vendor").write_text("0x10de\n")
+    (device / "class").write_text("0x030200\n")
+    with session_of(driver) as session:
+        (words,) = session.look().unreachable
+        assert "lists no GPU though this host has one" in words
+        false_driver("t4x4")
+        found = session.look()
+    assert (found.unreachable, len(found.gpus)) == ((), 4)
+
+
+def test_a_driver_that_is_updated_under_the_service_takes_no_new_tasks_and_is_read_on(machine: Build) -> None:
+    """The file that is loaded stays in use, and fits the kernel's part; containers get the new one, which does not."""
+    driver = machine("t4x4")
+    with session_of(driver) as session:
+        assert session.look().outdated == ""
+        away = driver.library.rename(driver.library.with_name("away"))
+        driver.set(driver.gpus[0], utilization_percent=55)
+        found = session.look()
+        assert (found.error, found.gpus[0].utilization_percent) == (None, 55.0)
+        assert found.complaints == (found.outdated,)
+        assert f"{driver.library} is there no more" in found.outdated
+        assert {unit.unwell for unit in units_of(found, {}, SharingPolicy())} == {found.outdated}
+        away.rename(driver.library)
+        assert session.look().complaints == ()
+
+
+def test_an_answer_that_the_binding_fails_at_is_an_error_at_every_look(
+    machine: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = machine("t4x4")
+    with session_of(driver) as session:
+        with monkeypatch.context() as broken:
+            broken.setattr(pynvml, "nvmlDeviceGetName", lambda _: b"\xff".decode())
+            for _ in range(3):
+                assert "UnicodeDecodeError" in str(session.look().error)
+        found = session.look()
+    assert (found.error, len(found.gpus)) == (None, 4)
 
 
 async def test_a_driver_that_breaks_later_keeps_its_gpus_out_of_service_and_one_that_recovers_is_used_again(
@@ -292,6 +394,72 @@ async def test_a_gpu_that_is_dead_from_the_start_takes_nothing_from_the_others(m
     assert [gpu.uuid for gpu in found.gpus] == driver.gpus[1:]
     (words,) = found.unreachable
     assert "fallen off the bus" in words
+
+
+def test_nothing_is_told_as_measured_of_a_gpu_that_is_lost(machine: Build) -> None:
+    driver = machine("h200-mig")
+    (split,) = set(driver.migs.values())
+    driver.set(driver.gpus[0], utilization_percent=97, throttle_reasons=0x40)
+    driver.add_process(driver.gpus[0], 4242, GIB)
+    with session_of(driver) as session:
+        session.look()
+        for gpu in driver.gpus:
+            driver.lose(gpu)
+        lost = {gpu.uuid: gpu for gpu in session.look().gpus}
+    gpu = lost[driver.gpus[0]]
+    assert (gpu.memory_used_bytes, gpu.utilization_percent, gpu.power_watts, gpu.temperature_celsius) == (None,) * 4
+    assert (gpu.processes, gpu.throttle_reasons) == ((), 0)
+    assert {instance.memory_used_bytes for instance in lost[split].mig_instances} == {None}
+
+
+async def test_error_events_of_other_gpus_are_waited_for_without_one_that_is_lost_and_with_it_once_it_is_back(
+    machine: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost GPU ends every wait at once."""
+    monkeypatch.setattr(events, "_PAUSE_SECONDS", 0.01)
+    registered: list[set[str]] = []
+    create, register = pynvml.nvmlEventSetCreate, pynvml.nvmlDeviceRegisterEvents
+
+    def created() -> Any:
+        registered.append(set())
+        return create()
+
+    def registers(handle: Any, *rest: Any) -> Any:
+        registered[-1].add(pynvml.nvmlDeviceGetUUID(handle))
+        return register(handle, *rest)
+
+    monkeypatch.setattr(pynvml, "nvmlEventSetCreate", created)
+    monkeypatch.setattr(pynvml, "nvmlDeviceRegisterEvents", registers)
+    driver = machine("t4x4")
+    all_of_them, lost = set(driver.gpus), driver.gpus[1]
+
+    async def waits_for(uuids: set[str]) -> bool:
+        return bool(registered) and registered[-1] == uuids
+
+    async with looking(driver) as provider:
+        await provider.inventory()
+        await until(lambda: waits_for(all_of_them))
+        driver.lose(lost)
+        await until(lambda: waits_for(all_of_them - {lost}))
+        driver.restore(lost)
+        await until(lambda: waits_for(all_of_them))
+    assert len(registered) == 3
+
+
+def test_a_gpu_that_was_dead_at_the_start_is_taken_up_once_it_was_reset(machine: Build) -> None:
+    driver = machine("h200x8")
+    driver.lose(driver.gpus[0])
+    with session_of(driver) as session:
+        assert len(session.look().unreachable) == 1
+        driver.restore(driver.gpus[0])
+        for _ in range(1000):
+            found = session.look()
+            if not found.unreachable:
+                break
+            time.sleep(0.01)
+    assert (found.error, found.unreachable) == (None, ())
+    assert [gpu.uuid for gpu in found.gpus] == driver.gpus
+    assert {len(gpu.closeness) for gpu in found.gpus} == {7}
 
 
 async def test_a_gpu_that_may_not_be_opened_is_not_ours_and_no_error(machine: Build) -> None:

@@ -127,7 +127,7 @@ async def test_a_limit_of_the_driver_is_what_the_driver_says_that_it_is() -> Non
 @pytest.mark.parametrize(("held", "words"), [(None, "no limit"), (12 * GIB, str(12 * GIB)), (1, "in force 1")])
 async def test_a_limit_of_the_driver_that_is_another_than_asked_is_not_enforced(held: int | None, words: str) -> None:
     _, told = await written(record(ShareMethod.DRIVER), context(held=held))
-    (mismatch,) = [sentence for sentence in told.not_enforced if sentence.startswith("gpu_memory_bytes")]
+    (mismatch,) = [sentence for sentence in told.mismatches if sentence.startswith("gpu_memory_bytes")]
     assert words in mismatch
 
 
@@ -156,7 +156,7 @@ async def test_a_share_of_the_compute_by_mps_holds_only_processes_that_keep_thei
 async def test_without_the_server_s_directory_a_share_of_the_compute_is_not_in_force() -> None:
     """It was configured when the lease was granted, and is no more."""
     _, told = await written(record(ShareMethod.MPS, sm_percent=20), context(pipes=None))
-    assert [words for words in told.not_enforced if words.startswith("gpu_sm_percent")]
+    assert [words for words in told.mismatches if words.startswith("gpu_sm_percent")]
 
 
 def test_a_part_that_nobody_looked_at_is_told_as_unread_and_not_passed_over() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import socket
+from typing import cast
 
 import pytest
 
@@ -58,6 +59,36 @@ def test_what_comes_before_the_answer_is_passed_over_and_fields_add_up() -> None
     head = read_head(reader(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 201 Created\r\nWarning: a\r\nwarning: b\r\n\r\n"))
     assert head.status == 201
     assert head.fields["warning"] == "a, b"
+
+
+class InPieces(io.RawIOBase):
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = [*pieces]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        piece = self._pieces.pop(0) if self._pieces else b""
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 6\r\n\r\na\r\n\r\nb"],
+        [b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 6\r\n\r", b"\na\r\n\r\nb"],
+        [b"HTTP/1.1 200 OK\r", b"\nA: ", b"b\r\nContent-Length: 6", b"\r\n\r\na\r\n", b"\r\nb"],
+        [b"HTTP/1.1 200 OK\nA: b\nContent-Length: 6\n\na\r\n\r\nb"],
+        [b"HTTP/1.1 200 OK\r\nA: b\nContent-Length: 6\r\n\na\r\n\r\nb"],
+    ],
+)
+def test_a_head_ends_at_its_empty_line_however_it_comes(pieces: list[bytes]) -> None:
+    answer = cast("io.BufferedReader", io.BufferedReader(InPieces(*pieces)))
+    head = read_head(answer)
+    assert head.fields == {"a": "b", "content-length": "6"}
+    assert read_body(answer, head) == b"a\r\n\r\nb"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +149,8 @@ def test_a_connection_with_more_than_its_answer_is_not_used_again(surplus: bytes
         (b"SSH-2.0-OpenSSH\r\n", http.client.BadStatusLine),
         (b"HTTP/1.1 many\r\n\r\n", http.client.BadStatusLine),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000, http.client.LineTooLong),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, http.client.HTTPException),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 20_000 + b"\r\n", http.client.HTTPException),
+        (b"HTTP/1.1 200 OK\n" + b"X: y\n" * 200 + b"\n", http.client.HTTPException),
     ],
 )
 def test_what_is_no_answer_is_an_error(answer: bytes, error: type[Exception]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +15,14 @@ import pytest
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
+from nodeservice.lifecycle import driver
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.ports import ContainerState
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
-from nodeservice.testing.fake_runtime import FakeImage
+from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, spec
 
 T = AttemptId("t")
@@ -212,6 +216,102 @@ async def test_what_started_before_its_start_could_be_journalled_can_be_stopped(
     assert record.verdict.reason is Reason.CANCELLED
 
 
+class SlowRuntime(FakeRuntime):
+    """Its engine is at a start until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__(images={"demo": FakeImage(holds=True)})
+        self.starting, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def start(self, container_id: str) -> ContainerState:
+        self.starting.set()
+        await self.go_on.wait()
+        return await super().start(container_id)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_stop_that_cannot_be_journalled_while_the_engine_is_at_the_start_ends_what_it_then_starts(
+    world: World, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr(driver, "_UNWRITTEN_SECONDS", 0.01)
+    world.runtime, world.journal = runtime, journal = SlowRuntime(), HeldJournal()
+    async with living(world) as node:
+        await node.assign(spec())
+        await runtime.starting.wait()
+        journal.full = not hangs
+        if hangs:
+            journal.free.clear()
+        asked = cancel(node)
+        await node.until(
+            lambda: [name for name, _ in runtime.calls].count("stop") > 1
+        )  # in vain, as it does not run yet
+        runtime.go_on.set()
+        await node.until(lambda: "start" in [name for name, _ in runtime.calls] and not runtime.running)
+        assert node.phase(T) is Phase.STARTING
+        assert not asked.done()
+        journal.full = False
+        journal.free.set()
+        await asked
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [report.id for report in world.uplink.reports] == [T]
+
+
+class RuntimeLostAtTheStart(FakeRuntime):
+    """Its engine goes away when it has started a container, before it says so."""
+
+    def __init__(self) -> None:
+        super().__init__(images={"demo": FakeImage(holds=True)})
+
+    async def start(self, container_id: str) -> ContainerState:
+        is_first = self.is_untouched(container_id)
+        state = await super().start(container_id)
+        if is_first:
+            self.unavailable = True
+            raise TransientError("it closed the connection", reason="ENGINE_UNAVAILABLE")
+        return state
+
+
+class CgroupsOfARuntime(NoTaskCgroups):
+    def __init__(self, runtime: FakeRuntime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    async def kill(self, id_: AttemptId) -> None:
+        for container_id in self._runtime.running:
+            self._runtime.finish(container_id, 137)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_while_it_is_away(
+    world: World, is_restarted: bool
+) -> None:
+    world.runtime = runtime = RuntimeLostAtTheStart()
+    cgroups = CgroupsOfARuntime(runtime)
+    if not is_restarted:
+        world.cgroups = cgroups
+    async with contextlib.AsyncExitStack() as lives:
+        node = await lives.enter_async_context(living(world))
+        await node.assign(spec())
+        await node.until(lambda: bool(runtime.running))
+        assert node.phase(T) is Phase.STARTING
+        await cancel(node)
+        if is_restarted:
+            assert runtime.running
+            await lives.aclose()
+            world.cgroups = cgroups
+            node = await lives.enter_async_context(living(world))
+        await node.until(lambda: not runtime.running)
+        assert runtime.unavailable
+        assert node.phase(T) is (Phase.COLLECTING if is_restarted else Phase.STARTING)
+        runtime.unavailable = False
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [report.id for report in world.uplink.reports] == [T]
+
+
 async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:
     journal = UnsyncedJournal()
     world.journal = journal
@@ -276,6 +376,67 @@ def test_a_kept_copy_that_was_being_dropped_when_the_node_died_tells_where_it_we
     assert bundles.moved_to(spec()) == "memory://t/1"
     bundles.discard_kept(spec(), "memory://t/1")
     assert sorted(path.name for path in kept.iterdir()) == [MOVED_NAME]
+
+
+@pytest.mark.parametrize("keeps_in_the_store", [True, False])
+async def test_results_in_whose_place_others_lie_are_set_aside_and_told(world: World, keeps_in_the_store: bool) -> None:
+    """Two masters share the directory and give out the same id: no try will ever end otherwise."""
+    world.keeps_in_the_store = keeps_in_the_store
+    for store in (world.store, world.kept):
+        store.stored["t/1"] = {"manifest.json": b"another master's"}
+    async with living(world) as node:
+        await node.assign(spec())
+        record = await node.until_finished(T)
+        aside = world.path / "state" / "salvage" / "t.1"
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.RESULTS_NOT_STORED
+        assert record.verdict.exit_code == 0
+        assert record.result_location == aside.as_uri()
+        assert f"in {aside} on this host, since they can't be stored: other results" in record.remarks[-1]
+        assert (aside / "stdout.log").read_bytes() == b"hello"
+        assert (aside / "manifest.json").exists()
+        assert not node.dirs.root(T).exists()
+    assert world.store.stored["t/1"] == {"manifest.json": b"another master's"}
+    assert len(world.uplink.reports) == 1
+
+
+@pytest.mark.parametrize("keeps_in_the_store", [True, False])
+async def test_results_that_are_not_whole_any_more_are_set_aside_and_told(
+    world: World, keeps_in_the_store: bool
+) -> None:
+    world.keeps_in_the_store = keeps_in_the_store
+    world.store.block()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: world.store.put_count == 1)
+        (node.dirs.root(T) / "stdout.log").write_bytes(b"rot")
+        world.store.unblock()
+        record = await node.until_finished(T)
+        assert "is not what was collected" in record.remarks[-1]
+        assert (world.path / "state" / "salvage" / "t.1" / "stdout.log").exists()
+    assert world.store.stored == {}
+
+
+@pytest.mark.parametrize("is_set_aside", [True, False])
+async def test_a_node_that_died_once_it_had_set_results_aside_tells_where_they_are(
+    world: World, is_set_aside: bool
+) -> None:
+    """And one whose work directory somebody removed says that."""
+    world.store.block()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: world.store.put_count == 1)
+        await node.driver.settled()
+    aside = node.dirs.salvage(T)
+    assert aside is not None
+    if not is_set_aside:
+        shutil.rmtree(aside)
+    async with living(world) as node:
+        record = await node.until_finished(T)
+    assert record.result_location == (aside.as_uri() if is_set_aside else "")
+    assert (str(aside) in record.remarks[-1]) is is_set_aside
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.RESULTS_NOT_STORED
 
 
 def test_a_task_cannot_claim_that_its_results_have_moved() -> None:

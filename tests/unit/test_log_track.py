@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
@@ -142,6 +143,15 @@ def test_a_log_that_was_read_late_is_whole_for_certain_only_if_it_does_not_fill_
     assert not small.may_lack(BOUND_BYTES)
     told(large, [records(0, engine_bytes=BOUND_BYTES)])
     assert large.may_lack(BOUND_BYTES)
+
+
+def test_what_was_written_before_the_engine_came_to_read_counts_as_read_late() -> None:
+    track = LogTrack()
+    time.sleep(0.001)
+    asked = (datetime.now(UTC) - BEGUN).total_seconds()
+    time.sleep(0.001)
+    told(track, [records(asked, engine_bytes=BOUND_BYTES // 2), records(asked + 1e-6, engine_bytes=BOUND_BYTES // 2)])
+    assert track.may_lack(BOUND_BYTES)
 
 
 def test_a_log_that_was_read_from_its_start_is_whole_however_large() -> None:

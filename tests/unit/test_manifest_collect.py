@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from nodeservice.core.model import Manifest
-from nodeservice.errors import NodeFaultError
+from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results.collect import collect
 from nodeservice.results.source import VerifiedReader
@@ -99,6 +101,8 @@ def test_pipes_sockets_and_devices_do_not_hang_the_walk(results: Path, monkeypat
         (b"bad\xff.txt", "bad\\xff.txt: the name is not valid UTF-8"),
         (b"new\nline", "new\\nline: the name contains control characters"),
         (b"\x1b[31mred", "\\x1b[31mred: the name contains control characters"),
+        (b" .", " .: stores take a part of the name for a dot component"),
+        (b"..\\a", "..\\a: stores take a part of the name for a dot component"),
     ],
 )
 def test_names_that_cannot_be_stored_are_skipped_and_said(results: Path, name: bytes, shown: str) -> None:
@@ -190,3 +194,13 @@ def test_a_file_that_changed_after_collection_is_never_handed_out_whole(results:
         got.extend(iter(lambda: reader.read(3), b""))
     assert caught.value.reason == "RESULT_CHANGED"
     assert sum(map(len, got)) < 8
+
+
+def test_a_lack_of_descriptors_is_no_change_of_a_file(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former passes; what has changed is never stored any more."""
+    (results / "a").write_bytes(b"1")
+    _, (file,) = run(results)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", Mock(side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+        with pytest.raises(TransientError), VerifiedReader(file) as reader:
+            reader.read()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nodeservice.errors import ConfigError
+from nodeservice.core.model import AttemptId, Resources, TaskSpec
+from nodeservice.errors import ConfigError, TransientError
+from nodeservice.results import file, manifest
 from nodeservice.results.access import S3Access
 from nodeservice.results.choose import open_result_store
 from nodeservice.results.file import FileResultStore
@@ -102,3 +106,29 @@ def test_a_full_directory_is_tried_again_and_nothing_half_stays_there(tmp_path: 
         [unshare, "-m", "sh", "-c", script, "sh", *arguments], capture_output=True, text=True, check=False, timeout=60
     )
     assert child.stdout == "STORE_FULL []\n", child.stderr
+
+
+async def test_results_that_are_there_already_are_made_durable_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The put before was cut off, or its disk failed, between the rename and what makes it last."""
+    work, root = tmp_path / "work", tmp_path / "stored"
+    (work / "results").mkdir(parents=True)
+    collected, _ = manifest.collect(work / "results", work / "stdout.log", task_id="t", attempt=1)
+    manifest.write_local(work, collected)
+    spec = TaskSpec(id=AttemptId("t"), image="i", request=Resources(), pids_limit=1, fingerprint="f")
+    bundle = manifest.bundle_from(work, spec, "w")
+    store = FileResultStore(root)
+    synced: list[Path] = []
+
+    def fails_once_renamed(directory: Path) -> None:
+        if (root / "t" / "1").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(file, "_sync_directory", fails_once_renamed)
+    with pytest.raises(TransientError):
+        await store.put(bundle)
+    monkeypatch.setattr(file, "_sync_directory", synced.append)
+    assert await store.put(bundle) == (root / "t" / "1").as_uri()
+    await store.close()
+    assert {root / "t", root} <= set(synced)

@@ -74,6 +74,7 @@ def test_an_id_is_always_safe_as_one_component_of_a_path(text: str) -> None:
         ({"req_gpu": 1, "gpu": pb.GpuRequest(mig_profile="; rm")}, "gpu.mig_profile"),
         ({"req_gpu": 0.5, "gpu": pb.GpuRequest(mig_profile="1g.18gb")}, "gpu.mig_profile"),
         ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=["0"])}, "gpu.uuids"),
+        ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=["GPU-0000000A-0000-0000-0000-000000000000"])}, "gpu.uuids"),
         ({"req_gpu": 1, "gpu": pb.GpuRequest(uuids=[UUID, UUID])}, "gpu.uuids"),
         ({"req_gpu": 2, "gpu": pb.GpuRequest(uuids=[UUID])}, "gpu.uuids"),
         ({"req_gpu": 1, "gpu": pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB))}, "gpu.share"),
@@ -135,6 +136,11 @@ def test_an_exact_field_wins_over_a_rounded_old_one() -> None:
         {"timeout_seconds": 800 * 86400.0},
         {"wait_timeout_seconds": -1.0},
         {"read_bytes_per_second": 5},
+        {"command": "x" * 128 * 1024},
+        {"argv": ["a", "\0"]},
+        {"env": [pb.EnvVar(name="1 bad", value="x")]},
+        {"env": [pb.EnvVar(name="A", value="x" * 128 * 1024)]},
+        {"env": [pb.EnvVar(name=f"A{i}") for i in range(1001)]},
     ],
 )
 def test_what_no_node_takes_for_its_value_alone_is_refused_at_once_and_in_the_same_words(
@@ -164,6 +170,12 @@ def test_a_number_below_one_is_a_part_of_a_gpu_and_a_description_is_read() -> No
     )
     part = pb.GpuRequest(share=pb.GpuShare(memory_bytes=GIB, sm_percent=30))
     assert check_task(task(gpu=part)).gpus == GpuWish(part_memory_bytes=GIB, part_sm_percent=30)
+
+
+@pytest.mark.parametrize("profile", ["1g.18gb", "1c.3g.71gb", "1g.24gb+me.all", "1g.24gb-me", "4g.96gb+gfx"])
+def test_mig_profiles_that_nodes_know_are_known_here(profile: str) -> None:
+    asked = task(req_gpu=1, gpu=pb.GpuRequest(mig_profile=profile))
+    assert check_task(asked).gpus == GpuWish(count=1, mig_profile=profile)
 
 
 def test_an_empty_description_asks_for_no_gpu() -> None:
@@ -221,7 +233,14 @@ def test_the_exact_allocatable_amounts_win() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"total_cpu": math.nan}, {"total_memory": -1.0}, {"total_storage": 1e300}, {"total_gpu": math.inf}]
+    "fields",
+    [
+        {"total_cpu": math.nan},
+        {"total_memory": -1.0},
+        {"total_storage": 1e300},
+        {"total_gpu": math.inf},
+        {"total_gpu": 1e10},
+    ],
 )
 def test_a_node_with_impossible_amounts_is_refused(fields: dict[str, float]) -> None:
     with pytest.raises(RequestError):

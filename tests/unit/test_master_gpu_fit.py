@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -87,6 +88,24 @@ def test_a_part_is_possible_only_where_the_node_says_that_a_task_is_kept_to_it(
     methods: tuple[str, ...], wish: dict[str, object], can: bool
 ) -> None:
     assert GpuRoom((replace(H200, share_methods=methods),)).could(GpuWish(**wish)) is can  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("profile", "memory_milli", "milli", "can"),
+    [
+        ("1g.6gb", 246, 250, True),  # an A30
+        ("2g.12gb", 497, 500, True),
+        ("1g.24gb", 498, 500, True),  # an RTX PRO 5000
+        ("2g.35gb", 247, 250, True),
+        ("3g.71gb", 494, 450, False),
+        ("1g.18gb", 116, 200, False),
+    ],
+)
+def test_a_mig_instance_is_as_large_a_part_as_its_gpu_has_slices(
+    profile: str, memory_milli: int, milli: int, can: bool
+) -> None:
+    instance = replace(MIG, mig_profile=profile, memory_milli=memory_milli)
+    assert GpuRoom((instance,)).could(GpuWish(part_milli=milli)) is can
 
 
 def test_the_least_capable_gpu_that_will_do_is_taken_first() -> None:
@@ -184,6 +203,15 @@ def test_what_was_given_since_is_taken_off_and_what_ended_since_is_free() -> Non
     assert [u.uuid for u in room_of(units, "", untold=[one], ended=[ended]).free(one)] == ["GPU-2"]
 
 
+@pytest.mark.parametrize("hostile", [math.nan, math.inf, -math.inf, 1e308, -1.0])
+def test_a_node_may_send_any_number_as_what_a_task_that_ended_held(hostile: float) -> None:
+    units = units_told([told(1, 600)])
+    assert units is not None
+    ended = pb.RunningTask(task_id="t", gpu_uuids=["GPU-1"], gpu_allocated=hostile)
+    (unit,) = room_of(units, "", untold=[], ended=[ended]).units
+    assert unit.held_milli == (0 if hostile > 0 else 600)
+
+
 def a_node(*gpus: pb.GpuInfo, listed: Sequence[pb.RunningTask] = ()) -> Node:
     made = Node(
         worker_id="w", address="a", info=pb.WorkerInfo(), capacity=PLENTY, allocatable=PLENTY, registered_at_ms=0,
@@ -219,7 +247,7 @@ units = st.builds(
     memory_bytes=st.sampled_from([10_000, 20_000]),
     compute_capability=st.sampled_from([(7, 5), (9, 0)]),
     mig_profile=st.sampled_from(["", "", "", "1g.5gb"]),
-    memory_milli=st.sampled_from([125, 1000]),
+    memory_milli=st.sampled_from([60, 125]),
     counts=st.booleans(),
     unwell=st.sampled_from(["", "", "", "lost"]),
     held_milli=st.sampled_from([0, 0, 0, 300, 1000]),
@@ -315,19 +343,25 @@ def request_of(wish: GpuWish) -> Request:
 # ---- the node decides by the same rules ----------------------------------------------------------------------------------
 
 
-def gpu(number: int, *, gib: int, split: bool, mode: int, name: str) -> Gpu:
+LAYOUTS = {7: (8, ("3g.71gb", 3), ("1g.18gb", 1)), 4: (4, ("2g.12gb", 2), ("1g.6gb", 1)), 2: (2, ("1g.24gb", 1))}
+"""By the slices of the compute: the slices of the memory, and some profiles with the slices that they have of both."""
+
+
+def gpu(number: int, *, gib: int, split: bool, mode: int, name: str, slices: int) -> Gpu:
+    of_memory, *profiles = LAYOUTS[slices]
     instances = tuple(
         MigInstance(
             uuid=f"MIG-00000000-0000-0000-0000-{number:06d}{index:06d}", name=f"{name} MIG {profile}", profile=profile,
-            memory_total_bytes=gib * GIB * slices // 8, gpu_instance_id=index, compute_instance_id=0,
-            compute_slice_count=slices,
+            memory_total_bytes=gib * GIB * count // of_memory, gpu_instance_id=index, compute_instance_id=0,
+            compute_slice_count=count,
         )
-        for index, (profile, slices) in enumerate((("3g.71gb", 3), ("1g.18gb", 1)))
+        for index, (profile, count) in enumerate(profiles)
     )  # fmt: skip
     return Gpu(
         uuid=f"GPU-00000000-0000-0000-0000-{number:012d}", name=name, memory_total_bytes=gib * GIB,
         memory_reserved_bytes=GIB, compute_capability=(9, 0) if gib > 20 else (7, 5), mig_enabled=split,
         mig_instances=instances if split else (), compute_mode=mode, memory_limits=number % 2 == 0,
+        mig_slice_count=slices,
     )  # fmt: skip
 
 
@@ -339,6 +373,7 @@ inventories = st.lists(
         split=st.booleans(),
         mode=st.sampled_from([0, 0, 2, 3]),
         name=st.sampled_from(NAMES),
+        slices=st.sampled_from(sorted(LAYOUTS)),
     ),
     min_size=1,
     max_size=4,
@@ -364,6 +399,7 @@ requests = st.tuples(
         share=st.sampled_from(
             [
                 GpuShare(milli=100),
+                GpuShare(milli=250),
                 GpuShare(milli=385),
                 GpuShare(milli=450),
                 GpuShare(memory_bytes=159 * GIB // 2),

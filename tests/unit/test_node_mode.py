@@ -11,7 +11,7 @@ from nodeservice.errors import CapacityError, TransientError
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
-from tests.unit.node_harness import LiveNode, World, living, spec
+from tests.unit.node_harness import LiveNode, World, living, running, spec
 
 T = AttemptId("t")
 
@@ -27,16 +27,10 @@ async def keeper_of(node: LiveNode) -> ModeKeeper:
     return keeper
 
 
-async def running(node: LiveNode) -> str:
-    await node.assign(spec())
-    await node.until(lambda: node.phase(T) is Phase.RUNNING)
-    return node.world.runtime.running[0]
-
-
 async def test_a_cordoned_node_refuses_new_tasks_and_goes_on_with_those_it_has(world: World) -> None:
     async with living(world) as node:
         keeper = await keeper_of(node)
-        container = await running(node)
+        container = await running(node, spec())
         await keeper.set(Mode.CORDONED)
         with pytest.raises(CapacityError) as caught:
             await node.assign(spec("late"))
@@ -52,7 +46,7 @@ async def test_a_cordoned_node_refuses_new_tasks_and_goes_on_with_those_it_has(w
 async def test_a_repeated_assignment_is_answered_as_before_although_the_node_is_cordoned(world: World) -> None:
     async with living(world) as node:
         keeper = await keeper_of(node)
-        await running(node)
+        await running(node, spec())
         await keeper.set(Mode.CORDONED)
         assert (await node.assign(spec())).id == T
 
@@ -73,7 +67,7 @@ async def test_what_still_runs_at_the_deadline_of_a_drain_is_ended_as_drained(wo
         keeper = await keeper_of(node)
         work = asyncio.create_task(keeper.run())
         try:
-            await running(node)
+            await running(node, spec())
             await keeper.set(Mode.DRAINING)
             await asyncio.sleep(0.05)
             assert node.phase(T) is Phase.RUNNING, "without a deadline it may finish"

@@ -106,7 +106,7 @@ def test_what_the_workers_file_proposes_is_valid(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
     file.write_text(commented_in((PACKAGING / "config" / "node.toml").read_text()))
     config = load_config(file, {}, {})
-    assert (config.uses_tls, config.insecure, config.master) == (True, False, "master.example.org:50051")
+    assert (config.tls_cert is None, config.insecure, config.master) == (False, False, "master.example.org:50051")
 
 
 @pytest.mark.parametrize("as_proposed", [False, True])

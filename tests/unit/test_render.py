@@ -23,11 +23,15 @@ NOTHING: dict[str, object] = {
 }  # fmt: skip
 
 
-def test_the_last_heartbeat_of_a_node_is_shown_to_the_second(capsys: pytest.CaptureFixture[str]) -> None:
-    view = pb.NodeView(worker_id="node-1", state="ACTIVE", last_heartbeat_unix_ms=1_764_000_000_123)
+def test_the_last_heartbeat_of_a_node_is_shown_to_the_second_and_its_version(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = pb.NodeView(
+        worker_id="node-1", state="ACTIVE", last_heartbeat_unix_ms=1_764_000_000_123, node_version="0.1.0"
+    )
     show_nodes([node_document(view), node_document(pb.NodeView(worker_id="never-heard"))])
     lines = capsys.readouterr().out.splitlines()
-    assert next(line.rstrip() for line in lines if "node-1" in line).endswith(" 11-24 16:00:00")
+    assert next(line.rstrip() for line in lines if "node-1" in line).endswith(" 11-24 16:00:00  0.1.0")
     assert "16:00" not in next(line for line in lines if "never-heard" in line)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.limits import tree_walk
 from nodeservice.limits.tree_walk import walk
 
 DEEP = 2_000
@@ -98,3 +104,81 @@ def test_removal_takes_any_tree_apart(tmp_path: Path) -> None:
     assert not tree.exists()
     assert (kept / "file").exists()
     assert open_files() == before
+
+
+def test_removal_takes_apart_subvolumes_of_btrfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a descriptor shows what was there when it was opened, and only a subvolume leaves the one that it is in."""
+    tree = tmp_path / "tree"
+    subvolumes = set()
+    for below in ("", "s/d/e/", "s/d/e/s/d/e/"):
+        (tree / below / "s/d/e").mkdir(parents=True)
+        (tree / below / "s/d/e/file").touch()
+        subvolumes.add((tree / below / "s").stat().st_ino)
+    open_, scandir, rename = os.open, os.scandir, os.rename
+    shown: dict[int, list[str]] = {}
+
+    def opening(path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        fd = open_(path, flags, dir_fd=dir_fd)
+        shown[fd] = os.listdir(fd)
+        return fd
+
+    @contextlib.contextmanager
+    def listing(fd: int) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(fd) as entries:
+            yield (entry for entry in entries if entry.name in shown[fd])
+
+    def holder(fd: int) -> int:
+        place = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        return next((number for up in (place, *place.parents) if (number := up.stat().st_ino) in subvolumes), 0)
+
+    def renaming(name: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        is_free = os.stat(name, dir_fd=src_dir_fd).st_ino in subvolumes
+        if not is_free and holder(src_dir_fd) != holder(dst_dir_fd):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    before = open_files()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", opening)
+        patched.setattr(os, "scandir", listing)
+        patched.setattr(os, "rename", renaming)
+        remove_tree(tree)
+    assert not tree.exists()
+    assert open_files() == before
+
+
+def test_a_walk_enters_subvolumes_of_btrfs_and_no_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have a device number of their own; any task may make the former, to hide there what it writes."""
+    for name in ("sub", "mounted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"file of {name}").touch()
+
+    def disguised(status: os.stat_result, path: str) -> os.stat_result:
+        device = next(
+            (number for number, name in enumerate(("sub", "mounted"), 1) if f"/{name}" in path), status.st_dev
+        )
+        return os.stat_result((*status[:2], device, *status[3:]))
+
+    class Found:
+        def __init__(self, entry: os.DirEntry[str], directory: str) -> None:
+            self.name = entry.name
+            self._seen = disguised(entry.stat(follow_symlinks=False), f"{directory}/{entry.name}")
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            return self._seen
+
+    def place(fd: int) -> str:
+        return os.readlink(f"/proc/self/fd/{fd}").removeprefix(str(tmp_path))
+
+    fstat, scandir = os.fstat, os.scandir
+
+    @contextlib.contextmanager
+    def listing(fd: int) -> Iterator[list[Found]]:
+        with scandir(fd) as entries:
+            yield [Found(entry, place(fd)) for entry in entries]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda fd: disguised(fstat(fd), place(fd)))
+        patched.setattr(os, "scandir", listing)
+        patched.setattr(tree_walk, "_mount_of", lambda level: place(level.descriptor).replace("/sub", ""))
+        assert [entry.name for entry in walk(tmp_path)] == [".", "file of sub"]

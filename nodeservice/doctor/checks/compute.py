@@ -54,7 +54,7 @@ def judge_cpu(seen: Seen) -> Sequence[Finding]:
     state, held = in_force(seen, "cpu_milli")
     record = seen.record
     used = record.usage.cpu_seconds if record else None
-    seconds = run_seconds(seen)
+    seconds = seen.run_seconds
     if used is None or seconds is None:
         evidence = f"{held}; the CPU time of 8 busy loops could not be read"
         return [Finding(limit="CPU", state=state, evidence=evidence, remedy=_without_cgroup(state))]
@@ -113,15 +113,6 @@ def judge_exclusive(seen: Seen) -> Sequence[Finding]:
         return missing
     state, held = in_force(seen, "cpu_ids")
     return [Finding(limit="exclusive CPUs", state=state, evidence=held, remedy="" if state is State.HARD else remedy)]
-
-
-def run_seconds(seen: Seen) -> float | None:
-    """From the container's start to its end as this service saw it."""
-    record = seen.record
-    ended_at = next((timing.ended_at for timing in record.timings if timing.name == "run"), None) if record else None
-    if record is None or ended_at is None or record.started_at is None:
-        return None
-    return (ended_at - record.started_at).total_seconds()
 
 
 def _without_cgroup(state: State) -> str:

@@ -24,6 +24,7 @@ _REMEDY = (
     " default-runtime to runc, and accept-nvidia-visible-devices-envvar-when-unprivileged = false in"
     " /etc/nvidia-container-runtime/config.toml"
 )
+_DRIVER_REMEDY = "do what the finding says; `nvidia-smi` has to list every GPU of this host"
 
 
 def probes(patience: float = 1.0) -> tuple[Probe, ...]:
@@ -46,12 +47,20 @@ def judge_unasked(seen: Seen) -> Sequence[Finding]:
 
 
 def judge_access(
-    gpu_count: int, *, words: str, is_possible: bool, passed_over: Sequence[str], remedy: str
+    gpu_count: int,
+    *,
+    trouble: Sequence[str] = (),
+    words: str,
+    is_possible: bool,
+    passed_over: Sequence[str],
+    remedy: str,
 ) -> list[Finding]:
-    """How the GPUs of this host are handed; nothing to say of a host without any."""
+    """How the GPUs of this host are handed, and what is wrong with their driver; nothing to say of a host without any."""
+    found = [Finding(limit="GPU driver", state=State.MISSING, evidence=what, remedy=_DRIVER_REMEDY) for what in trouble]
     if not gpu_count:
-        return []
+        return found
     if not is_possible:
-        return [Finding(limit="GPUs", state=State.MISSING, evidence=f"the engine hands them {words}", remedy=remedy)]
+        evidence = f"the engine hands them {words}"
+        return [*found, Finding(limit="GPUs", state=State.MISSING, evidence=evidence, remedy=remedy)]
     why = f" ({'; '.join(passed_over)})" if passed_over else ""
-    return [Finding(limit="GPUs", state=State.HARD, evidence=f"{gpu_count} handed {words}{why}")]
+    return [*found, Finding(limit="GPUs", state=State.HARD, evidence=f"{gpu_count} handed {words}{why}")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nodeservice.core.model import MIB
-from nodeservice.doctor.checks.compute import run_seconds
 from nodeservice.doctor.finding import Finding, State
 from nodeservice.doctor.probe import Probe, Seen, in_force, not_tried
 
@@ -26,7 +25,7 @@ def judge_io(seen: Seen) -> Sequence[Finding]:
     if missing := not_tried(seen, ["block I/O"], _REMEDY):
         return missing
     state, held = in_force(seen, "write_bytes_per_second")
-    seconds = run_seconds(seen)
+    seconds = seen.run_seconds
     evidence = held
     if "written" in seen.log and seconds is not None:
         evidence = f"{_WRITTEN_BYTES} bytes took {seconds:.2f} s at {_RATE} bytes per second, past the cache ({held})"

@@ -24,8 +24,7 @@ def probes(patience: float = 1.0) -> tuple[Probe, ...]:
 def judge_time(seen: Seen, *, late_seconds: float = _LATE_SECONDS) -> Sequence[Finding]:
     if missing := not_tried(seen, ["time"], "see the message"):
         return missing
-    record = seen.record
-    ended_at = next((t.ended_at for t in record.timings if t.name == "run"), None) if record else None
+    record, ended_at = seen.record, seen.ended_at
     if seen.reason is not Reason.DEADLINE or record is None or record.deadline_at is None or ended_at is None:
         evidence = f"a task with {_RUN_SECONDS:g} s ended with {seen.reason}: {seen.message}"
         return [Finding(limit="time", state=State.FAILED, evidence=evidence)]

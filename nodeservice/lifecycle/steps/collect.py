@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import structlog
@@ -12,6 +11,7 @@ from nodeservice.core.model import Collected, TaskRecord, Usage
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
+from nodeservice.lifecycle.patience import back_off
 from nodeservice.lifecycle.steps.run import make_sure_it_ended
 from nodeservice.ports import ResultBundle
 
@@ -52,7 +52,7 @@ async def _drain_log(context: Context, record: TaskRecord, container_id: str) ->
             log.error("log.not_drained", task_id=record.id.task_id, failures=failures, error=str(error))
             if failures >= context.settings.collect_attempt_count:
                 return str(error)
-            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(context.clock, context.settings.step_backoff, failures)
         else:
             return None
 
@@ -65,7 +65,7 @@ async def _bill(context: Context, record: TaskRecord, counted: Usage) -> Usage:
         disk_peak_bytes=written.peak_bytes if written is not None else None,
         network_received_bytes=record.usage.network_received_bytes,
         network_sent_bytes=record.usage.network_sent_bytes,
-        gpus=context.gpus.usage(record.id),
+        gpus=context.gpus.usage(record.id) if record.lease.gpu_uuids else (),
     )
 
 
@@ -81,7 +81,7 @@ async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
             log.error("results.collect_failed", task_id=record.id.task_id, failures=failures, error=str(error))
             if failures >= context.settings.collect_attempt_count:
                 raise
-            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(context.clock, context.settings.step_backoff, failures)
 
 
 def _collected(context: Context, record: TaskRecord, bundle: ResultBundle) -> Collected:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ import structlog
 from nodeservice.core.model import AttemptId, Reason
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.lifecycle.context import Context
-from nodeservice.lifecycle.patience import Patience
+from nodeservice.lifecycle.patience import Patience, back_off
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -40,7 +39,7 @@ async def persist(context: Context, call: Callable[[], Awaitable[T]]) -> T:
                     hint="check the engine on this node",
                 ) from error
             log.warning("engine.retry", failures=failures, error=str(error))
-            await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(context.clock, context.settings.step_backoff, failures)
             failures += 1
 
 
@@ -59,5 +58,5 @@ async def until_done(context: Context, id_: AttemptId, doing: str, work: Callabl
             log.warning("task.bound_failed", error=str(error), **story)
         except Exception:
             log.exception("task.bound_failed", **story)
-        await context.clock.sleep(context.settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+        await back_off(context.clock, context.settings.step_backoff, failures)
         failures += 1

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import PullPolicy, Reason, TaskRecord
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
-from nodeservice.lifecycle.patience import Patience
+from nodeservice.lifecycle.patience import Patience, back_off
 from nodeservice.lifecycle.steps import prepare
 from nodeservice.lifecycle.steps.failure import reason_of
 from nodeservice.ports import PulledImage
@@ -48,7 +46,7 @@ async def fetch(context: Context, record: TaskRecord, name: str, *, policy: Pull
             if failures >= settings.pull_attempt_count or patience.is_over:
                 message = f"gave up after {failures} tries: {error.message}"
                 raise TransientError(message, reason=error.reason, hint=error.hint) from error
-            await clock.sleep(settings.step_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(clock, settings.step_backoff, failures)
         else:
             await context.images.used(record.id, image)
             return image

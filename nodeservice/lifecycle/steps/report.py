@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.patience import back_off
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +22,6 @@ async def report(context: Context, record: TaskRecord) -> ev.Event:
             failures += 1
             if failures in (1, 10) or failures % 100 == 0:
                 log.warning("report.not_delivered", task_id=record.id.task_id, failures=failures, error=str(error))
-            await context.clock.sleep(context.settings.report_backoff.delay(failures, random.random()))  # noqa: S311
+            await back_off(context.clock, context.settings.report_backoff, failures)
         else:
             return ev.ReportAcknowledged(at=context.clock.now())

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import AttemptId, PullPolicy, Reason, StopCause, StopRequest, TaskRecord, Usage
+from nodeservice.core.model import AttemptId, Phase, PullPolicy, Reason, StopCause, TaskRecord, Usage
 from nodeservice.core.verdict import has_no_grace
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context, Ended
@@ -17,7 +17,8 @@ from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import gpus, prepare, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of, until_done
 from nodeservice.limits.gpu_view import read_gpu_uuids
-from nodeservice.ports import ContainerSpec, ContainerState, DiskUse, Mount, labels
+from nodeservice.limits.receipt import receipt
+from nodeservice.ports import ContainerSpec, ContainerState, Mount, labels
 
 log = structlog.get_logger(__name__)
 _STUCK_LOOK_SECONDS = 1.0
@@ -138,7 +139,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         readings += context.processes.readings(state.pid)
         if record.lease.gpu_uuids:
             readings.append(await read_gpu_uuids(state.pid, _inside(context, container_id)))
-    receipt = context.receipt(
+    told = receipt(
         record.spec,
         record.lease,
         gpus=context.gpu_nodes(),
@@ -150,8 +151,8 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     return ev.ContainerStarted(
         at=context.clock.now(),
         started_at=state.started_at or context.clock.now(),
-        limits=receipt.as_dict(),
-        not_enforced=receipt.not_enforced if state.is_running else (),
+        limits=told.as_dict(),
+        not_enforced=told.mismatches if state.is_running else (),
     )
 
 
@@ -299,17 +300,12 @@ async def _bound_again(context: Context, record: TaskRecord) -> bool:
 
 async def _end_at_the_disk_limit(context: Context, driver: Driver, record: TaskRecord) -> None:
     async def end() -> bool:
-        driver.post(record.id, _disk_stop(context, record, await context.disk.crossed(record.id)))
+        used, limit = await context.disk.crossed(record.id), record.spec.request.disk_bytes
+        message = f"Wrote {used.bytes} bytes in {used.file_count} files; its disk limit is {limit} bytes."
+        driver.end(record.id, StopCause.DISK_LIMIT, message)
         return True
 
     await until_done(context, record.id, "watch its disk", end)
-
-
-def _disk_stop(context: Context, record: TaskRecord, used: DiskUse) -> ev.StopRequested:
-    now = context.clock.now()
-    limit = record.spec.request.disk_bytes
-    message = f"Wrote {used.bytes} bytes in {used.file_count} files; its disk limit is {limit} bytes."
-    return ev.StopRequested(at=now, stop=StopRequest(cause=StopCause.DISK_LIMIT, requested_at=now, message=message))
 
 
 async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
@@ -365,9 +361,15 @@ async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -
             _tell_stuck(context, driver, id_)
             await context.cgroups.kill(id_)
             await context.clock.sleep(_STUCK_LOOK_SECONDS)
+        except TransientError:
+            await context.cgroups.kill(id_)  # whatever runs there is to end, also while the engine is away
+            raise
 
 
 def _tell_stuck(context: Context, driver: Driver, id_: AttemptId) -> None:
+    known = driver.get(id_)
+    if known is not None and known.phase < Phase.RUNNING:
+        return  # the engine is silent, and whether anything runs is not known
     patience = context.settings.kill_patience_seconds
     log.error("container.stuck", task_id=id_.task_id, attempt=id_.attempt, seconds=patience)
     message = (

@@ -1,4 +1,4 @@
-"""Stores the results, or keeps them on this host until the store takes them."""
+"""Stores the results, or keeps them on this host until the store takes them; what no store can take is moved aside."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
+from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.patience import Patience
 from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
 
 _REFUSALS_BEFORE_KEEPING = 3
+_FOR_EVER = ("MANIFEST_INVALID", "RESULT_CHANGED", "RESULT_CONFLICT")
+"""Reasons that pass with no store and no time: other results lie in the place of these, or these are not whole any more."""
 
 
-async def upload(context: Context, record: TaskRecord) -> ev.Event:
+async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Try until it is stored. Past the limit, or when the store refuses us, keep the results here instead.
 
     The limit counts from the start of the phase, so a restart doesn't prolong it. Where even the directory on this host
-    takes nothing (a full disk), both are tried for ever: no report goes out before the results are safe somewhere.
+    takes nothing (a full disk), both are tried for ever: no report goes out before the results are safe somewhere. What can
+    never be stored is moved aside; so is all else where the process ends with the task.
     """
     settings = context.settings
     bundle = context.frozen.pop(record.id, None)
-    if bundle is None:
-        bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
     patience = Patience(context.clock, settings.upload_give_up_seconds, since=record.timings[-1].started_at)
     failures = refusals = 0
     while True:
         try:
+            if bundle is None:
+                bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
             return ev.ResultsStored(location=await context.store.put(bundle), at=context.clock.now())
         except (TransientError, NodeFaultError, RequestError) as error:
             context.store_in_doubt.set()
@@ -42,11 +46,13 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
             hopeless = isinstance(error, RequestError)
             over = patience.is_over or refusals >= _REFUSALS_BEFORE_KEEPING
             if hopeless or over:
-                kept = await _keep_here(
-                    context, bundle, error, will_retry=settings.retries_kept_results and not hopeless
-                )
-                if kept is not None:
+                will_retry = settings.retries_kept_results and not hopeless
+                kept = await _keep_here(context, bundle, error, will_retry=will_retry) if bundle is not None else error
+                if isinstance(kept, ev.ResultsRetained):
                     return kept
+                is_last = kept.reason in _FOR_EVER or not settings.retries_kept_results
+                if is_last and failures >= _REFUSALS_BEFORE_KEEPING:
+                    return await _set_aside(context, driver, record, kept)
             pause, left = _pause(context, failures), patience.left_seconds
             # The last try is at the limit, not one long pause after it.
             await context.clock.sleep(min(pause, left) if left > 0 else pause)
@@ -54,17 +60,31 @@ async def upload(context: Context, record: TaskRecord) -> ev.Event:
 
 async def _keep_here(
     context: Context, bundle: ResultBundle, cause: NodeServiceError, *, will_retry: bool
-) -> ev.ResultsRetained | None:
+) -> ev.ResultsRetained | NodeServiceError:
+    """What keeps them from this host is an answer too."""
     if context.fallback is None:
-        return None
+        return cause
     try:
         location = await context.fallback.put(bundle)
     except NodeServiceError as error:
         log.error("results.not_kept", task_id=bundle.spec.id.task_id, error=str(error))
-        return None
+        return error
     later = "; they are uploaded when it takes them" if will_retry else ""
     message = f"The results are complete at {location}, since the result store did not take them{later}: {cause}"
     return ev.ResultsRetained(at=context.clock.now(), location=location, message=message, will_retry=will_retry)
+
+
+async def _set_aside(
+    context: Context, driver: Driver, record: TaskRecord, cause: NodeServiceError
+) -> ev.ResultsRetained:
+    """Whoever is cut off after the move finds no work directory any more, and comes here again."""
+    await driver.settled()  # that it was collected: else it would be collected anew, from nothing
+    place = await asyncio.to_thread(context.dirs.salvage, record.id)
+    log.error("results.set_aside", task_id=record.id.task_id, place=str(place), error=str(cause))
+    where = f"What there is of the results stays in {place} on this host" if place else "The results are gone"
+    message = f"{where}, since they can't be stored: {cause}"
+    location = place.as_uri() if place else ""
+    return ev.ResultsRetained(at=context.clock.now(), location=location, message=message, will_retry=False)
 
 
 async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
