@@ -23,6 +23,7 @@ from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.lifecycle.workdir import SALVAGE, WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
+from nodeservice.limits.disk import open_task_disk
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
@@ -260,6 +261,7 @@ async def sweep_dead_runs(
                     was = "which still ran" if container.is_running else "which had ended"
                     say(f"removed the container of {directory.name}, {was}: its run was killed and left it")
                 await _remove_cgroup(runtime, directory.name)
+                await _lift_quotas(directory)
                 kept = await asyncio.to_thread(remove_run, directory)
                 log.info("run.swept", directory=str(directory))
                 if kept is not None:
@@ -302,3 +304,13 @@ async def _remove_cgroup(runtime: DockerRuntime, run_id: str) -> None:
         await cgroups.remove(AttemptId(run_id))
     finally:
         await cgroups.close()
+
+
+async def _lift_quotas(state_dir: Path) -> None:
+    """They would stay where the directories that they bound are gone."""
+    dirs, disk = WorkDirs(state_dir), open_task_disk(state_dir, None)
+    try:
+        for id_ in dirs.all():
+            await disk.remove(id_, work=dirs.results(id_))
+    finally:
+        await disk.close()

@@ -80,6 +80,16 @@ class Ledger:
         self._gpus = tuple(gpus)
 
     @property
+    def share(self) -> Resources:
+        """What all tasks may have together. A node that became smaller takes nothing from those that were granted more."""
+        granted = [holding.lease.granted for holding in self._holdings.values() if holding.compute]
+        return replace(
+            self._allocatable,
+            cpu_milli=max(self._allocatable.cpu_milli, sum(each.cpu_milli for each in granted)),
+            memory_bytes=max(self._allocatable.memory_bytes, sum(each.memory_bytes for each in granted)),
+        )
+
+    @property
     def leased(self) -> Resources:
         total = Resources()
         for holding in self._holdings.values():
