@@ -94,6 +94,7 @@ async def run_once(
             ) as parts:
                 received_at = node.clock.now()
                 trace = new_trace_ids(traceparent)
+                await node.keeper.look()  # runs that are started together choose different GPUs
                 record = await _while_all_work(parts, node.driver.assign(spec, trace=trace, received_at=received_at))
                 interrupts.accepted(record.id)
                 await _while_all_work(parts, _follow(node, record, on_log))

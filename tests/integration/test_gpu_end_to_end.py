@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -179,6 +181,43 @@ def _assert_held_once(reports: Iterable[Any]) -> None:
     runs.sort()
     for (gpu, _, end), (next_gpu, begin, _) in pairwise(runs):
         assert gpu != next_gpu or end <= begin
+
+
+async def test_what_a_node_holds_neither_inspect_nor_run_has_beside_it_and_a_dead_node_holds_nothing(
+    bench: Benches, tmp_path: Path
+) -> None:
+    async with bench() as b:
+        held = await b.run("t", gpus=1)
+        words = f"in use by worker {b.node.worker_id} (pid {b.node.process.pid}) on this host"  # type: ignore[union-attr]
+        alone = {**os.environ, **b.node.env, "NODESERVICE_STATE_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+
+        async def told(*arguments: str, **env: str) -> tuple[int | None, str]:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "nodeservice", *arguments, env=alone | env,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            out, err = await process.communicate()
+            return process.returncode, (out + err).decode()
+
+        async def shown(**env: str) -> dict[str, str]:
+            code, text = await told("inspect", "--json", **env)
+            assert code == 0, text
+            return {gpu["uuid"]: gpu["state_reason"] for gpu in json.loads(text)["gpus"] if gpu["state"] != "WELL"}
+
+        assert await shown(NODESERVICE_WORKER_ID="other") == {held[0]: words}
+        assert await shown(NODESERVICE_WORKER_ID=b.node.worker_id) == {}
+        code, text = await told("run", "--gpus", "8", "nodeservice/demo:latest", "true")
+        assert code != 0
+        assert words in text
+        await b.node.kill()
+        assert await shown(NODESERVICE_WORKER_ID="other") == {}
+        await b.node.start()
+        words = f"in use by worker {b.node.worker_id} (pid {b.node.process.pid}) on this host"  # type: ignore[union-attr]
+
+        async def again() -> bool:
+            return await shown(NODESERVICE_WORKER_ID="other") == {held[0]: words}
+
+        await eventually(again)
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
