@@ -183,6 +183,32 @@ def _assert_held_once(reports: Iterable[Any]) -> None:
         assert gpu != next_gpu or end <= begin
 
 
+async def test_runs_that_are_started_together_get_different_gpus(bench: Benches, tmp_path: Path) -> None:
+    async with bench() as b:
+        names = [f"{b.node.worker_id}-{number}" for number in range(3)]
+        env = {**os.environ, **b.node.env, "XDG_STATE_HOME": str(tmp_path)}
+        small = ("--cpus", "0.1", "--memory", "32m", "--disk", "10m", "nodeservice/demo:latest", "--", "sleep", "600")
+        runs = [
+            await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "nodeservice", "run", "--json", "--gpus", "1", "--task-id", name,
+                "--results", str(tmp_path / name), *small, env=env, stdout=asyncio.subprocess.PIPE,
+            )
+            for name in names
+        ]  # fmt: skip
+
+        def all_run() -> bool:
+            with b.daemon.client() as client:
+                return len(client.containers(filters={"name": [b.node.worker_id], "status": ["running"]})) == 3
+
+        try:
+            await eventually(all_run, seconds=60)
+        finally:
+            for one in runs:
+                one.terminate()
+            told = [json.loads((await one.communicate())[0]) for one in runs]
+        assert len({uuid for result in told for uuid in result["gpu_uuids"]}) == 3
+
+
 async def test_what_a_node_holds_neither_inspect_nor_run_has_beside_it_and_a_dead_node_holds_nothing(
     bench: Benches, tmp_path: Path
 ) -> None:
