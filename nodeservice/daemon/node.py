@@ -21,6 +21,7 @@ from nodeservice.daemon.host_policy import check_reserve, doubts, reserve, shari
 from nodeservice.daemon.host_stops import HostStops
 from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
+from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.lock import StateDirLock
@@ -75,6 +76,7 @@ class Node:
         await self.runtime.close()
         await self.capacity.close()
         await self.gpus.close()
+        self.keeper.close()
         await self.journal.close()
         await self.traces.close()
         self.lock.release()
@@ -106,6 +108,7 @@ async def build(config: NodeConfig) -> Node:
         clock=clock,
         owners=ProcOwners(),
         dirs=dirs,
+        locks=GpuLocks(config.gpu_lock_dir, worker_id=config.worker_id),
         policy=sharing_policy(config),
         board=HealthBoard(quarantine_seconds=config.gpu_quarantine_seconds),
         look_seconds=config.gpu_poll_seconds,

@@ -168,6 +168,8 @@ async def _start_once(context: Context, record: TaskRecord, container_id: str) -
         if await context.cgroups.was_used(record.id):
             await _refuse_if_forgotten(context, container_id)
         else:
+            if record.lease.gpu_uuids:
+                await _refuse_if_taken(context, record, container_id)
             # It may have gone with the host's last boot, and an engine that finds none makes one without limits.
             await context.cgroups.prepare(record.spec, record.lease.cpu_ids)
     return await context.runtime.start(container_id)
@@ -181,6 +183,13 @@ async def _refuse_if_forgotten(context: Context, container_id: str) -> None:
             reason="ENGINE_FAULT",
             hint="whether the command has run is not known, so it is not run again in this attempt",
         )
+
+
+async def _refuse_if_taken(context: Context, record: TaskRecord, container_id: str) -> None:
+    """Since it was made its GPUs were nobody's: the service that made it has ended."""
+    state = await context.runtime.find(container_id)
+    if state is not None and not state.has_run and (why := await context.gpus.ready(record)):
+        raise NodeFaultError(f"A GPU of the task could not be made ready: {why}", reason="GPU_FAULT")
 
 
 def _inside(context: Context, container_id: str) -> Callable[[Sequence[str]], Awaitable[str]]:
