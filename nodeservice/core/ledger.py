@@ -82,12 +82,12 @@ class Ledger:
     @property
     def share(self) -> Resources:
         """What all tasks may have together. A node that became smaller takes nothing from those that were granted more."""
+        has = self._allocatable
         granted = [holding.lease.granted for holding in self._holdings.values() if holding.compute]
-        return replace(
-            self._allocatable,
-            cpu_milli=max(self._allocatable.cpu_milli, sum(each.cpu_milli for each in granted)),
-            memory_bytes=max(self._allocatable.memory_bytes, sum(each.memory_bytes for each in granted)),
-        )
+        cpu_milli, memory_bytes = sum(each.cpu_milli for each in granted), sum(each.memory_bytes for each in granted)
+        if cpu_milli <= has.cpu_milli and memory_bytes <= has.memory_bytes:  # as nearly always
+            return has
+        return replace(has, cpu_milli=max(has.cpu_milli, cpu_milli), memory_bytes=max(has.memory_bytes, memory_bytes))
 
     @property
     def leased(self) -> Resources:
