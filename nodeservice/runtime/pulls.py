@@ -128,7 +128,7 @@ class ImagePulls:
     async def _present(self, image: str, name: ImageName, *, announced: str | None) -> PulledImage | None:
         def inspect(client: Any) -> dict[str, Any] | None:
             try:
-                found: dict[str, Any] = client.inspect_image(image)
+                found: dict[str, Any] = client.inspect_image(name.lookup)
             except Exception as error:
                 if is_status(error, 404):
                     return None

@@ -213,6 +213,17 @@ async def test_an_answer_of_the_registry_tells_whose_move_is_next(
         assert (type(caught.value), caught.value.reason) == (kind, reason), caught.value.message
 
 
+@pytest.mark.parametrize("form", ["{:.1}", "{:.3}", "{:.11}", "sha256:{:.4}"])
+async def test_a_name_of_few_hexadecimal_digits_is_not_taken_for_the_beginning_of_an_id(
+    runtime: DockerRuntime, docker_client: docker.APIClient, demo_image: str, form: str
+) -> None:
+    digits = docker_client.inspect_image(demo_image)["Id"].removeprefix("sha256:")
+    with pytest.raises(RequestError) as caught:
+        await runtime.pull(form.format(digits), policy=PullPolicy.NEVER)
+    assert caught.value.reason == "IMAGE_NOT_FOUND"
+    assert (await runtime.pull(digits[:12], policy=PullPolicy.NEVER)).image_id == f"sha256:{digits}"
+
+
 @pytest.mark.parametrize(
     "name", ["nodeservice/nobody-pushed-this:1", "nodeservice/nobody-pushed-this@sha256:" + 64 * "0"]
 )
