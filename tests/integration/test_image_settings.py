@@ -1,0 +1,44 @@
+"""What an image says of itself neither adds to a task nor takes from it."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+
+import docker
+import pytest
+
+from tests.integration.attack_bench import PATIENCE_SECONDS, Bench, nothing_left
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(5 * PATIENCE_SECONDS), pytest.mark.unseen]
+Make = Callable[..., str]
+
+
+@pytest.fixture
+def make(docker_client: docker.APIClient, demo_image: str) -> Iterator[Make]:
+    """Makes an image from the demo's with lines as in a Dockerfile; gone at the end."""
+    made = []
+
+    def image(*lines: str) -> str:
+        container = docker_client.create_container(demo_image, ["true"])["Id"]
+        name = f"nodeservice/it-{uuid.uuid4().hex[:8]}"
+        docker_client.commit(container, name, tag="1", changes=list(lines))
+        docker_client.remove_container(container)
+        made.append(f"{name}:1")
+        return made[-1]
+
+    yield image
+    for name in made:
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            docker_client.remove_image(name, force=True)
+
+
+async def test_the_health_check_of_an_image_does_not_run_beside_the_task(
+    bench: Bench, docker_client: docker.APIClient, make: Make
+) -> None:
+    image = make("HEALTHCHECK --interval=1ms CMD echo checked >> /results/checked")
+    task_id = await bench.assign("sleep 1; test ! -e /results/checked", docker_image=image)
+    result = await bench.end_of(task_id)
+    assert (result.reason, result.exit_code) == ("COMPLETED", 0)
+    await nothing_left(docker_client, bench.node)
