@@ -51,6 +51,8 @@ class PulledImage:
     size_bytes: int
     name: str
     """The name asked for, as `LocalImage` writes it."""
+    volumes: tuple[str, ...] = ()
+    """Where it declares volumes: the engine mounts one at each of these places that nothing else is mounted at."""
     is_new: bool = False
     """This pull brought it: under no name was it on this host before."""
 

@@ -145,7 +145,13 @@ class ImagePulls:
             name, image_id=image_id, repo_digests=found.get("RepoDigests") or (), announced=announced
         )
         size_bytes = int(found.get("Size") or 0)
-        return PulledImage(digest=digest, image_id=image_id, size_bytes=size_bytes, name=name.full_name)
+        return PulledImage(
+            digest=digest,
+            image_id=image_id,
+            size_bytes=size_bytes,
+            name=name.full_name,
+            volumes=tuple((found.get("Config") or {}).get("Volumes") or ()),
+        )
 
     def _forget(self, shared: _SharedPull) -> None:
         for key in [key for key, value in self._shared.items() if value is shared]:

@@ -34,6 +34,20 @@ def make(docker_client: docker.APIClient, demo_image: str) -> Iterator[Make]:
             docker_client.remove_image(name, force=True)
 
 
+@pytest.mark.parametrize("place", ["/results/data", "/output/", "/output/a/b"])
+async def test_a_volume_that_an_image_declares_hides_no_results(
+    bench: Bench, docker_client: docker.APIClient, make: Make, place: str
+) -> None:
+    result = await bench.run(f"mkdir -p {place}; echo it ran > {place}/a.txt", docker_image=make(f"VOLUME {place}"))
+    if place == "/output/":
+        assert result.reason == "COMPLETED"
+        assert "a.txt" in [path.name for path in bench.node.path.glob(f"results/{result.task_id}/1/*")]
+    else:
+        assert (result.reason, result.retryable) == ("CREATE_FAILED", False)
+        assert place in result.message
+    await nothing_left(docker_client, bench.node)
+
+
 async def test_the_health_check_of_an_image_does_not_run_beside_the_task(
     bench: Bench, docker_client: docker.APIClient, make: Make
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+
 import structlog
 
 from nodeservice.core import events as ev
@@ -14,6 +16,8 @@ from nodeservice.lifecycle.steps.failure import reason_of
 from nodeservice.ports import PulledImage
 
 log = structlog.get_logger(__name__)
+RESULT_PLACES = ("/results", "/output")
+"""Where a task finds its results directory."""
 
 
 async def pull(context: Context, record: TaskRecord) -> ev.Event:
@@ -49,4 +53,18 @@ async def fetch(context: Context, record: TaskRecord, name: str, *, policy: Pull
             await back_off(clock, settings.step_backoff, failures)
         else:
             await context.images.used(record.id, image)
+            _refuse_if_it_hides_results(name, image)
             return image
+
+
+def _refuse_if_it_hides_results(name: str, image: PulledImage) -> None:
+    """A volume below the results directory would take what is written there, and go with the container."""
+    for volume in image.volumes:
+        place = posixpath.normpath("/" + volume.lstrip("/"))
+        if place.startswith(tuple(f"{results}/" for results in RESULT_PLACES)):
+            raise RequestError(
+                f"image {name!r} declares a volume at {volume}: what the task writes there would not be stored",
+                reason="CREATE_FAILED",
+                field="image",
+                hint="build it without this VOLUME",
+            )
