@@ -269,7 +269,7 @@ class DockerRuntime:
         listed = await self._connection.call(
             lambda client: client.containers(all=True, filters={"label": [label]}), doing="list containers"
         )
-        looks = (partial(calls.look_at_listed, entry=entry) for entry in listed)
+        looks = (partial(calls.look_at_listed, entry=entry) for entry in listed if calls.bears_our_name(entry))
         states = await asyncio.gather(*(self._connection.call(look, doing="look at a container") for look in looks))
         return [state for state in states if state is not None]
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 import docker
 import pytest
 
+from nodeservice.core.model import AttemptId
+from nodeservice.ports import labels
+from nodeservice.runtime.docker import DockerRuntime
 from tests.integration.attack_bench import PATIENCE_SECONDS, Bench, nothing_left
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(5 * PATIENCE_SECONDS), pytest.mark.unseen]
@@ -46,6 +49,22 @@ async def test_a_volume_that_an_image_declares_hides_no_results(
         assert (result.reason, result.retryable) == ("CREATE_FAILED", False)
         assert place in result.message
     await nothing_left(docker_client, bench.node)
+
+
+async def test_what_somebody_runs_from_an_image_of_a_tasks_container_is_not_taken_for_ours(
+    engine: str, node_id: str, docker_client: docker.APIClient, make: Make
+) -> None:
+    """Such an image has the container's labels (docker commit)."""
+    image = make(f"LABEL {labels.NODE}={node_id} {labels.TASK_ID}=gone {labels.ATTEMPT}=1")
+    ours = docker_client.create_container(image, ["true"], name=labels.container_name(AttemptId(node_id)))["Id"]
+    theirs = docker_client.create_container(image, ["true"])["Id"]
+    runtime = DockerRuntime(node_id=node_id, base_url=engine)
+    try:
+        assert [state.id for state in await runtime.list_owned(node_id)] == [ours]
+    finally:
+        await runtime.close()
+        for container in (ours, theirs):
+            docker_client.remove_container(container)
 
 
 async def test_the_health_check_of_an_image_does_not_run_beside_the_task(
