@@ -254,6 +254,9 @@ async def test_credentials_come_from_the_docker_configuration_as_it_is_at_the_ti
         (tmp_path / "config.json").write_text("{ broken")
         with pytest.raises(RequestError):
             await runtime.pull(image, policy=PullPolicy.IF_NOT_PRESENT)
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(TransientError, match="could not be read: the Docker configuration"):
+            await runtime.pull(image, policy=PullPolicy.IF_NOT_PRESENT)
         auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
         (tmp_path / "config.json").write_text(json.dumps({"auths": {closed.address: {"auth": auth}}}))
         assert (await runtime.pull(image, policy=PullPolicy.IF_NOT_PRESENT)).digest
