@@ -181,7 +181,7 @@ def command_error(said: str) -> RequestError:
     return RequestError(
         f"the command could not be executed: {said}",
         reason="COMMAND_NOT_FOUND",
-        hint="it must exist in the image and be executable; a shell command needs /bin/sh in the image",
+        hint="it must exist in the image and be executable on this machine; a shell command needs /bin/sh in the image",
     )
 
 

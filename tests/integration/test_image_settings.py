@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -23,8 +25,10 @@ def make(docker_client: docker.APIClient, demo_image: str) -> Iterator[Make]:
     """Makes an image from the demo's with lines as in a Dockerfile; gone at the end."""
     made = []
 
-    def image(*lines: str) -> str:
+    def image(*lines: str, shell: bytes = b"") -> str:
         container = docker_client.create_container(demo_image, ["true"])["Id"]
+        if shell:
+            assert docker_client.put_archive(container, "/bin", packed("sh", shell))
         name = f"nodeservice/it-{uuid.uuid4().hex[:8]}"
         docker_client.commit(container, name, tag="1", changes=list(lines))
         docker_client.remove_container(container)
@@ -35,6 +39,15 @@ def make(docker_client: docker.APIClient, demo_image: str) -> Iterator[Make]:
     for name in made:
         with contextlib.suppress(docker.errors.ImageNotFound):
             docker_client.remove_image(name, force=True)
+
+
+def packed(name: str, program: bytes) -> bytes:
+    with io.BytesIO() as buffer:
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(program), 0o755
+            archive.addfile(entry, io.BytesIO(program))
+        return buffer.getvalue()
 
 
 @pytest.mark.parametrize("place", ["/results/data", "/output/", "/output/a/b"])
@@ -65,6 +78,15 @@ async def test_what_somebody_runs_from_an_image_of_a_tasks_container_is_not_take
         await runtime.close()
         for container in (ours, theirs):
             docker_client.remove_container(container)
+
+
+async def test_a_program_that_the_machine_cannot_execute_has_not_run(
+    bench: Bench, docker_client: docker.APIClient, make: Make
+) -> None:
+    result = await bench.run("true", docker_image=make(shell=b"\x7fELF for another processor"))
+    assert (result.reason, result.retryable) == ("COMMAND_NOT_FOUND", False)
+    assert "Exec format error" in result.message
+    await nothing_left(docker_client, bench.node)
 
 
 async def test_the_health_check_of_an_image_does_not_run_beside_the_task(
