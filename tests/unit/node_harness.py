@@ -153,6 +153,7 @@ class World:
     gpu_ready_seconds: float = 0.2
     gpu_quarantine_seconds: float = 0.05
     sweep_seconds: float = 600.0
+    pull_timeout_seconds: float = 3600.0
     orphan_grace_seconds: float = 0.0
     results_retention_seconds: float | None = None
     salvage_retention_seconds: float | None = None
@@ -202,6 +203,7 @@ class LiveNode:
                 first_check_seconds=0.2,
                 store_backoff=world.store_backoff,
                 pull_attempt_count=3,
+                pull_timeout_seconds=world.pull_timeout_seconds,
                 kill_patience_seconds=world.kill_patience_seconds,
                 keep_host_seconds=0.02,
                 settle_reports_seconds=world.settle_reports_seconds,
