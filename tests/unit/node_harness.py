@@ -156,6 +156,7 @@ class World:
     gpu_lock_dir: Path | None = None
     """None: this node is alone on its host."""
     sweep_seconds: float = 600.0
+    pull_timeout_seconds: float = 3600.0
     orphan_grace_seconds: float = 0.0
     results_retention_seconds: float | None = None
     salvage_retention_seconds: float | None = None
@@ -205,6 +206,7 @@ class LiveNode:
                 first_check_seconds=0.2,
                 store_backoff=world.store_backoff,
                 pull_attempt_count=3,
+                pull_timeout_seconds=world.pull_timeout_seconds,
                 kill_patience_seconds=world.kill_patience_seconds,
                 keep_host_seconds=0.02,
                 settle_reports_seconds=world.settle_reports_seconds,

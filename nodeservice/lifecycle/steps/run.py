@@ -102,7 +102,7 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
         cpu_milli=spec.request.cpu_milli,
         memory_bytes=spec.request.memory_bytes,
         pids_limit=spec.pids_limit,
-        mounts=(Mount(source=results, target="/results"), Mount(source=results, target="/output")),
+        mounts=tuple(Mount(source=results, target=place) for place in pull.RESULT_PLACES),
         gpu_uuids=record.lease.gpu_uuids,
         # What is kept of its log is within its disk limit: the engine needs no larger copy.
         log_max_bytes=min(context.settings.log_max_bytes, spec.request.disk_bytes),
