@@ -150,7 +150,7 @@ def master(
         node_loss_retries=node_loss_retries,
         nodes=tuple(node or ()),
         advertise=advertise,
-        http_tls=_http_tls(tls_cert, tls_key) if http_listen and not insecure else None,
+        http_tls=_http_tls(tls_cert, tls_key, tls_ca) if http_listen and not insecure else None,
         **transport,
     )
     faulthandler.enable()
@@ -207,12 +207,15 @@ def _transport(cert: Path | None, key: Path | None, ca: Path | None, *, insecure
     }
 
 
-def _http_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """Nodes show no certificate when they POST results, so none is asked for here."""
+def _http_tls(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.SSLContext | None:
+    """As strict as gRPC beside it: with an authority, who POSTs results must show a certificate that it signed."""
     if cert is None or key is None:
         return None
     import ssl
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(cert, key)
+    if ca is not None:
+        context.load_verify_locations(ca)
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
