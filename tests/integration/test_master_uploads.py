@@ -253,6 +253,7 @@ async def test_a_well_formed_form_is_stored(master: Master, results: Path) -> No
     status, answer = await post(master, form({"a": b"x"}))
     assert (status, answer["success"]) == (200, True)
     assert stored(results)["a"] == b"x"
+    assert results.stat().st_mode & 0o007 == 0, "other users of this host don't read what tasks wrote"
 
 
 @pytest.mark.parametrize(
