@@ -132,6 +132,8 @@ def master(
     import faulthandler
     import os
 
+    import structlog
+
     from nodeservice.service_manager import ServiceManager
     from nodeservice.telemetry.logs import LEVELS, configure_logging
 
@@ -139,6 +141,8 @@ def master(
     if log_level not in LEVELS:
         raise ConfigError(f"--log-level is {log_level!r}", field="log_level", hint=f"use one of {', '.join(LEVELS)}")
     configure_logging(log_level, log_format)
+    if not insecure and tls_ca is None:
+        structlog.get_logger(__name__).warning("master.callers_unknown", hint="give --tls-ca: else anybody may call")
     daemon, settings_type = _import_master()
     settings = settings_type(
         **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),

@@ -120,6 +120,17 @@ async def test_results_by_http_are_taken_from_nobody_whom_the_authority_does_not
         assert await master.end() == 0
 
 
+async def test_a_master_that_asks_nobody_for_a_certificate_says_so(tmp_path: Path, pki: Path) -> None:
+    pair = shown(pki, "master")[:4]
+    master = await MasterProcess(tmp_path, *pair, insecure=False).start()
+    try:
+        nobody = await run("nodes", "--master", master.address, "--tls-ca", str(pki / "ca.pem"))
+    finally:
+        assert await master.end() == 0
+    assert nobody.code == 0
+    assert "master.callers_unknown" in master.log.read_text()
+
+
 async def test_a_master_of_plain_text_is_told_from_one_that_is_not_there(tmp_path: Path, pki: Path) -> None:
     master = await MasterProcess(tmp_path).start()
     try:
