@@ -85,8 +85,8 @@ class Node:
 async def build(config: NodeConfig) -> Node:
     """Lock the state directory, open the journal, look at the host. Raises ConfigError and NodeServiceError."""
     try:
-        for directory in (config.state_dir, config.results_dir):
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for directory, rights in ((config.state_dir, 0o755), (config.results_dir, 0o750)):
+            directory.mkdir(mode=rights, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be made: {error.strerror}", field="state_dir", hint="choose a writable directory"

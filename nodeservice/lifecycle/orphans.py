@@ -78,7 +78,7 @@ class Orphans:
                 kind="container", name=f"{container.name} {container.id[:12]}", remove=partial(remove, container.id)
             )
             for container in listed
-            if not self._driver.is_live(identity(container))
+            if (id_ := identity(container)) is not None and not self._driver.is_live(id_)
         ]
 
     async def _cgroups(self) -> list[_Orphan]:

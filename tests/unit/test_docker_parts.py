@@ -177,6 +177,7 @@ def test_the_body_is_json_and_carries_grace_node_and_cgroup() -> None:
     made = body(replace(SPEC, cgroup_parent="/nodeservice/t"))
     assert json.loads(json.dumps(made)) == made
     assert made["StopTimeout"] == 3
+    assert made["Healthcheck"] == {"Test": ["NONE"]}
     assert made["Labels"] == {"nodeservice.spec": "x", "nodeservice.node": "n1"}
     assert made["HostConfig"]["CgroupParent"] == "/nodeservice/t"
     assert "CgroupParent" not in body(SPEC)["HostConfig"]
