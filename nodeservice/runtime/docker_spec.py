@@ -72,8 +72,6 @@ def create_body(
         "Labels": {**spec.labels, labels.NODE: node_id},
         "StopSignal": spec.stop_signal,
         "StopTimeout": max(0, math.ceil(spec.grace_seconds)),
-        # The image's own would have the engine start a program as often as the image says, outside of the task's limits.
-        "Healthcheck": {"Test": ["NONE"]},
         "AttachStdin": False,
         "AttachStdout": False,
         "AttachStderr": False,

@@ -44,7 +44,6 @@ def libpod_body(
         "labels": {**spec.labels, labels.NODE: node_id},
         "stop_signal": int(signal.Signals[spec.stop_signal]),
         "stop_timeout": max(0, math.ceil(spec.grace_seconds)),
-        "healthconfig": {"Test": ["NONE"]},
         "terminal": False,
         "stdin": False,
         "healthconfig": NO_HEALTHCHECK,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -124,25 +123,6 @@ async def test_every_limit_and_safeguard_stands_in_the_container(
     assert {name.removeprefix("CAP_") for name in host["CapDrop"]} == {"NET_RAW", "MKNOD", "AUDIT_WRITE"}
     if not is_podman:  # its answer leaves the options out; that the log is bounded is tried further below
         assert host["LogConfig"]["Config"]["max-size"] == str(16 * MIB)
-
-
-async def test_a_health_check_of_the_image_is_not_run(
-    runtime: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient
-) -> None:
-    """The engine would start its program a thousand times a second, with CPU that no task is billed for."""
-    image = f"nodeservice/health-{uuid.uuid4().hex[:8]}"
-    recipe = io.BytesIO(f"FROM {spec.image}\nHEALTHCHECK --interval=1ms CMD true\n".encode())
-    for _line in docker_client.build(fileobj=recipe, tag=image, rm=True):
-        pass
-    try:
-        container_id = await run(runtime, replace(spec, image=image, shell="sleep 60"))
-        found = docker_client.inspect_container(container_id)
-        assert docker_client.inspect_image(image)["Config"]["Healthcheck"]["Interval"] == 1_000_000
-        assert found["Config"]["Healthcheck"]["Test"] == ["NONE"]
-        assert "Health" not in found["State"]
-    finally:
-        await runtime.remove(spec.name)
-        docker_client.remove_image(image, force=True)
 
 
 async def test_past_its_memory_a_task_is_killed_and_flagged(
