@@ -248,7 +248,7 @@ class Usage:
     oom_kill_count: int | None = None
     """Processes of it that were killed for lack of memory; where the kernel doesn't count, 1 stands for at least one."""
     read_bytes: int | None = None
-    """From block devices, so not from the page cache; likewise `written_bytes`."""
+    """From block devices, so not from the page cache; likewise `written_bytes`. On cgroup v1 as last seen while it ran."""
     written_bytes: int | None = None
     disk_peak_bytes: int | None = None
     """The most that was seen of what it wrote: layer, scratch, results and log."""

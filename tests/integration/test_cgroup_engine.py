@@ -121,6 +121,9 @@ class Container:
     def wait(self) -> int:
         return int(self._inner.wait(timeout=60)["StatusCode"])
 
+    def wait_for_line(self, line: bytes) -> None:
+        assert any(line in piece for piece in self._inner.logs(stream=True, follow=True))
+
     def own_cgroups(self) -> str:
         return self._told("cgroup")
 
@@ -245,6 +248,31 @@ async def test_a_busy_task_is_seen_to_be_throttled(
 
     assert usage.cpu_throttled_seconds is not None
     assert usage.cpu_throttled_seconds > 0
+
+
+@pytest.mark.skipif(Path("/sys/fs/cgroup/cgroup.controllers").exists(), reason="cgroup v2 keeps what was counted below")
+async def test_what_was_moved_is_told_as_last_seen_and_never_as_nothing(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    parent = await cgroups.prepare(spec())
+    write = "/bin/busybox dd if=/dev/zero of=/file bs=1048576 count=4 conv=fsync && echo written && sleep 600"
+    with Container(engine, image, parent, spec(), write) as container:
+        await cgroups.look_after(TASK)
+        container.wait_for_line(b"written")
+        await cgroups.look_after(TASK)
+    seen = await cgroups.usage(TASK)
+    assert seen is not None
+    assert seen.written_bytes is not None
+    assert seen.written_bytes >= 4 * MIB
+
+    await cgroups.remove(TASK)
+    parent = await cgroups.prepare(spec())
+    with Container(engine, image, parent, spec(), write) as container:
+        container.wait_for_line(b"written")
+        await cgroups.look_after(TASK)
+    unseen = await cgroups.usage(TASK)
+    assert unseen is not None
+    assert (unseen.read_bytes, unseen.written_bytes) == (None, None)
 
 
 async def test_a_child_killed_for_memory_is_counted_though_the_container_exits_0(
