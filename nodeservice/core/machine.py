@@ -248,7 +248,8 @@ def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
     skipped = event.collected.skipped
     remarks = record.remarks
     if skipped:
-        what = f"{len(skipped)} paths were left out or renamed, as the manifest tells, such as {skipped[0]}"
+        count = event.collected.skipped_count
+        what = f"{count} paths were left out or renamed, as the manifest tells, such as {skipped[0]}"
         remarks = (*remarks, what)
     if event.collected.log_error:
         remarks = (*remarks, f"the log may lack its end: {event.collected.log_error}")

@@ -294,6 +294,8 @@ class Collected:
     paths: tuple[str, ...]
     """Relative paths, cut at a bound that keeps reports small; `file_count` tells the truth."""
     skipped: tuple[str, ...] = ()
+    """The first of the paths that were left out or renamed, cut likewise; `skipped_count` tells the truth."""
+    skipped_count: int = 0
     log_error: str | None = None
     """Why the log may lack its end, where the engine could not give the rest of it."""
     log_has_gap: bool = False
