@@ -246,7 +246,7 @@ class Usage:
     cpu_throttled_seconds: float | None = None
     pids_peak_count: int | None = None
     oom_kill_count: int | None = None
-    """Processes of it that were killed for lack of memory; where the kernel doesn't count, 1 stands for at least one."""
+    """Processes of it that were killed for lack of memory; where the kernel doesn't count, at least so many."""
     read_bytes: int | None = None
     """From block devices, so not from the page cache; likewise `written_bytes`. On cgroup v1 as last seen while it ran."""
     written_bytes: int | None = None

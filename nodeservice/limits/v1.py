@@ -254,8 +254,8 @@ class V1CgroupTree:
         return moved
 
     def _oom_kills(self, place: str) -> int | None:
-        """At least so many: what was noticed here, or the exact count of a container's cgroup while that exists."""
-        known = [self._oom.kills_at_least(self._memory(place))]
+        """At least so many: what was noticed or logged, or the exact count of a container's cgroup while that exists."""
+        known = [self._oom.kills_at_least(self._memory(place)), len(self._log.kills_below(f"/{place}")) or None]
         child = only_child(self._memory(place))
         if child is not None:
             state = _read(self._node("memory", f"{place}/{child.name}").controller, "oom_control")
