@@ -1,8 +1,9 @@
 """How much memory the host has, how much of it processes here may use, and how much is available now.
 
-Sources: /proc/meminfo, and the memory limits of every cgroup above this process: memory.limit_in_bytes (v1), memory.max and
-memory.high (v2: above it processes are slowed until they stand still). v1 tells limits of ancestors that cannot be seen from
-here in `hierarchical_memory_limit` of memory.stat.
+Sources: /proc/meminfo (what is reserved as huge pages is nobody's to have as ordinary memory), and the memory limits of
+every cgroup above this process: memory.limit_in_bytes (v1), memory.max and memory.high (v2: above it processes are slowed
+until they stand still). v1 tells limits of ancestors that cannot be seen from here in `hierarchical_memory_limit` of
+memory.stat.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from nodeservice.limits.hierarchy import own_cgroup
 class MemoryFacts:
     total_bytes: int
     limit_bytes: int
+    """What of it processes here may use."""
     available_bytes: int
 
 
 def read_memory(root: Path = Path("/")) -> MemoryFacts:
     """Available is what could be had without swapping: the kernel's estimate, and no more than is left below a limit."""
     host = read_meminfo(root)
-    limit_bytes, available_bytes = host.total_bytes, host.available_bytes
+    limit_bytes, available_bytes = host.limit_bytes, host.available_bytes
     for limit, used in _limits(root):
         if limit < host.total_bytes:
             limit_bytes = min(limit_bytes, limit)
@@ -42,7 +44,8 @@ def read_meminfo(root: Path = Path("/")) -> MemoryFacts:
             fields[name] = int(number[0]) * 1024
     total = fields["MemTotal"]
     available = fields.get("MemAvailable", fields.get("MemFree", 0))
-    return MemoryFacts(total_bytes=total, limit_bytes=total, available_bytes=min(available, total))
+    limit = max(0, total - fields.get("Hugetlb", 0))
+    return MemoryFacts(total_bytes=total, limit_bytes=limit, available_bytes=min(available, total))
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:

@@ -202,7 +202,7 @@ def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
     step = _enter(
         record,
         Phase.RUNNING,
-        event.at,
+        min(event.at, event.started_at),
         started_at=event.started_at,
         deadline_at=deadline,
         limits={**record.limits, **event.limits},
@@ -213,11 +213,12 @@ def _started(record: TaskRecord, event: ev.ContainerStarted) -> Step:
 
 
 def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
+    """It ran until the container ended, however much later that was found out."""
     remarks = (*record.remarks, *verdicts.exit_remarks(event))
     return _enter(
         record,
         Phase.COLLECTING,
-        event.at,
+        min(event.at, event.finished_at or event.at),
         verdict=verdicts.of_exit(event, record.stop),
         remarks=remarks,
         usage=event.observed,
@@ -248,7 +249,8 @@ def _collected(record: TaskRecord, event: ev.ResultsCollected) -> Step:
     skipped = event.collected.skipped
     remarks = record.remarks
     if skipped:
-        what = f"{len(skipped)} paths were left out or renamed, as the manifest tells, such as {skipped[0]}"
+        count = event.collected.skipped_count
+        what = f"{count} paths were left out or renamed, as the manifest tells, such as {skipped[0]}"
         remarks = (*remarks, what)
     if event.collected.log_error:
         remarks = (*remarks, f"the log may lack its end: {event.collected.log_error}")

@@ -246,9 +246,9 @@ class Usage:
     cpu_throttled_seconds: float | None = None
     pids_peak_count: int | None = None
     oom_kill_count: int | None = None
-    """Processes of it that were killed for lack of memory; where the kernel doesn't count, 1 stands for at least one."""
+    """Processes of it that were killed for lack of memory; where the kernel doesn't count, at least so many."""
     read_bytes: int | None = None
-    """From block devices, so not from the page cache; likewise `written_bytes`."""
+    """From block devices, so not from the page cache; likewise `written_bytes`. On cgroup v1 as last seen while it ran."""
     written_bytes: int | None = None
     disk_peak_bytes: int | None = None
     """The most that was seen of what it wrote: layer, scratch, results and log."""
@@ -294,6 +294,8 @@ class Collected:
     paths: tuple[str, ...]
     """Relative paths, cut at a bound that keeps reports small; `file_count` tells the truth."""
     skipped: tuple[str, ...] = ()
+    """The first of the paths that were left out or renamed, cut likewise; `skipped_count` tells the truth."""
+    skipped_count: int = 0
     log_error: str | None = None
     """Why the log may lack its end, where the engine could not give the rest of it."""
     log_has_gap: bool = False

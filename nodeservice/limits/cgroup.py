@@ -172,9 +172,9 @@ class KernelTaskCgroups:
     async def was_used(self, id_: AttemptId) -> bool:
         return await self._look(id_, self._tree.was_used, False)
 
-    async def hold_together(self, id_: AttemptId) -> None:
-        if self._tree.falls_apart:
-            await self._look(id_, self._tree.hold_together, None)
+    async def look_after(self, id_: AttemptId) -> None:
+        if self._tree.needs_looks:
+            await self._look(id_, self._tree.look_after, None)
 
     async def usage(self, id_: AttemptId) -> Usage | None:
         return await self._look(id_, self._usage_in, Usage())
@@ -321,7 +321,7 @@ class NoTaskCgroups:
     async def was_used(self, id_: AttemptId) -> bool:
         return False
 
-    async def hold_together(self, id_: AttemptId) -> None:
+    async def look_after(self, id_: AttemptId) -> None:
         """The container's own cgroup is all there is."""
 
     async def usage(self, id_: AttemptId) -> Usage | None:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from nodeservice.core.model import Resources, TaskSpec
 
 CPU_PERIOD_US = 100_000
-"""The period that Docker Engine uses for `--cpus`. A child may not have a larger share than its parent: both agree."""
+"""The period that Docker Engine uses for `--cpus`."""
+CPU_PERIODS_BELOW = 10
+"""So many of them are that of a container below a cgroup of the task's own: the longest that the kernel takes.
+
+A child may not have a larger share than its parent, so both agree. Over the same time either may run out first, and each
+counts only what it held back itself; what the container's counted goes with it. So the task's own is to run out first.
+"""
 CPU_QUOTA_MIN_US = 1_000
 PIDS_OVERHEAD = 8
 """What the task's cgroup allows above the container's own limit: the runtime's start-up process and the init process come

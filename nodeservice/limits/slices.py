@@ -61,7 +61,7 @@ class SlicePlaces:
 class SliceTree(V2CgroupTree):
     """Implements CgroupTree: systemd makes and removes, the kernel's files are read directly. For use from one thread."""
 
-    falls_apart: ClassVar[bool] = True
+    needs_looks: ClassVar[bool] = True
 
     def __init__(self, mounts: tuple[Mount, ...], *, disks: tuple[str, ...] = ()) -> None:
         super().__init__(mounts, disks=disks)
@@ -76,7 +76,7 @@ class SliceTree(V2CgroupTree):
         if limits.oom_group:
             UnifiedCgroup(self._top / place).set_if_offered("memory_oom_group", True)
 
-    def hold_together(self, place: str) -> None:
+    def look_after(self, place: str) -> None:
         """systemd writes 0 to the flag whenever a scope starts in the slice, a property is set, or it is reloaded (252)."""
         task = UnifiedCgroup(self._top / place)
         if task.read("memory_oom_group") is not False:
@@ -92,7 +92,7 @@ class SliceTree(V2CgroupTree):
         """
         unit, cpus = place.rpartition("/")[2], [("AllowedCPUs", ("ay", _cpu_mask(cpu_ids)))]
         self._call("SetUnitProperties", "sba(sv)", (unit, True, cpus), tolerated=(_NO_SUCH_UNIT,))
-        self.hold_together(place)
+        self.look_after(place)
 
     def remove(self, place: str) -> bool:
         if self.processes(place):

@@ -27,8 +27,8 @@ NO_LIMIT = 1 << 62
 class CgroupTree(Protocol):
     """One cgroup version. `place` is relative to the hierarchy's root. Everything blocks and raises OSError."""
 
-    falls_apart: ClassVar[bool]
-    """Whether something else takes away that a task ends as a whole, so that `hold_together` has work to do."""
+    needs_looks: ClassVar[bool]
+    """Whether `look_after` has work to do."""
 
     def create(self, place: str, limits: CgroupLimits) -> None:
         """Make it with its limits; one that exists gets the limits again."""
@@ -56,7 +56,7 @@ class CgroupTree(Protocol):
         """Whether anything runs or ever ran in it."""
         ...
 
-    def hold_together(self, place: str) -> None:
+    def look_after(self, place: str) -> None:
         """As the port TaskCgroups says."""
         ...
 

@@ -45,7 +45,7 @@ _THROTTLES = {"read_bytes_per_second": "read_bps_device", "write_bytes_per_secon
 class V1CgroupTree:
     """Implements CgroupTree. Only for use from one thread. Raises OSError (ENODEV) where a needed hierarchy is missing."""
 
-    falls_apart: ClassVar[bool] = False
+    needs_looks: ClassVar[bool] = True
 
     def __init__(self, mounts: tuple[Mount, ...], *, disks: tuple[str, ...] = ()) -> None:
         self._bases = {name: _base(mounts, name) for name in _CONTROLLERS}
@@ -60,6 +60,8 @@ class V1CgroupTree:
         bases = {(self._bases[name] / name).resolve() for name in self._bases}
         self._idle_tops = tuple(top for top in self._tops if top.resolve() not in bases)
         self._nodes: dict[tuple[str, str], HierarchyNode] = {}
+        self._moved: dict[str, dict[str, int]] = {}
+        """Bytes read and written, by place, as last seen while it ran."""
         self._oom = OomWatches()
         self._log = OomLog()
 
@@ -106,8 +108,10 @@ class V1CgroupTree:
             return False
         return only_child(task) is not None or bool(self._node("memory", place).controller.max_usage_in_bytes)
 
-    def hold_together(self, place: str) -> None:
-        """There is no such flag; the kernel ends one process."""
+    def look_after(self, place: str) -> None:
+        """Note the bytes moved. Not at the first look, right after the start: nothing would pass for no bytes."""
+        if only_child(self._memory(place)) is not None:
+            self._moved[place] = self._moved_bytes(place) if place in self._moved else {}
 
     def readings(self, place: str) -> list[Reading]:
         task = self._memory(place)
@@ -130,7 +134,9 @@ class V1CgroupTree:
         if not peak_bytes and not cpu_nanoseconds:
             # Nothing ever ran here: zeros would be a statement about a container that sat elsewhere.
             return Usage()
-        moved = self._moved_bytes(place)
+        # What is counted below is not taken over by the parent when it goes (block/blk-cgroup.c).
+        is_whole = only_child(self._memory(place)) is not None
+        moved = self._moved_bytes(place) if is_whole else self._moved.get(place, {})
         return Usage(
             memory_peak_bytes=peak_bytes,
             cpu_seconds=None if cpu_nanoseconds is None else cpu_nanoseconds / 1e9,
@@ -171,6 +177,7 @@ class V1CgroupTree:
 
     def remove(self, place: str) -> bool:
         self._oom.forget(self._memory(place))
+        self._moved.pop(place, None)
         for key in [key for key in self._nodes if key[1] == place or key[1].startswith(f"{place}/")]:
             del self._nodes[key]
         gone = [remove_tree(f"{top}/{place}", os.rmdir) for top in self._tops]
@@ -247,8 +254,8 @@ class V1CgroupTree:
         return moved
 
     def _oom_kills(self, place: str) -> int | None:
-        """At least so many: what was noticed here, or the exact count of a container's cgroup while that exists."""
-        known = [self._oom.kills_at_least(self._memory(place))]
+        """At least so many: what was noticed or logged, or the exact count of a container's cgroup while that exists."""
+        known = [self._oom.kills_at_least(self._memory(place)), len(self._log.kills_below(f"/{place}")) or None]
         child = only_child(self._memory(place))
         if child is not None:
             state = _read(self._node("memory", f"{place}/{child.name}").controller, "oom_control")

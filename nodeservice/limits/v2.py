@@ -117,7 +117,7 @@ class UnifiedCgroup:
 class V2CgroupTree:
     """Implements CgroupTree. `mkdir` and `rmdir` are parameters so that a plain directory can stand in for the kernel."""
 
-    falls_apart: ClassVar[bool] = False
+    needs_looks: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class V2CgroupTree:
         task = self._top / place
         return only_child(task) is not None or _ran(UnifiedCgroup(task))
 
-    def hold_together(self, place: str) -> None:
+    def look_after(self, place: str) -> None:
         """Nobody takes the flag away that was set when it was made."""
 
     def readings(self, place: str) -> list[Reading]:

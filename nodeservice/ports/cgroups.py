@@ -91,10 +91,12 @@ class TaskCgroups(Protocol):
         """Whether a process ever was in it, by the kernel's counts; false where there is no such cgroup."""
         ...
 
-    async def hold_together(self, id_: AttemptId) -> None:
-        """Where the kernel ends a task that runs out of memory as a whole, see that it still does (cgroup v2).
+    async def look_after(self, id_: AttemptId) -> None:
+        """What has to be done while it runs. Call it after the start and now and then.
 
-        Call it after the start and now and then: systemd takes that away. What lost only a part meanwhile is ended.
+        Where the kernel ends a task that runs out of memory as a whole, see that it still does (cgroup v2): systemd takes
+        that away. What lost only a part meanwhile is ended. On v1 note what was read and written: the kernel forgets that
+        with the container.
         """
         ...
 

@@ -9,7 +9,7 @@ from typing import Any
 from nodeservice.core.model import MIB
 from nodeservice.errors import NodeFaultError, RequestError
 from nodeservice.limits.asked import CORE_FILE_BYTES, DROPPED_CAPABILITIES, ids_text, shm_bytes
-from nodeservice.limits.plan import CPU_PERIOD_US, cpu_quota_us
+from nodeservice.limits.plan import CPU_PERIOD_US, CPU_PERIODS_BELOW, cpu_quota_us
 from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.gpu_access import GpuAccess, GpuWay, cdi_names
 from nodeservice.runtime.profile import RAISE_OPEN_FILES, EngineProfile
@@ -133,11 +133,18 @@ def is_same_request(spec: ContainerSpec, found: Mapping[str, str]) -> bool:
     return all(found.get(name) == value for name, value in spec.labels.items())
 
 
+def cpu_share(spec: ContainerSpec) -> tuple[int, int]:
+    """Quota and period; below a cgroup of the task's own the same share, counted over a longer time."""
+    times = 1 if spec.cgroup_parent is None else CPU_PERIODS_BELOW
+    return cpu_quota_us(spec.cpu_milli) * times, CPU_PERIOD_US * times
+
+
 def _host_config(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> dict[str, Any]:
     memory_bytes = memory_limit_bytes(spec, profile)
+    quota_us, period_us = cpu_share(spec)
     config: dict[str, Any] = {
-        "CpuPeriod": CPU_PERIOD_US,
-        "CpuQuota": cpu_quota_us(spec.cpu_milli),
+        "CpuPeriod": period_us,
+        "CpuQuota": quota_us,
         "Memory": memory_bytes,
         # Memory and swap together: equal to Memory means no swap; unset would allow as much swap again.
         "MemorySwap": memory_bytes,

@@ -11,11 +11,11 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
-from nodeservice.limits.plan import CPU_PERIOD_US, cpu_quota_us
 from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.docker_spec import (
     NO_HEALTHCHECK,
     check_request,
+    cpu_share,
     environment,
     log_config,
     memory_limit_bytes,
@@ -103,7 +103,8 @@ def create_natively(client: APIClient, body: dict[str, Any]) -> dict[str, Any]:
 
 def _resource_limits(spec: ContainerSpec, profile: EngineProfile) -> dict[str, Any]:
     """As in the runtime specification (LinuxResources)."""
-    cpu: dict[str, Any] = {"period": CPU_PERIOD_US, "quota": cpu_quota_us(spec.cpu_milli)}
+    quota_us, period_us = cpu_share(spec)
+    cpu: dict[str, Any] = {"period": period_us, "quota": quota_us}
     if spec.cpu_ids:
         cpu["cpus"] = ids_text(frozenset(spec.cpu_ids))
     memory_bytes = memory_limit_bytes(spec, profile)

@@ -99,6 +99,17 @@ def in_phase(phase: Phase) -> TaskRecord:
     return after(*HAPPY[:index]).record
 
 
+def test_the_run_took_as_long_as_the_container_lived_however_late_start_and_end_were_heard_of() -> None:
+    record = after(
+        *HAPPY[:2],
+        ev.ContainerStarted(at=at(4), started_at=at(3)),
+        ev.ContainerExited(at=at(3600), exit_code=0, oom_killed=False, finished_at=at(8)),
+    ).record
+    run = next(timing for timing in record.timings if timing.name == "run")
+    assert (run.started_at, run.ended_at) == (at(3), at(8))
+    assert [timing.started_at for timing in record.timings[1:]] == [timing.ended_at for timing in record.timings[:-1]]
+
+
 def test_a_task_that_goes_well_passes_every_phase_and_ends_succeeded() -> None:
     record = after(*HAPPY).record
     assert record.phase is Phase.FINISHED

@@ -17,11 +17,12 @@ import pytest
 
 from nodeservice.core.model import MIB, AttemptId, Lease, Resources, TaskSpec
 from nodeservice.limits.asked import ids_of
-from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
+from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import read_mounts
 from nodeservice.limits.plan import HOST_WORK_WEIGHT
 from nodeservice.limits.receipt import receipt
 from nodeservice.limits.tree import online_cpus
+from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.ports import EngineFacts, TaskCgroups
 
 pytestmark = pytest.mark.engine
@@ -120,6 +121,9 @@ class Container:
 
     def wait(self) -> int:
         return int(self._inner.wait(timeout=60)["StatusCode"])
+
+    def wait_for_line(self, line: bytes) -> None:
+        assert any(line in piece for piece in self._inner.logs(stream=True, follow=True))
 
     def own_cgroups(self) -> str:
         return self._told("cgroup")
@@ -247,6 +251,31 @@ async def test_a_busy_task_is_seen_to_be_throttled(
     assert usage.cpu_throttled_seconds > 0
 
 
+@pytest.mark.skipif(Path("/sys/fs/cgroup/cgroup.controllers").exists(), reason="cgroup v2 keeps what was counted below")
+async def test_what_was_moved_is_told_as_last_seen_and_never_as_nothing(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    parent = await cgroups.prepare(spec())
+    write = "/bin/busybox dd if=/dev/zero of=/file bs=1048576 count=4 conv=fsync && echo written && sleep 600"
+    with Container(engine, image, parent, spec(), write) as container:
+        await cgroups.look_after(TASK)
+        container.wait_for_line(b"written")
+        await cgroups.look_after(TASK)
+    seen = await cgroups.usage(TASK)
+    assert seen is not None
+    assert seen.written_bytes is not None
+    assert seen.written_bytes >= 4 * MIB
+
+    await cgroups.remove(TASK)
+    parent = await cgroups.prepare(spec())
+    with Container(engine, image, parent, spec(), write) as container:
+        container.wait_for_line(b"written")
+        await cgroups.look_after(TASK)
+    unseen = await cgroups.usage(TASK)
+    assert unseen is not None
+    assert (unseen.read_bytes, unseen.written_bytes) == (None, None)
+
+
 async def test_a_child_killed_for_memory_is_counted_though_the_container_exits_0(
     engine: docker.DockerClient, image: str, cgroups: TaskCgroups
 ) -> None:
@@ -262,6 +291,28 @@ async def test_a_child_killed_for_memory_is_counted_though_the_container_exits_0
     assert usage.oom_kill_count >= 1
     assert usage.memory_peak_bytes is not None
     assert 15 * MIB <= usage.memory_peak_bytes <= 16 * MIB
+
+
+@pytest.mark.skipif(Path("/sys/fs/cgroup/cgroup.controllers").exists(), reason="cgroup v2 counts by itself")
+@pytest.mark.skipif(not os.access("/dev/kmsg", os.R_OK), reason="the kernel's log can't be read")
+async def test_a_kill_that_nobody_watched_is_counted_all_the_same(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups
+) -> None:
+    task = spec(memory_bytes=16 * MIB)
+    parent = await cgroups.prepare(task)
+    assert parent is not None
+    hog = "head -c 100000000 /dev/zero | tail -c 100000000 >/dev/null; exit 0"
+    with Container(engine, image, parent, task, hog) as container:
+        assert container.wait() == 0
+    places = DirectoryPlaces(Path(parent).parent.name.removesuffix(".node"))
+    later = KernelTaskCgroups(places=places, tree=V1CgroupTree(read_mounts()))
+
+    usage = await later.usage(TASK)
+
+    await later.close()
+    assert usage is not None
+    assert usage.oom_kill_count is not None
+    assert usage.oom_kill_count >= 1
 
 
 async def test_what_the_engine_left_below_goes_too(

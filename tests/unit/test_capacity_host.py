@@ -173,6 +173,16 @@ def test_of_nested_v2_memory_limits_the_tightest_counts(v2: Tree, name: str) -> 
     assert memory.available_bytes == 2 * GIB - 512 * MIB
 
 
+def test_memory_that_is_reserved_as_huge_pages_is_not_there_for_tasks(tree: Tree) -> None:
+    gib_kb = 1024**2
+    meminfo = f"MemTotal: {64 * gib_kb} kB\nMemAvailable: {30 * gib_kb} kB\nHugetlb: {32 * gib_kb} kB\n"
+    tree.write("proc/meminfo", meminfo)
+
+    memory = read_memory(tree.root)
+
+    assert (memory.total_bytes, memory.limit_bytes, memory.available_bytes) == (64 * GIB, 32 * GIB, 30 * GIB)
+
+
 def test_a_limit_above_what_the_board_has_is_none(v2: Tree) -> None:
     v2.cgroup("outer", memory__max=str(512 * GIB))
 

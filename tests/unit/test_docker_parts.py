@@ -156,13 +156,20 @@ def test_a_shell_replaces_the_entrypoint_and_an_argv_keeps_it() -> None:
     assert not {"Cmd", "Entrypoint"} & body(SPEC).keys()
 
 
-@given(st.integers(min_value=10, max_value=1_000_000))
-def test_every_share_of_a_cpu_is_exact_and_within_what_the_kernel_takes(cpu_milli: int) -> None:
-    config = body(replace(SPEC, cpu_milli=cpu_milli))["HostConfig"]
+@given(st.integers(min_value=10, max_value=1_000_000), st.sampled_from([None, "/nodeservice/t"]))
+def test_every_share_of_a_cpu_is_exact_and_within_what_the_kernel_takes(cpu_milli: int, parent: str | None) -> None:
+    config = body(replace(SPEC, cpu_milli=cpu_milli, cgroup_parent=parent))["HostConfig"]
     period, quota = config["CpuPeriod"], config["CpuQuota"]
     assert quota * 1000 == cpu_milli * period
     assert quota >= 1000
     assert 1000 <= period <= 1_000_000
+
+
+def test_below_a_cgroup_of_the_task_the_container_is_not_what_runs_out_of_cpu_first() -> None:
+    alone = body(SPEC)["HostConfig"]
+    below = body(replace(SPEC, cgroup_parent="/nodeservice/t"))["HostConfig"]
+    assert below["CpuPeriod"] == 10 * alone["CpuPeriod"]
+    assert below["CpuQuota"] == 10 * alone["CpuQuota"]
 
 
 @pytest.mark.parametrize("field", ["cpu_milli", "memory_bytes", "pids_limit"])

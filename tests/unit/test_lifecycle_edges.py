@@ -403,6 +403,21 @@ async def test_cpu_and_memory_go_back_while_results_are_still_being_read(world: 
     assert record.verdict.outcome is Outcome.SUCCEEDED
 
 
+async def test_the_remark_on_what_was_left_out_counts_all_of_it_however_much_that_is(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(world.runtime.running))
+        for number in range(2000):
+            (node.dirs.results(T) / f"{'long' * 10}-{number:04}").symlink_to("x")
+        world.runtime.finish(world.runtime.running[0], 0)
+        record = await node.until_finished(T)
+    (remark,) = record.remarks
+    assert remark.startswith("2000 paths were left out or renamed, ")
+    assert record.collected is not None
+    assert len(record.collected.skipped) < 2000
+
+
 def test_a_kept_copy_that_was_being_dropped_when_the_node_died_tells_where_it_went(world: World) -> None:
     bundles = Bundles(worker_id="node", results_dir=world.path / "results")
     kept = world.path / "results" / "t" / "1"

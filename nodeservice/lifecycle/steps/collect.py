@@ -94,6 +94,7 @@ def _collected(context: Context, record: TaskRecord, bundle: ResultBundle) -> Co
         log_tail=context.logs.tail(record.id, path),
         paths=_bounded([file.entry.path for file in bundle.files], context.settings.path_list_max_bytes),
         skipped=_bounded(list(bundle.manifest.skipped), context.settings.path_list_max_bytes // 8),
+        skipped_count=len(bundle.manifest.skipped),
     )
 
 

@@ -132,7 +132,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     except (RequestError, NodeFaultError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
     await context.disk.add_layer(record.id, state.layer, state.beside)
-    await context.cgroups.hold_together(record.id)
+    await context.cgroups.look_after(record.id)
     gpu_part = await gpus.bound(context, record, state.pid)
     readings = [*await context.cgroups.readings(record.id)]
     if state.pid:
@@ -287,7 +287,7 @@ async def _observe(context: Context, record: TaskRecord, observed: _Observed) ->
     while True:
         await context.clock.sleep(pause)
         pause = min(context.settings.observe_seconds, pause * 2)
-        await context.cgroups.hold_together(record.id)
+        await context.cgroups.look_after(record.id)
         if pid is None:
             with contextlib.suppress(TransientError, NodeFaultError):
                 state = await context.runtime.find(container_id)
