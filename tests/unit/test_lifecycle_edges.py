@@ -64,7 +64,7 @@ async def test_a_container_whose_image_brings_our_labels_is_neither_taken_up_nor
         await node.until_finished(T)
     evil = {key: value.replace('"t"', '"../../out"') for key, value in brought.labels.items()}
     evil[labels.TASK_ID] = "../../out"
-    made = await world.runtime.create(replace(brought, name="bystander", labels=evil))
+    made = await world.runtime.create(replace(brought, name=f"{labels.PREFIX}bystander", labels=evil))
     world.journal = MemoryJournal()
     async with living(world) as node:
         orphans = Orphans(node.context, node.driver)
