@@ -7,7 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from nodeservice.errors import ConfigError
+from nodeservice.errors import ConfigError, NodeServiceError, TransientError
 
 
 class StateDirLock:
@@ -24,7 +24,8 @@ class StateDirLock:
     def acquire(self) -> None:
         """Take the lock, without waiting; making the directory if need be. A lock that is held already is success.
 
-        Raises ConfigError, naming the pid of the holder, when another process (or object) has it.
+        Raises TransientError (STATE_DIR_IN_USE), naming the pid of the holder, when another process (or object) has it:
+        it may be just about to end. ConfigError for a directory that can't be used.
         """
         if self._descriptor is not None:
             return
@@ -54,11 +55,12 @@ class StateDirLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _refusal(self, error: OSError, holder: str) -> ConfigError:
+    def _refusal(self, error: OSError, holder: str) -> NodeServiceError:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             return ConfigError(f"state_dir {self._path.parent} cannot be locked: {error.strerror}", field="state_dir")
-        return ConfigError(
+        return TransientError(
             f"state_dir {self._path.parent} is in use by the process with pid {holder}",
+            reason="STATE_DIR_IN_USE",
             field="state_dir",
             hint="stop that node first, or give this one a state directory of its own",
         )

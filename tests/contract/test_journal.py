@@ -476,7 +476,7 @@ def test_a_state_directory_in_use_is_refused_by_the_pid_of_its_holder_and_free_a
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"{tmp_path}.*pid {holder.pid}") as caught:
+        with pytest.raises(TransientError, match=f"{tmp_path}.*pid {holder.pid}") as caught:
             StateDirLock(tmp_path).acquire()
         assert caught.value.field == "state_dir"
     finally:
@@ -492,7 +492,7 @@ def test_a_lock_is_held_once_and_can_be_taken_again(tmp_path: Path) -> None:
     first, second = StateDirLock(tmp_path / "state"), StateDirLock(tmp_path / "state")
     first.acquire()
     first.acquire()
-    with pytest.raises(ConfigError, match=str(os.getpid())):
+    with pytest.raises(TransientError, match=str(os.getpid())):
         second.acquire()
     first.release()
     first.release()
