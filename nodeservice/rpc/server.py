@@ -18,9 +18,9 @@ from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
 from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.listening import not_bound
 from nodeservice.rpc import convert
 from nodeservice.rpc.log_stream import stream_log
-from nodeservice.listening import not_bound
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 

@@ -712,7 +712,7 @@ async def test_a_port_that_is_taken_is_told_and_may_be_free_again(
     master: Master, settings: MasterSettings, tmp_path: Path
 ) -> None:
     second = Master(replace(settings, listen=master.address, state_dir=tmp_path / "other"))
-    with pytest.raises(TransientError, match="listen 127.0.0.1:.*Address already in use") as caught:
+    with pytest.raises(TransientError, match=r"listen 127\.0\.0\.1:.*Address already in use") as caught:
         await second.start()
     assert caught.value.field == "listen"
 
