@@ -434,6 +434,25 @@ def test_a_stream_that_fails_never_ends_the_caller() -> None:
         full.close()
 
 
+@pytest.mark.usefixtures("_restored_logging")
+def test_a_pipe_that_nobody_empties_stops_nobody_and_what_it_lost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodeservice.telemetry.logs._PATIENCE_MILLISECONDS", 0)
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as tap, open(writer, "w", encoding="utf-8") as out:
+        configure_logging("info", "json", out)
+        for number in range(1000):
+            structlog.get_logger("test").info("to.nobody", number=number, words="ü" * 1500)
+        heard = tap.read(1 << 20)
+        structlog.get_logger("test").info("heard.again")
+        lines = [line for line in (heard + tap.read(1 << 20)).decode(errors="replace").splitlines() if line]
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    whole = [event["number"] for event in events if event["event"] == "to.nobody"]
+    assert 0 < len(whole) < 1000
+    assert whole == [*range(len(whole))]
+    assert [event.get("count") for event in events[len(whole) :]] == [1000 - len(whole), None]
+    assert events[-1]["event"] == "heard.again"
+
+
 def test_logs_go_to_stderr_and_never_to_stdout() -> None:
     code = (
         "import structlog; from nodeservice.telemetry.logs import configure_logging;"
