@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +19,12 @@ from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRe
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store
 from nodeservice.errors import ConfigError, NodeServiceError, RequestError, TransientError
+from nodeservice.gpu.locks import GpuLocks
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
 from nodeservice.lifecycle.workdir import SALVAGE, WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
+from nodeservice.limits.disk import open_task_disk
 from nodeservice.results.layout import MANIFEST_NAME
 from nodeservice.results.manifest import read_local
 from nodeservice.runtime.docker import DockerRuntime
@@ -32,6 +34,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _ENGINE_SECONDS = 10.0
+_TURN_SECONDS = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -97,7 +100,9 @@ async def run_once(
             ) as parts:
                 received_at = node.clock.now()
                 trace = new_trace_ids(traceparent)
-                record = await _while_all_work(parts, node.driver.assign(spec, trace=trace, received_at=received_at))
+                async with _choosing_gpus(node, spec):
+                    assigning = node.driver.assign(spec, trace=trace, received_at=received_at)
+                    record = await _while_all_work(parts, assigning)
                 interrupts.accepted(record.id)
                 await _while_all_work(parts, _follow(node, record, on_log))
                 done = node.driver.get(spec.id) or record
@@ -122,6 +127,22 @@ def _refuse_taken(config: NodeConfig, spec: TaskSpec) -> None:
             field="task_id",
             hint="choose another, or move them away",
         )
+
+
+@contextlib.asynccontextmanager
+async def _choosing_gpus(node: Node, spec: TaskSpec) -> AsyncIterator[None]:
+    """One run at a time, so that those that are started together choose different ones; one that hangs is not waited for."""
+    turn = GpuLocks(node.config.gpu_lock_dir, worker_id=node.config.worker_id)
+    try:
+        if spec.request.gpu_count or spec.gpu.share:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TURN_SECONDS):
+                    while turn.take(spec.id, ["turn"]):
+                        await node.clock.sleep(0.02)
+            await node.keeper.look()
+        yield
+    finally:
+        turn.close()
 
 
 async def _while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[None, None, T]) -> T:
@@ -260,6 +281,7 @@ async def sweep_dead_runs(
                     was = "which still ran" if container.is_running else "which had ended"
                     say(f"removed the container of {directory.name}, {was}: its run was killed and left it")
                 await _remove_cgroup(runtime, directory.name)
+                await _lift_quotas(directory)
                 kept = await asyncio.to_thread(remove_run, directory)
                 log.info("run.swept", directory=str(directory))
                 if kept is not None:
@@ -302,3 +324,13 @@ async def _remove_cgroup(runtime: DockerRuntime, run_id: str) -> None:
         await cgroups.remove(AttemptId(run_id))
     finally:
         await cgroups.close()
+
+
+async def _lift_quotas(state_dir: Path) -> None:
+    """They would stay where the directories that they bound are gone."""
+    dirs, disk = WorkDirs(state_dir), open_task_disk(state_dir, None)
+    try:
+        for id_ in dirs.all():
+            await disk.remove(id_, work=dirs.results(id_))
+    finally:
+        await disk.close()

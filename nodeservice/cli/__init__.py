@@ -12,6 +12,7 @@ from nodeservice.cli import streams
 from nodeservice.cli.exit_codes import ExitCode, code_of_error
 from nodeservice.cli.task_options import is_utf8
 from nodeservice.errors import NodeServiceError, RequestError
+from nodeservice.telemetry.plain import plain
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """Typer has no name of its own for what its click, bundled or not, raises for wrong options."""
@@ -89,7 +90,7 @@ def _run(arguments: list[str]) -> int:
         _tell_as_json(arguments, error.format_message(), "USAGE")  # type: ignore[attr-defined]
         return ExitCode.USAGE
     except NodeServiceError as error:
-        sys.stderr.write(f"nodeservice: {error}\n")
+        sys.stderr.write(f"nodeservice: {plain(str(error))}\n")
         _tell_as_json(arguments, str(error), error.reason)
         return code_of_error(error)
 

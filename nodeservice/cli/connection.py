@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nodeservice.errors import ConfigError
+from nodeservice.telemetry.plain import plain
 
 if TYPE_CHECKING:
     import grpc
@@ -153,5 +154,5 @@ class Connection:
 
 def say(text: str) -> None:
     """One line for a person, on stderr."""
-    sys.stderr.write(f"nodeservice: {text}\n")
+    sys.stderr.write(f"nodeservice: {plain(text)}\n")
     sys.stderr.flush()

@@ -35,6 +35,7 @@ def doctor(
     from nodeservice.doctor.examine import examine
     from nodeservice.errors import NodeServiceError
     from nodeservice.telemetry.logs import configure_logging
+    from nodeservice.telemetry.plain import plain
 
     configure_logging("error", "console")
     flags = {"state_dir": state_dir, "docker_host": docker_host}
@@ -42,7 +43,7 @@ def doctor(
     try:
         diagnosis = asyncio.run(examine(settings, image=image, patience=patience))
     except NodeServiceError as error:
-        sys.stderr.write(f"nodeservice: {error}\n")
+        sys.stderr.write(f"nodeservice: {plain(str(error))}\n")
         if as_json:
             told: dict[str, object] = {"sound": None, "reason": error.reason, "message": str(error), "checks": []}
             sys.stdout.write(json.dumps(told) + "\n")

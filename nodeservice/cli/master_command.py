@@ -132,6 +132,8 @@ def master(
     import faulthandler
     import os
 
+    import structlog
+
     from nodeservice.service_manager import ServiceManager
     from nodeservice.telemetry.logs import LEVELS, configure_logging
 
@@ -139,6 +141,8 @@ def master(
     if log_level not in LEVELS:
         raise ConfigError(f"--log-level is {log_level!r}", field="log_level", hint=f"use one of {', '.join(LEVELS)}")
     configure_logging(log_level, log_format)
+    if not insecure and tls_ca is None:
+        structlog.get_logger(__name__).warning("master.callers_unknown", hint="give --tls-ca: else anybody may call")
     daemon, settings_type = _import_master()
     settings = settings_type(
         **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),
@@ -150,7 +154,7 @@ def master(
         node_loss_retries=node_loss_retries,
         nodes=tuple(node or ()),
         advertise=advertise,
-        http_tls=_http_tls(tls_cert, tls_key) if http_listen and not insecure else None,
+        http_tls=_http_tls(tls_cert, tls_key, tls_ca) if http_listen and not insecure else None,
         **transport,
     )
     faulthandler.enable()
@@ -207,12 +211,15 @@ def _transport(cert: Path | None, key: Path | None, ca: Path | None, *, insecure
     }
 
 
-def _http_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """Nodes show no certificate when they POST results, so none is asked for here."""
+def _http_tls(cert: Path | None, key: Path | None, ca: Path | None) -> ssl.SSLContext | None:
+    """As strict as gRPC beside it: with an authority, who POSTs results must show a certificate that it signed."""
     if cert is None or key is None:
         return None
     import ssl
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(cert, key)
+    if ca is not None:
+        context.load_verify_locations(ca)
+        context.verify_mode = ssl.CERT_REQUIRED
     return context

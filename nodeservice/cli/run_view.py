@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, BinaryIO
 
 from nodeservice.cli.streams import to_nowhere
+from nodeservice.telemetry.plain import plain
 
 if TYPE_CHECKING:
     from nodeservice.core.model import TaskRecord
@@ -26,7 +27,7 @@ class RunView:
     def say(self, text: str) -> None:
         """A line for a person. That nobody reads it any more is no reason to stop."""
         try:
-            sys.stderr.write(f"nodeservice: {text}\n")
+            sys.stderr.write(f"nodeservice: {plain(text)}\n")
             sys.stderr.flush()
         except OSError:
             to_nowhere(sys.stderr.fileno())

@@ -151,6 +151,9 @@ class NodeConfig(BaseSettings):
     )
     gpu_mig_counts: bool = Field(False, description="true to give MIG instances to tasks that ask for a number of GPUs")
     gpu_mps_pipe_dir: Folder | None = Field(None, description="the directory in which an MPS server listens")
+    gpu_lock_dir: Folder = Field(
+        Path("/run/nodeservice/gpus"), description="a directory in memory that all workers of this host share"
+    )
     gpu_poll_seconds: Seconds = Field(1.0, description="seconds between two looks, more than 0")
     gpu_quarantine_seconds: Seconds = Field(60.0, description="seconds without trouble before a GPU takes tasks again")
 

@@ -80,6 +80,16 @@ class Ledger:
         self._gpus = tuple(gpus)
 
     @property
+    def share(self) -> Resources:
+        """What all tasks may have together. A node that became smaller takes nothing from those that were granted more."""
+        has = self._allocatable
+        granted = [holding.lease.granted for holding in self._holdings.values() if holding.compute]
+        cpu_milli, memory_bytes = sum(each.cpu_milli for each in granted), sum(each.memory_bytes for each in granted)
+        if cpu_milli <= has.cpu_milli and memory_bytes <= has.memory_bytes:  # as nearly always
+            return has
+        return replace(has, cpu_milli=max(has.cpu_milli, cpu_milli), memory_bytes=max(has.memory_bytes, memory_bytes))
+
+    @property
     def leased(self) -> Resources:
         total = Resources()
         for holding in self._holdings.values():

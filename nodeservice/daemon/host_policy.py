@@ -27,6 +27,8 @@ def reserve(config: NodeConfig) -> Reserve:
     )
 
 
+CALLERS_UNKNOWN = "CALLERS_UNKNOWN"
+"""A warning, no error: a proxy may ask callers who they are. Plain text asks nobody either, but is chosen in words."""
 HEARTBEAT_SLOW = "HEARTBEAT_SLOW"
 """A warning, no error: a master can be told to wait for longer."""
 _MASTERS_WAIT_SECONDS = 30.0
@@ -46,8 +48,12 @@ def check_reserve(config: NodeConfig, capacity: Resources) -> None:
 
 def doubts(config: NodeConfig) -> dict[str, str]:
     """What may be meant and mostly is not, by name, in words."""
+    found = {}
+    if config.tls_cert is not None and config.tls_ca is None:
+        words = f"tls_ca is not set, so whoever reaches {config.listen} may assign tasks"
+        found[CALLERS_UNKNOWN] = f"{words} (give the authority whose certificates callers have to show)"
     seconds = config.heartbeat_seconds
-    if seconds < _MASTERS_WAIT_SECONDS:
-        return {}
-    words = f"heartbeat_seconds = {seconds:g}, but masters take a node for silent after {_MASTERS_WAIT_SECONDS:g}"
-    return {HEARTBEAT_SLOW: f"{words} (set a few seconds, or raise the master's --heartbeat-timeout above it)"}
+    if seconds >= _MASTERS_WAIT_SECONDS:
+        words = f"heartbeat_seconds = {seconds:g}, but masters take a node for silent after {_MASTERS_WAIT_SECONDS:g}"
+        found[HEARTBEAT_SLOW] = f"{words} (set a few seconds, or raise the master's --heartbeat-timeout above it)"
+    return found

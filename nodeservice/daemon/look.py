@@ -16,6 +16,7 @@ from nodeservice.daemon.host_policy import reserve, sharing_policy
 from nodeservice.daemon.told import Told, ask
 from nodeservice.errors import TransientError
 from nodeservice.gpu.health import GpuState, HealthBoard
+from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.gpu.units import units_of
 from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
@@ -47,10 +48,12 @@ async def look(config: NodeConfig) -> Seen:
     runtime = DockerRuntime(base_url=config.docker_host, node_id=config.worker_id)
     gpus = NvmlGpuProvider()
     policy = sharing_policy(config)
-    board = HealthBoard()
+    board, locks = HealthBoard(), GpuLocks(config.gpu_lock_dir, worker_id=config.worker_id)
 
     def units(inventory: GpuInventory) -> tuple[GpuUnit, ...]:
         board.observe(inventory.gpus, (), now_seconds=0.0)
+        for gpu in inventory.gpus:  # what the daemon of this configuration holds, its journal tells
+            board.suspect(gpu.uuid, "locked", locks.in_use(gpu.uuid, apart_from=config.worker_id))
         return units_of(inventory, board.unwell(), policy)
 
     capacity = HostCapacity(

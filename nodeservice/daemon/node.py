@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -21,6 +20,7 @@ from nodeservice.daemon.fault_points import armed
 from nodeservice.daemon.host_policy import check_reserve, doubts, reserve, sharing_policy
 from nodeservice.daemon.host_stops import HostStops
 from nodeservice.gpu.health import HealthBoard
+from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.lock import StateDirLock, not_writable
@@ -75,6 +75,7 @@ class Node:
         await self.runtime.close()
         await self.capacity.close()
         await self.gpus.close()
+        self.keeper.close()
         await self.journal.close()
         await self.traces.close()
         self.lock.release()
@@ -82,10 +83,10 @@ class Node:
 
 async def build(config: NodeConfig) -> Node:
     """Lock the state directory, open the journal, look at the host. Raises ConfigError and NodeServiceError."""
-    for field in ("state_dir", "results_dir"):
-        directory: Path = getattr(config, field)
+    places = (("state_dir", config.state_dir, 0o755), ("results_dir", config.results_dir, 0o750))
+    for field, directory, rights in places:
         try:
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            directory.mkdir(mode=rights, parents=True, exist_ok=True)
         except OSError as error:
             raise not_writable(field, directory, error) from error
     lock = StateDirLock(config.state_dir)
@@ -105,6 +106,7 @@ async def build(config: NodeConfig) -> Node:
         clock=clock,
         owners=ProcOwners(),
         dirs=dirs,
+        locks=GpuLocks(config.gpu_lock_dir, worker_id=config.worker_id),
         policy=sharing_policy(config),
         board=HealthBoard(quarantine_seconds=config.gpu_quarantine_seconds),
         look_seconds=config.gpu_poll_seconds,

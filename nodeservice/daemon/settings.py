@@ -32,7 +32,10 @@ def open_store(config: NodeConfig) -> ResultStore:
             if config.http_upload_url is None:
                 raise InvariantError("a configuration with result_store http has a URL")
             return open_result_store(
-                config.http_upload_url, http_limit_bytes=config.http_upload_limit_bytes, ca_file=config.tls_ca
+                config.http_upload_url,
+                http_limit_bytes=config.http_upload_limit_bytes,
+                ca_file=config.tls_ca,
+                certificate=(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None,
             )
         case _:
             return open_result_store(config.results_dir.absolute().as_uri())

@@ -78,6 +78,27 @@ def strangers(place: Place, holders: Iterable[AttemptId], owners: Mapping[int, A
     return sorted(pid for pid in pids if pid in owners and owners[pid] not in allowed)
 
 
+def still_there(place: Place, owners: Mapping[int, AttemptId]) -> str:
+    """Who or what is on what nobody should use, in words; empty where nothing is."""
+    pids, left_bytes = strangers(place, (), owners), left_behind_bytes(place, owners)
+    return f"{len(pids)} processes and {left_bytes} bytes are still" if pids or left_bytes else ""
+
+
+def touched(lease: Lease, gpu: str, instance_id: int | None, seen: Mapping[str, Place]) -> list[str]:
+    """Which units of a lease lie on this GPU; only the one with this id, where there is one."""
+    found: list[str] = []
+    for uuid in lease.gpu_uuids:
+        place = seen.get(uuid)
+        if place is None:
+            continue
+        other_instance = (
+            instance_id is not None and place.instance is not None and place.instance.gpu_instance_id != instance_id
+        )
+        if place.gpu.uuid == gpu and not other_instance:
+            found.append(uuid)
+    return found
+
+
 def sample(place: Place, id_: AttemptId, lease: Lease, owners: Mapping[int, AttemptId]) -> GpuSample:
     """What of it concerns one attempt that holds it."""
     alone = lease.gpu_part is None or lease.gpu_part.method is ShareMethod.MIG

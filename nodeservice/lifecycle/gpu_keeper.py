@@ -19,7 +19,17 @@ from nodeservice.core.gpus import GpuUnit, GpuUsage, ShareMethod
 from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord
 from nodeservice.core.verdict import changes_the_end
 from nodeservice.gpu.health import GpuFault, GpuState, HealthBoard
-from nodeservice.gpu.holders import Place, left_behind_bytes, memory_of, places, sample, strangers
+from nodeservice.gpu.holders import (
+    Place,
+    left_behind_bytes,
+    memory_of,
+    places,
+    sample,
+    still_there,
+    strangers,
+    touched,
+)
+from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.units import SharingPolicy, units_of
 from nodeservice.gpu.xid import words as xid_words
 from nodeservice.lifecycle.driver import Driver
@@ -30,8 +40,8 @@ from nodeservice.ports import Clock, GpuInventory, GpuProvider, GpuXid, ProcessO
 
 log = structlog.get_logger(__name__)
 
-GPU_DRIVER = "GPU_DRIVER"
-_STRANGER, _LEFT_BEHIND = "stranger", "left behind"
+GPU_DRIVER, GPU_LOCKS = "GPU_DRIVER", "GPU_LOCKS"
+_STRANGER, _LEFT_BEHIND, _LOCKED = "stranger", "left behind", "locked"
 _READY_LOOK_SECONDS = 0.2
 _LATE_EVENT_SECONDS = 0.3
 """An event of the driver comes on a way of its own, and may come after the end of the task that it ended."""
@@ -50,6 +60,7 @@ class GpuKeeper:
         clock: Clock,
         owners: ProcessOwners,
         dirs: WorkDirs,
+        locks: GpuLocks,
         policy: SharingPolicy | None = None,
         board: HealthBoard | None = None,
         look_seconds: float = 1.0,
@@ -59,6 +70,7 @@ class GpuKeeper:
         self._provider = provider
         self._clock = clock
         self._owners = owners
+        self._locks = locks
         self._policy = policy or SharingPolicy()
         self._board = board or HealthBoard()
         self._look_seconds = look_seconds
@@ -81,7 +93,9 @@ class GpuKeeper:
     # ---- what there is ---------------------------------------------------------------------------------------------
 
     def units(self, inventory: GpuInventory) -> tuple[GpuUnit, ...]:
-        """What tasks can lease, and what of it is out of service."""
+        """What tasks can lease, and what of it is out of service: with what other workers on this host hold just now."""
+        for gpu in inventory.gpus:
+            self._board.suspect(gpu.uuid, _LOCKED, self._locks.in_use(gpu.uuid))
         return units_of(inventory, self._board.unwell(), self._policy)
 
     def state(self, uuid: str) -> tuple[GpuState, str]:
@@ -97,6 +111,7 @@ class GpuKeeper:
     async def run(self, driver: Driver, *, on_change: Callable[[], None]) -> None:
         """Work until cancelled. `on_change` is called when what tasks can lease has changed."""
         self._driver, self._on_change = driver, on_change
+        driver.on_change(self._follow_lease)
         try:
             while True:
                 await self.look()
@@ -106,6 +121,10 @@ class GpuKeeper:
             with contextlib.suppress(TimeoutError):  # a disk that hangs holds up no end
                 async with asyncio.timeout(_LAST_SAVE_SECONDS):
                     await self._bills.save(record.id for record in self._holders())
+
+    def close(self) -> None:
+        """Let others on this host have the GPUs. What runs on is found there by its processes."""
+        self._locks.close()
 
     async def look(self) -> None:
         """Take up what was seen last, and act on it."""
@@ -127,6 +146,7 @@ class GpuKeeper:
         self._fail_tasks(faults, seen, holders)
         if inventory.gpus and inventory.error is None:
             owners = self._owners_of(inventory)
+            self._lock_all(holders)
             self._look_for_strangers(seen, holders, owners)
             self._watch_memory(seen, holders, owners)
             for record in holders:
@@ -159,14 +179,14 @@ class GpuKeeper:
         for xid in xids:
             log.warning("gpu.xid", uuid=xid.uuid, code=xid.code, instance=xid.gpu_instance_id, what=xid_words(xid.code))
             for record in holders:
-                for uuid in _touched(record, xid.uuid, xid.gpu_instance_id, seen):
+                for uuid in touched(record.lease, xid.uuid, xid.gpu_instance_id, seen):
                     self._bills.of(record.id).note_xid(uuid, xid.code)
 
     def _fail_tasks(self, faults: Iterable[GpuFault], seen: Mapping[str, Place], holders: Iterable[TaskRecord]) -> None:
         for fault in faults:
             log.error("gpu.fault", uuid=fault.uuid, instance=fault.gpu_instance_id, what=fault.words)
             for record in holders:
-                if not _touched(record, fault.uuid, fault.gpu_instance_id, seen):
+                if not touched(record.lease, fault.uuid, fault.gpu_instance_id, seen):
                     continue
                 what = f"{fault.uuid}: {fault.words}"
                 self._faults.setdefault(record.id, what)
@@ -250,15 +270,39 @@ class GpuKeeper:
     async def ready(self, record: TaskRecord) -> str:
         """Before the container is made: why the attempt can't have its GPUs, in words; empty when it can.
 
-        What the last holder left goes within moments; so long it is waited for.
+        What the last holder left goes within moments; so long it is waited for. The look is made under the lock.
         """
         until = self._monotonic() + self._ready_seconds
         while True:
+            locked = self._lock(record)
             await self._look_now()
-            why = self._not_ready(record)
+            why = self._not_ready(record) or locked
             if not why or self._monotonic() >= until:
                 return why
             await self._clock.sleep(_READY_LOOK_SECONDS)
+
+    def _lock(self, record: TaskRecord) -> str:
+        """Why not all GPUs of the attempt are this worker's, in words; empty when they are."""
+        seen = places(self._inventory)
+        if unseen := [uuid for uuid in record.lease.gpu_uuids if uuid not in seen]:
+            return f"{unseen[0]} was not seen yet"
+        whole = {seen[uuid].gpu.uuid for uuid in record.lease.gpu_uuids}
+        why = self._locks.take(record.id, whole)
+        if why and record.container_id is None:
+            self._locks.release(record.id)  # who waits for one GPU keeps no other from anybody
+        return why
+
+    def _lock_all(self, holders: Iterable[TaskRecord]) -> None:
+        """Again after a restart: what has its container then keeps its GPUs, whoever has their locks."""
+        lacks = [f"{record.id}: {why}" for record in holders if (why := self._lock(record)) and record.container_id]
+        self._warn(GPU_LOCKS, "; ".join(filter(None, [self._locks.trouble, *lacks])))
+
+    def _follow_lease(self, record: TaskRecord) -> None:
+        """From the grant on, so that others choose other GPUs while an image is pulled."""
+        if record.compute_released:
+            self._locks.release(record.id)
+        elif record.lease.gpu_uuids:
+            self._lock(record)
 
     def _not_ready(self, record: TaskRecord) -> str:
         if why := self._inventory.error or self._inventory.outdated:
@@ -274,7 +318,7 @@ class GpuKeeper:
                 return f"{place.gpu.uuid}: {why}"
             if place.gpu.mig_enabled and place.instance is None:
                 return f"{uuid} was split into MIG instances meanwhile"
-            if not shared and (busy := _busy(place, owners)):
+            if not shared and (busy := still_there(place, owners)):
                 return f"{uuid}: {busy} on it"
         return ""
 
@@ -321,7 +365,7 @@ class GpuKeeper:
     def _left(self, record: TaskRecord) -> str:
         seen, owners = places(self._inventory), self._owners_of(self._inventory)
         held = [seen[uuid] for uuid in record.lease.gpu_uuids if uuid in seen and not seen[uuid].gpu.lost]
-        return "; ".join(f"{place.uuid}: {busy}" for place in held if (busy := _busy(place, owners)))
+        return "; ".join(f"{place.uuid}: {busy}" for place in held if (busy := still_there(place, owners)))
 
     # ---- the bill --------------------------------------------------------------------------------------------------
 
@@ -339,10 +383,7 @@ class GpuKeeper:
         driver = self._driver
         if driver is None:
             return
-        if inventory.complaints:
-            driver.warnings[GPU_DRIVER] = "; ".join(inventory.complaints)
-        else:
-            driver.warnings.pop(GPU_DRIVER, None)
+        self._warn(GPU_DRIVER, "; ".join(inventory.complaints))
         units = self.units(inventory)
         if units != driver.ledger.gpus:
             count = sum(1 for unit in units if unit.counts and not unit.unwell)
@@ -352,23 +393,8 @@ class GpuKeeper:
                     log.warning("gpu.out_of_service", uuid=unit.uuid, why=unit.unwell)
             self._on_change()
 
-
-def _busy(place: Place, owners: Mapping[int, AttemptId]) -> str:
-    """Who or what is still there, in words; empty where nothing is."""
-    pids, left_bytes = strangers(place, (), owners), left_behind_bytes(place, owners)
-    return f"{len(pids)} processes and {left_bytes} bytes are still" if pids or left_bytes else ""
-
-
-def _touched(record: TaskRecord, gpu: str, instance_id: int | None, seen: Mapping[str, Place]) -> list[str]:
-    """Which units of a lease lie on this GPU; only the one with this id, where there is one."""
-    found: list[str] = []
-    for uuid in record.lease.gpu_uuids:
-        place = seen.get(uuid)
-        if place is None:
-            continue
-        other_instance = (
-            instance_id is not None and place.instance is not None and place.instance.gpu_instance_id != instance_id
-        )
-        if place.gpu.uuid == gpu and not other_instance:
-            found.append(uuid)
-    return found
+    def _warn(self, name: str, words: str) -> None:
+        if self._driver is not None and words:
+            self._driver.warnings[name] = words
+        elif self._driver is not None:
+            self._driver.warnings.pop(name, None)

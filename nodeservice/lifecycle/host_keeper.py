@@ -47,21 +47,33 @@ class HostKeeper:
             self._share_changed.set()
 
     async def apply_share(self) -> None:
-        """Hold all tasks to what the ledger allocates. Nothing happens while that is what it was, and holds."""
+        """Hold all tasks to what the ledger says. Nothing happens while that is what it was, and holds."""
         wanted = _share(self._driver.ledger)
         if wanted != self._asked or not self._holds:
             self._asked, self._holds = wanted, False
             self._holds = await self._context.cgroups.share(*wanted)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled.
+
+        A look at a disk that hangs keeps no share from being set: it is set before a task comes whose CPUs are exclusive.
+        """
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._keep_share())
+            both.create_task(self._keep_disk())
+
+    async def _keep_share(self) -> None:
         while True:
             self._share_changed.clear()
             await self.apply_share()
-            await self.look_at_disk()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._context.settings.keep_host_seconds):
                     await self._share_changed.wait()
+
+    async def _keep_disk(self) -> None:
+        while True:
+            await self.look_at_disk()
+            await self._context.clock.sleep(self._context.settings.keep_host_seconds)
 
     async def look_at_disk(self) -> None:
         least = await self._context.free_space.least()
@@ -113,4 +125,4 @@ class HostKeeper:
 
 
 def _share(ledger: Ledger) -> Share:
-    return ledger.allocatable, ledger.shared_cpu_ids, ledger.exclusive_cpu_ids
+    return ledger.share, ledger.shared_cpu_ids, ledger.exclusive_cpu_ids

@@ -78,7 +78,7 @@ class Orphans:
                 kind="container", name=f"{container.name} {container.id[:12]}", remove=partial(remove, container.id)
             )
             for container in listed
-            if not self._driver.is_live(identity(container))
+            if (id_ := identity(container)) is not None and not self._driver.is_live(id_)
         ]
 
     async def _cgroups(self) -> list[_Orphan]:
@@ -96,10 +96,14 @@ class Orphans:
             await asyncio.to_thread(work, id_)
             return True
 
+        async def remove_directory(id_: AttemptId) -> bool:
+            await self._context.disk.remove(id_, work=dirs.results(id_))
+            return await remove(dirs.remove, id_)
+
         directories = await asyncio.to_thread(dirs.all)
         logs = await asyncio.to_thread(dirs.logs)
         found = [
-            _Orphan(kind="directory", name=str(id_), remove=partial(remove, dirs.remove, id_))
+            _Orphan(kind="directory", name=str(id_), remove=partial(remove_directory, id_))
             for id_ in directories
             if id_ not in written_to and not self._driver.is_live(id_)
         ]

@@ -42,13 +42,16 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
 
 
 async def _take_up(context: Context, driver: Driver, decode: Decode, container: ContainerState) -> AttemptId | None:
-    """Resume or adopt or remove it. The attempt whose directory is needed from now on; None where there is none."""
+    """Resume, adopt or remove it, if it is ours. The attempt whose directory is needed from now on, if there is one."""
     id_ = identity(container)
+    if id_ is None:
+        log.warning("recovery.not_ours", container=container.name, id=container.id)
+        return None
     if driver.is_live(id_):
         return id_
-    if id_ is None or driver.get(id_) is None:
+    if driver.get(id_) is None:
         record = _from_labels(container, decode)
-        if record is not None:
+        if record is not None and record.id == id_:
             log.warning(
                 "recovery.adopted", task_id=record.id.task_id, attempt=record.id.attempt, container=container.name
             )
@@ -64,9 +67,11 @@ async def _take_up(context: Context, driver: Driver, decode: Decode, container: 
 
 
 def identity(container: ContainerState) -> AttemptId | None:
-    """Whose it is, by its labels."""
+    """Whose it is, by its labels. None where its name says otherwise: an image may bring any label, but no name."""
     task_id, attempt = container.labels.get(labels.TASK_ID), container.labels.get(labels.ATTEMPT, "")
-    return AttemptId(task_id, int(attempt)) if task_id and attempt.isdecimal() else None
+    if not task_id or not attempt.isdecimal() or container.name != f"{labels.PREFIX}{task_id}.{attempt}":
+        return None
+    return AttemptId(task_id, int(attempt))
 
 
 def _from_labels(container: ContainerState, decode: Decode) -> TaskRecord | None:

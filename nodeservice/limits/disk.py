@@ -65,7 +65,7 @@ class BoundedDisk:
             return
 
         def bind() -> None:
-            watched.project = quotas.bind([work], limit_bytes)
+            watched.project = quotas.bind(work, limit_bytes)
 
         await self._run(bind, doing="set the disk quota")
 
@@ -141,13 +141,12 @@ class BoundedDisk:
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
     def _lift(self, quotas: ProjectQuotas, id_: AttemptId, work: Path) -> None:
-        """A restart forgot the number: the directory bears it still. One that a task has set there is perhaps another's."""
-        attempts = dict(self._attempts)
-        watched = attempts.pop(id_, None)
+        """A restart forgot the number: the directory above bears it still."""
+        watched = self._attempts.get(id_)
         project = watched.project if watched is not None else None
         if project is None:
             project = quotas.project_of(work)
-        if project is not None and all(other.project != project for other in attempts.values()):
+        if project is not None:
             quotas.lift(project)
 
     def _count(self, watched: Watched) -> Measured | None:

@@ -92,21 +92,27 @@ class ProjectQuotas:
             return self._layers_count and all(os.stat(place).st_dev == self._support.number for place in layer)
         return False
 
-    def bind(self, directories: Sequence[Path], limit_bytes: int) -> int:
-        """Bound them together; the project's number. Repeating takes the number that they bear already."""
-        number = self.project_of(directories[0])
+    def bind(self, work: Path, limit_bytes: int) -> int:
+        """Bound it with all that is in it; the project's number. Repeating takes the same number.
+
+        An empty file beside it bears the number too, and is the one that is believed: no container reaches that, while the
+        owner of what a container does reach may give it the number of another.
+        """
+        number = self.project_of(work)
         if number is None:
             number = self._unused()
+            _witness(work).touch(mode=0o600)
+            _mark(str(_witness(work)), number)
         blocks = -(-limit_bytes // _BLOCK_BYTES)
         inodes = max(_LEAST_INODES, limit_bytes // LEAST_BYTES)
         self._set(number, blocks, inodes)
-        self.join(directories, number)
+        self.join([work], number)
         return number
 
-    def project_of(self, directory: Path) -> int | None:
-        """The number that it bears, if that is one of ours; None too where there is no such directory."""
+    def project_of(self, work: Path) -> int | None:
+        """The number that it was bound with, if that is one of ours; None too where it was not bound."""
         with suppress(FileNotFoundError):
-            number = _project_of(directory)
+            number = _project_of(_witness(work))
             if _FIRST_PROJECT <= number < _FIRST_PROJECT + 0x10000:
                 return number
         return None
@@ -145,12 +151,12 @@ class ProjectQuotas:
         for _ in range(1000):
             number = _FIRST_PROJECT + random.randrange(0x10000)  # noqa: S311
             try:
-                blocks, _, used_bytes, *_ = self._get(number)
+                blocks, _, used_bytes, _, _, inodes, *_ = self._get(number)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ESRCH):
                     raise
                 return number
-            if not blocks and not used_bytes:
+            if not (blocks or used_bytes or inodes):
                 return number
         raise OSError(errno.ENOSPC, "no project number is free", self._support.mount_point)
 
@@ -189,6 +195,10 @@ def _quotactl(command: int, device: str, number: int, buffer: bytearray) -> None
     if libc.quotactl(ctypes.c_int((command << 8) | _PROJECT), device.encode(), ctypes.c_int(number), address) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), device)
+
+
+def _witness(work: Path) -> Path:
+    return work.with_name("project")
 
 
 def _project_of(place: Path) -> int:

@@ -51,7 +51,7 @@ class V1CgroupTree:
         self._bases = {name: _base(mounts, name) for name in _CONTROLLERS}
         with suppress(OSError):
             self._bases["blkio"] = _base(mounts, "blkio")
-        self._memory_top = self._bases["memory"] / "memory"
+        self._memory_top = str(self._bases["memory"] / "memory")
         self._disks = disks
         # Everywhere that the engine may make directories: every v1 hierarchy, named ones, and the unified one beside them.
         self._tops = tuple(

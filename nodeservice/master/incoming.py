@@ -53,18 +53,24 @@ def read_manifest(data: bytes, *, task_id: str, attempt: int) -> tuple[Entry, ..
     try:
         document = json.loads(data)
         owner = (document["task_id"], document["attempt"])
-        entries = tuple(
-            Entry(str(file["path"]), int(file["size_bytes"]), str(file["sha256"])) for file in document["files"]
-        )
+        entries = tuple(_entry(file) for file in document["files"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise invalid("manifest", f"cannot be read: {type(error).__name__}") from error
     if owner != (task_id, attempt):
         raise invalid("manifest", f"is of another attempt than {task_id}.{attempt}")
-    for entry in entries:
-        check_path(entry.path)
     if len({entry.path for entry in entries}) != len(entries):
         raise invalid("manifest", "names a path twice")
     return entries
+
+
+def _entry(file: Mapping[str, object]) -> Entry:
+    """Raises TypeError or ValueError for what is no entry, RequestError for an unsafe path."""
+    path, size_bytes, sha256 = file["path"], file["size_bytes"], file["sha256"]
+    if not isinstance(path, str) or type(size_bytes) is not int or not isinstance(sha256, str):
+        raise TypeError("not what a file has")
+    if size_bytes < 0:  # it would make room for the others
+        raise ValueError("a negative size")
+    return Entry(check_path(path), size_bytes, sha256)
 
 
 class Incoming:

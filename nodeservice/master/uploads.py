@@ -25,7 +25,7 @@ class ResultUploads:
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="master-results")
 
     async def open(self) -> None:
-        await self.run(lambda: self._results_dir.mkdir(parents=True, exist_ok=True))
+        await self.run(lambda: self._results_dir.mkdir(mode=0o750, parents=True, exist_ok=True))
         await self.run(lambda: sweep(self._results_dir))
 
     async def begin(self, task_id: str, attempt: int | None, worker_id: str) -> Incoming:

@@ -51,6 +51,8 @@ class PulledImage:
     size_bytes: int
     name: str
     """The name asked for, as `LocalImage` writes it."""
+    volumes: tuple[str, ...] = ()
+    """Where it declares volumes: the engine mounts one at each of these places that nothing else is mounted at."""
     is_new: bool = False
     """This pull brought it: under no name was it on this host before."""
 
@@ -245,8 +247,9 @@ class ContainerRuntime(Protocol):
         ...
 
     async def list_owned(self, node_id: str) -> Sequence[ContainerState]:
-        """All containers, running or not, whose labels name this node.
+        """All containers, running or not, whose labels name this node and that bear our name.
 
+        Labels alone are not enough: an image that was made of a task's container has them, and all that is run from it.
         Of one that the engine lists and fails to describe only id, name, status and labels are known.
         """
         ...

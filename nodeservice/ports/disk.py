@@ -44,7 +44,10 @@ class TaskDisk(Protocol):
     """Bounds and measures what each attempt writes: its work directory, its container's layer, its log."""
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
-        """Bound the work directory and the log. Called before the container is made, and again after a restart."""
+        """Bound the work directory and the log. Called before the container is made, and again after a restart.
+
+        No container may reach the directory above `work`, which is this attempt's alone.
+        """
         ...
 
     def holds_layers(self) -> bool:

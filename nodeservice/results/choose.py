@@ -21,6 +21,7 @@ def open_result_store(
     s3: S3Access | None = None,
     http_limit_bytes: int | None = None,
     ca_file: Path | None = None,
+    certificate: tuple[Path, Path] | None = None,
 ) -> ResultStore:
     """`file:///dir`, `s3://bucket[/prefix]`, `http(s)://host/upload`.
 
@@ -39,7 +40,7 @@ def open_result_store(
             if not parts.hostname:
                 raise _refused(url, "it names no host", "http://HOST:PORT/upload")
             limit = LIMIT_BYTES if http_limit_bytes is None else http_limit_bytes
-            return HttpResultStore(url, limit_bytes=limit, ca_file=ca_file)
+            return HttpResultStore(url, limit_bytes=limit, ca_file=ca_file, certificate=certificate)
         case _:
             raise _refused(url, "the scheme is unknown", "file:///DIR, s3://BUCKET/PREFIX or http://HOST:PORT/upload")
 

@@ -140,11 +140,11 @@ class FileResultStore:
                 raise
 
     def _make_directory(self, directory: Path) -> None:
-        """Make it and its parents, each made durable in its own parent."""
+        """Make it and its parents, each made durable in its own parent, and no business of other users."""
         if directory.is_dir():
             return
         self._make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(mode=0o750, exist_ok=True)
         _sync_directory(directory.parent)
 
     @contextlib.contextmanager

@@ -68,13 +68,22 @@ class HttpResultStore:
 
     Repeating sends everything again; the master takes the same manifest twice. `limit_bytes` counts files and manifest:
     more is RequestError (RESULT_TOO_LARGE) before anything is sent. A file's source is opened when its turn comes, so the
-    number of files is not bounded by descriptors. `ca_file` replaces the system's certificate authorities.
+    number of files is not bounded by descriptors. `ca_file` replaces the system's certificate authorities; `certificate` and
+    its key are shown to a server that asks for one.
     """
 
-    def __init__(self, url: str, *, limit_bytes: int = LIMIT_BYTES, ca_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        limit_bytes: int = LIMIT_BYTES,
+        ca_file: Path | None = None,
+        certificate: tuple[Path, Path] | None = None,
+    ) -> None:
         self._url = url
         self._limit_bytes = limit_bytes
         self._authorities: str | bool = str(ca_file) if ca_file else True
+        self._certificate = (str(certificate[0]), str(certificate[1])) if certificate else None
         self._pool = Threads(2, name="results-http")
 
     async def put(self, bundle: ResultBundle) -> str:
@@ -113,6 +122,7 @@ class HttpResultStore:
                     headers={"Content-Type": encoder.content_type},
                     timeout=(_CONNECT_SECONDS, _ANSWER_SECONDS),
                     verify=self._authorities,
+                    cert=self._certificate,
                     allow_redirects=False,
                 )
         return self._location(response, bundle)
@@ -122,7 +132,9 @@ class HttpResultStore:
 
         with self._translated():
             timeout = (_CONNECT_SECONDS, _ANSWER_SECONDS)
-            requests.head(self._url, timeout=timeout, verify=self._authorities, allow_redirects=False)
+            requests.head(
+                self._url, timeout=timeout, verify=self._authorities, cert=self._certificate, allow_redirects=False
+            )
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -131,6 +143,12 @@ class HttpResultStore:
         try:
             yield
         except requests.exceptions.SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):  # it hung up, perhaps since it does not know us
+                raise TransientError(
+                    f"{self._url} ended the TLS connection",
+                    reason="STORE_UNREACHABLE",
+                    hint="it may not trust this node's certificate",
+                ) from error
             raise NodeFaultError(
                 f"{self._url} has a certificate that this node does not trust",
                 reason="STORE_REFUSED",

@@ -45,9 +45,10 @@ log = structlog.get_logger(__name__)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,254}")
 _SIGKILL_EXIT_CODE = 137
 _NOT_FOUND_EXIT_CODE = 127
-_EXEC_FAILURE_EXIT_CODES = frozenset({126, _NOT_FOUND_EXIT_CODE})
-_CATATONIT_FAILURE_EXIT_CODE = 1
-"""Podman's init program ends with this where others do with 126 or 127."""
+_NOT_EXECUTABLE_EXIT_CODE = 126
+_INIT_FAILURE_EXIT_CODE = 1
+"""Podman's init program ends with this instead of those two, Docker's for what is neither missing nor forbidden."""
+_EXEC_FAILURE_EXIT_CODES = frozenset({_NOT_EXECUTABLE_EXIT_CODE, _NOT_FOUND_EXIT_CODE, _INIT_FAILURE_EXIT_CODE})
 _LOST_EXIT_CODE = 255
 """Docker's, for an end that it missed and of which its containerd knows nothing either."""
 _OOM_LOOKS_SECONDS = (0.02, 0.08, 0.15, 0.25)
@@ -269,7 +270,7 @@ class DockerRuntime:
         listed = await self._connection.call(
             lambda client: client.containers(all=True, filters={"label": [label]}), doing="list containers"
         )
-        looks = (partial(calls.look_at_listed, entry=entry) for entry in listed)
+        looks = (partial(calls.look_at_listed, entry=entry) for entry in listed if calls.bears_our_name(entry))
         states = await asyncio.gather(*(self._connection.call(look, doing="look at a container") for look in looks))
         return [state for state in states if state is not None]
 
@@ -364,7 +365,7 @@ class DockerRuntime:
         if is_made_up or state.ended_by_engine or self._life.fell_with_the_host(state):
             return replace(state, ended_by_engine=True)
         if (said := await self._command_failure(state)) is not None:
-            exit_code = _NOT_FOUND_EXIT_CODE if state.exit_code == _CATATONIT_FAILURE_EXIT_CODE else state.exit_code
+            exit_code = _NOT_FOUND_EXIT_CODE if "No such file" in said else _NOT_EXECUTABLE_EXIT_CODE
             return replace(state, error=said, exit_code=exit_code)
         return state
 
@@ -373,10 +374,7 @@ class DockerRuntime:
 
         With an init process the engine's start always succeeds, and its complaint is all there is in the log.
         """
-        codes = _EXEC_FAILURE_EXIT_CODES
-        if (await self._profile()).init_binary == "catatonit":
-            codes |= {_CATATONIT_FAILURE_EXIT_CODE}
-        if state.exit_code not in codes or state.error:
+        if state.exit_code not in _EXEC_FAILURE_EXIT_CODES or state.error:
             return None
         text = b""
         try:

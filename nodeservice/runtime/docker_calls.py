@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
-from nodeservice.ports import ContainerSpec, ContainerState
+from nodeservice.ports import ContainerSpec, ContainerState, labels
 from nodeservice.runtime.cdi_specs import DEFAULT_DIRECTORIES, read_cdi_specs
 from nodeservice.runtime.docker_spec import is_same_request
 from nodeservice.runtime.docker_state import read_listed, read_state
@@ -53,6 +53,11 @@ def inspect(client: APIClient, name_or_id: str) -> ContainerState | None:
         if is_status(error, 404):
             return None
         raise
+
+
+def bears_our_name(entry: Mapping[str, Any]) -> bool:
+    """Of one in the engine's list."""
+    return any(str(name).removeprefix("/").startswith(labels.PREFIX) for name in entry.get("Names") or ())
 
 
 def look_at_listed(client: APIClient, *, entry: Mapping[str, Any]) -> ContainerState | None:

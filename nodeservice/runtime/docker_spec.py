@@ -26,6 +26,10 @@ _DRIVER_CAPABILITIES = ("compute", "utility", "video", "graphics", "compat32", "
 _STANDARD_DRIVER_CAPABILITIES = ("compute", "utility")
 
 
+NO_HEALTHCHECK = {"Test": ["NONE"]}
+"""An image's own would run programs beside the task, as often as it says, at the cost of the engine."""
+
+
 def check_request(spec: ContainerSpec, profile: EngineProfile, access: GpuAccess | None) -> None:
     """Refuse what would not be kept. `access` is how the spec's GPUs are asked for, None for a spec without any.
 
@@ -73,6 +77,7 @@ def create_body(
         "AttachStderr": False,
         "Tty": False,
         "OpenStdin": False,
+        "Healthcheck": NO_HEALTHCHECK,
         "HostConfig": _host_config(spec, profile, access),
     }
     if spec.shell is not None:

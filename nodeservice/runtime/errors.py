@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
+from nodeservice.runtime.images import parse_image
 
 if TYPE_CHECKING:
     from docker.errors import APIError
@@ -23,9 +24,15 @@ _ACCESS_DENIED = re.compile(
 )
 _NO_SUCH_IMAGE = re.compile(
     r"manifest unknown|name unknown|name_unknown|repository name not known|no such image|no such manifest"
-    r"|no matching manifest|manifest for .* not found|not found: manifest|does not exist|invalid reference format"
+    r"|manifest for .* not found|not found: manifest|does not exist|invalid reference format"
     r"|invalid repository name|: not found$",
 )
+_NOT_FOR_US = re.compile(
+    r"no matching manifest|no match for platform|no image found in|cannot be used on this platform|max depth exceeded"
+    r"|unsupported.* media ?type|unsupported image-specific operation|invalid rootfs in image configuration"
+    r"|layers from manifest don't match|invalid tar header",
+)
+"""The registry has it, and no try will make this engine take it."""
 _DISK_FULL = "no space left on device"
 _IMAGE_NOT_KNOWN = "image not known"
 """Podman's own API says this with status 500."""
@@ -101,7 +108,7 @@ def pull_error(image: str, message: str, *, status: int | None = None) -> NodeSe
     said = f"pulling {image!r} failed: {_shorten(message)}"
     if _DISK_FULL in text:
         return NodeFaultError(said, reason="IMAGE_PULL_FAILED", hint="the engine's disk is full")
-    if _REGISTRY_TROUBLE.search(text) or status == 429:
+    if _REGISTRY_TROUBLE.search(_without_name(text, image)) or status == 429:
         return TransientError(said, reason="IMAGE_PULL_FAILED")
     if _ACCESS_DENIED.search(text) or status in {401, 403}:
         return RequestError(
@@ -110,9 +117,22 @@ def pull_error(image: str, message: str, *, status: int | None = None) -> NodeSe
             field="image",
             hint="check the name, and the node's registry credentials (docker login)",
         )
+    if _NOT_FOR_US.search(text):
+        hint = (
+            "the registry has it, but it is not for this kind of machine, or not a sound image that the engine can use"
+        )
+        return RequestError(said, reason="IMAGE_NOT_FOUND", field="image", hint=hint)
     if _NO_SUCH_IMAGE.search(text) or status in {400, 404}:
         return RequestError(said, reason="IMAGE_NOT_FOUND", field="image")
     return TransientError(said, reason="IMAGE_PULL_FAILED")
+
+
+def _without_name(text: str, image: str) -> str:
+    """What is said of an image called `tools/timeout` has that word in it."""
+    path = parse_image(image).canonical.partition("/")[2].removeprefix("library/")
+    if not path:
+        return text
+    return re.sub(rf"(?<![\w.-])(?:[\w.:\[\]-]+/)*{re.escape(path)}(?::[\w.-]+)?(?![\w-])", "", text)
 
 
 def create_error(name: str, image: str, error: APIError) -> NodeServiceError:
@@ -161,7 +181,7 @@ def command_error(said: str) -> RequestError:
     return RequestError(
         f"the command could not be executed: {said}",
         reason="COMMAND_NOT_FOUND",
-        hint="it must exist in the image and be executable; a shell command needs /bin/sh in the image",
+        hint="it must exist in the image and be executable on this machine; a shell command needs /bin/sh in the image",
     )
 
 

@@ -17,12 +17,15 @@ _BRACKETED_DOMAIN = re.compile(r"\[[0-9a-fA-F:]+\](?::[0-9]+)?")
 _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_LIKE_AN_ID = re.compile(r"(?:sha256:)?[0-9a-f]{1,11}")
+"""Of twelve digits and more, as engines print them, an id is meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageName:
     """A name taken apart. `repository` is as written; `canonical` has registry and library filled in, to compare by."""
 
+    written: str
     repository: str
     canonical: str
     tag: str | None
@@ -33,6 +36,11 @@ class ImageName:
     def pull_tag(self) -> str:
         """What the engine's pull takes as its tag: the digest if there is one."""
         return self.digest or self.tag or "latest"
+
+    @property
+    def lookup(self) -> str:
+        """What to ask the engine for: it takes a name of few hexadecimal digits for the beginning of an image's id."""
+        return self.full_name if _LIKE_AN_ID.fullmatch(self.written) else self.written
 
     @property
     def full_name(self) -> str:
@@ -54,7 +62,7 @@ def parse_image(text: str) -> ImageName:
     if len(text) > _MAX_NAME_CHARACTERS:
         raise _invalid(text[:64] + "…", f"it is longer than {_MAX_NAME_CHARACTERS} characters")
     if _DIGEST.fullmatch(text):  # an image's id
-        return ImageName(repository=text, canonical=text, tag=None, digest=None, is_id=True)
+        return ImageName(written=text, repository=text, canonical=text, tag=None, digest=None, is_id=True)
     rest, at, digest = text.partition("@")
     if at and not _DIGEST.fullmatch(digest):
         raise _invalid(text, "the digest must be sha256: and 64 hexadecimal digits")
@@ -74,6 +82,7 @@ def parse_image(text: str) -> ImageName:
     if not all(_COMPONENT.fullmatch(part) for part in path.split("/")):
         raise _invalid(text, "a repository has lower-case letters, digits and single separators only")
     return ImageName(
+        written=text,
         repository=head,
         canonical=f"{registry}/{path}",
         tag=tag or None,

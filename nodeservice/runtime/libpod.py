@@ -14,6 +14,7 @@ from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
 from nodeservice.limits.plan import CPU_PERIOD_US, cpu_quota_us
 from nodeservice.ports import ContainerSpec, labels
 from nodeservice.runtime.docker_spec import (
+    NO_HEALTHCHECK,
     check_request,
     environment,
     log_config,
@@ -45,6 +46,7 @@ def libpod_body(
         "stop_timeout": max(0, math.ceil(spec.grace_seconds)),
         "terminal": False,
         "stdin": False,
+        "healthconfig": NO_HEALTHCHECK,
         "init": profile.has_init,
         "privileged": False,
         "restart_policy": "no",

@@ -15,7 +15,7 @@ from nodeservice.core.model import PullPolicy
 from nodeservice.errors import NodeServiceError, RequestError, TransientError
 from nodeservice.ports import PulledImage, PullProgress
 from nodeservice.runtime.connection import EngineConnection
-from nodeservice.runtime.credentials import registry_auth_header
+from nodeservice.runtime.credentials import registry_auth
 from nodeservice.runtime.errors import engine_unavailable, is_status, pull_error, translate
 from nodeservice.runtime.images import ImageName, choose_digest, parse_image
 from nodeservice.runtime.local_images import list_images
@@ -128,7 +128,7 @@ class ImagePulls:
     async def _present(self, image: str, name: ImageName, *, announced: str | None) -> PulledImage | None:
         def inspect(client: Any) -> dict[str, Any] | None:
             try:
-                found: dict[str, Any] = client.inspect_image(image)
+                found: dict[str, Any] = client.inspect_image(name.lookup)
             except Exception as error:
                 if is_status(error, 404):
                     return None
@@ -145,7 +145,13 @@ class ImagePulls:
             name, image_id=image_id, repo_digests=found.get("RepoDigests") or (), announced=announced
         )
         size_bytes = int(found.get("Size") or 0)
-        return PulledImage(digest=digest, image_id=image_id, size_bytes=size_bytes, name=name.full_name)
+        return PulledImage(
+            digest=digest,
+            image_id=image_id,
+            size_bytes=size_bytes,
+            name=name.full_name,
+            volumes=tuple((found.get("Config") or {}).get("Volumes") or ()),
+        )
 
     def _forget(self, shared: _SharedPull) -> None:
         for key in [key for key, value in self._shared.items() if value is shared]:
@@ -178,6 +184,7 @@ class _Transfer:
         self._stream = connection.stream()
         self._layers: dict[str, tuple[int, int]] = {}
         self._last_words: dict[str, str] = {}
+        self._credentials_trouble = ""
         self.started_at: float | None = None
         self.progressed_at: float | None = None
         self.announced_digest: str | None = None
@@ -189,7 +196,7 @@ class _Transfer:
         except NodeServiceError:
             raise
         except StreamRefusedError as error:
-            raise pull_error(self._image, error.message, status=error.status) from error
+            raise self._failure(error.message, status=error.status) from error
         except (ConnectionRefusedError, FileNotFoundError, PermissionError) as error:
             raise engine_unavailable(error) from error
         except (OSError, http.client.HTTPException) as error:
@@ -206,17 +213,28 @@ class _Transfer:
         self._stream.abort()
 
     def _transfer(self) -> None:
-        auth = registry_auth_header(self._name.repository)
+        auth = registry_auth(self._name.repository)
+        self._credentials_trouble = auth.trouble
         self._stream.open(
             "POST",
             self._connection.api_path("/images/create"),
             query={"fromImage": self._name.repository, "tag": self._name.pull_tag},
-            headers={"X-Registry-Auth": auth} if auth else None,
+            headers={"X-Registry-Auth": auth.header} if auth.header else None,
         )
         for message in self._stream.messages():
             if error := message.get("error") or (message.get("errorDetail") or {}).get("message"):
-                raise pull_error(self._image, str(error))
+                raise self._failure(str(error))
             self._note(message)
+
+    def _failure(self, said: str, *, status: int | None = None) -> NodeServiceError:
+        error = pull_error(self._image, said, status=status)
+        if error.reason != "IMAGE_ACCESS_DENIED" or not self._credentials_trouble:
+            return error
+        return TransientError(
+            f"{error.message}; this node's registry credentials could not be read: {self._credentials_trouble}",
+            reason="IMAGE_PULL_FAILED",
+            hint="check the Docker configuration of the user that the service runs as",
+        )
 
     def _note(self, message: dict[str, Any]) -> None:
         status = str(message.get("status") or "")

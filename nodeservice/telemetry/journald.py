@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import structlog
 
+from nodeservice.telemetry.plain import plain
+
 SOCKET = "/run/systemd/journal/socket"
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "exception": 3, "critical": 2}
 _NOTICE = 5
@@ -44,10 +46,11 @@ def render(_logger: Any, _method: str, event: structlog.typing.EventDict) -> tup
     traceback = fields.pop("exception", None)
     name = str(fields.pop("event", ""))
     words = " ".join([name, *(f"{key}={_shown(value)}" for key, value in fields.items())])
-    entry = {"MESSAGE": words if traceback is None else f"{words}\n{traceback}", "PRIORITY": str(priority)}
+    message = plain(words if traceback is None else f"{words}\n{traceback}")
+    entry = {"MESSAGE": message, "PRIORITY": str(priority)}
     entry |= {"SYSLOG_IDENTIFIER": "nodeservice", "EVENT": name}
     entry |= {_name(key): value if isinstance(value, str) else _as_json(value) for key, value in fields.items()}
-    line = f"<{priority}>{entry['MESSAGE']}".replace("\n", f"\n<{priority}>")
+    line = f"<{priority}>{message}".replace("\n", f"\n<{priority}>")
     return (b"".join(_assignment(key, value) for key, value in entry.items()), line), {}
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 import structlog
 
 from nodeservice.telemetry import journald
+from nodeservice.telemetry.plain import plain
 
 _PIECE_CHARS = 1024
 """In UTF-8 no more than a page, which a pipe takes at once when poll(2) says that it takes something."""
@@ -52,7 +53,9 @@ def configure_logging(
     ]
     if not into_journal:  # which notes the time itself
         processors.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
-    if fmt != "console":
+    if fmt == "console":  # JSON escapes by itself
+        processors.append(_plain_texts)
+    else:
         processors.append(structlog.processors.format_exc_info)
     structlog.configure(
         processors=[*processors, renderer],
@@ -65,6 +68,10 @@ def configure_logging(
     for handler in [handler for handler in root.handlers if isinstance(handler, _LibraryHandler)]:
         root.removeHandler(handler)
     root.addHandler(_LibraryHandler(level=logging.WARNING))
+
+
+def _plain_texts(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {key: plain(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 class _UnfailingStream:

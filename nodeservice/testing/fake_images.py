@@ -32,6 +32,7 @@ class FakeImage:
     is_local: bool = True
     pull_holds: bool = False
     size_bytes: int = 2_000_000
+    volumes: tuple[str, ...] = ()
     other_tags: tuple[str, ...] = ()
     """Names that somebody else gave it."""
 
@@ -102,8 +103,14 @@ class FakeImageShelf:
             await asyncio.wait({task})
 
     def _pulled(self, name: str) -> PulledImage:
-        size_bytes = self._images[name].size_bytes
-        return PulledImage(digest=_digest(name), image_id=_image_id(name), size_bytes=size_bytes, name=full_name(name))
+        image = self._images[name]
+        return PulledImage(
+            digest=_digest(name),
+            image_id=_image_id(name),
+            size_bytes=image.size_bytes,
+            name=full_name(name),
+            volumes=image.volumes,
+        )
 
     async def _transfer(self, name: str, listeners: list[PullProgress | None]) -> PulledImage:
         try:

@@ -296,7 +296,7 @@ class FakeRuntime:
         return [
             container.state
             for container in self._containers.values()
-            if container.state.labels.get(labels.NODE) == node_id
+            if container.state.labels.get(labels.NODE) == node_id and container.state.name.startswith(labels.PREFIX)
         ]
 
     async def close(self) -> None:

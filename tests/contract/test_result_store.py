@@ -363,6 +363,13 @@ async def test_results_kept_in_a_directory_can_be_stored_elsewhere_later(tmp_pat
     await kept.close()
 
 
+async def test_a_directory_that_was_not_there_is_closed_to_other_users(tmp_path: Path, work_dir: Path) -> None:
+    store = FileResultStore(tmp_path / "results")
+    await store.put(bundle_of(work_dir, {}))
+    await store.close()
+    assert (tmp_path / "results").stat().st_mode & 0o007 == 0
+
+
 async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, work_dir: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     store = FileResultStore(tmp_path / "file" / "below")

@@ -404,7 +404,8 @@ async def test_a_create_whose_answer_was_lost_gives_the_container_that_was_made(
 async def test_a_container_that_the_engine_cannot_describe_is_listed_with_its_owner(
     proxy: EngineProxy, behind_proxy: DockerRuntime, spec: ContainerSpec, node_id: str
 ) -> None:
-    named = replace(spec, labels={**spec.labels, labels.TASK_ID: "broken", labels.ATTEMPT: "2"})
+    task_id = spec.name.split(".")[1]
+    named = replace(spec, labels={**spec.labels, labels.TASK_ID: task_id, labels.ATTEMPT: "1"})
     broken = await behind_proxy.create(named)
     whole = await behind_proxy.create(replace(spec, name=f"{spec.name}0"))
     proxy.cannot_describe = broken
@@ -413,7 +414,7 @@ async def test_a_container_that_the_engine_cannot_describe_is_listed_with_its_ow
     listed = {state.id: state for state in await behind_proxy.list_owned(node_id)}
     assert set(listed) == {broken, whole}
     assert (listed[broken].name, listed[broken].status) == (named.name, "created")
-    assert identity(listed[broken]) == AttemptId("broken", 2)
+    assert identity(listed[broken]) == AttemptId(task_id)
 
 
 async def test_without_an_engine_every_call_is_transient_and_works_once_there_is_one(

@@ -213,6 +213,17 @@ async def test_an_answer_of_the_registry_tells_whose_move_is_next(
         assert (type(caught.value), caught.value.reason) == (kind, reason), caught.value.message
 
 
+@pytest.mark.parametrize("form", ["{:.1}", "{:.3}", "{:.11}", "sha256:{:.4}"])
+async def test_a_name_of_few_hexadecimal_digits_is_not_taken_for_the_beginning_of_an_id(
+    runtime: DockerRuntime, docker_client: docker.APIClient, demo_image: str, form: str
+) -> None:
+    digits = docker_client.inspect_image(demo_image)["Id"].removeprefix("sha256:")
+    with pytest.raises(RequestError) as caught:
+        await runtime.pull(form.format(digits), policy=PullPolicy.NEVER)
+    assert caught.value.reason == "IMAGE_NOT_FOUND"
+    assert (await runtime.pull(digits[:12], policy=PullPolicy.NEVER)).image_id == f"sha256:{digits}"
+
+
 @pytest.mark.parametrize(
     "name", ["nodeservice/nobody-pushed-this:1", "nodeservice/nobody-pushed-this@sha256:" + 64 * "0"]
 )
@@ -242,6 +253,9 @@ async def test_credentials_come_from_the_docker_configuration_as_it_is_at_the_ti
         assert caught.value.reason == "IMAGE_ACCESS_DENIED"
         (tmp_path / "config.json").write_text("{ broken")
         with pytest.raises(RequestError):
+            await runtime.pull(image, policy=PullPolicy.IF_NOT_PRESENT)
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(TransientError, match="could not be read: the Docker configuration"):
             await runtime.pull(image, policy=PullPolicy.IF_NOT_PRESENT)
         auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
         (tmp_path / "config.json").write_text(json.dumps({"auths": {closed.address: {"auth": auth}}}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -179,6 +181,69 @@ def _assert_held_once(reports: Iterable[Any]) -> None:
     runs.sort()
     for (gpu, _, end), (next_gpu, begin, _) in pairwise(runs):
         assert gpu != next_gpu or end <= begin
+
+
+async def test_runs_that_are_started_together_get_different_gpus(bench: Benches, tmp_path: Path) -> None:
+    async with bench() as b:
+        names = [f"{b.node.worker_id}-{number}" for number in range(3)]
+        env = {**os.environ, **b.node.env, "XDG_STATE_HOME": str(tmp_path)}
+        small = ("--cpus", "0.1", "--memory", "32m", "--disk", "10m", "nodeservice/demo:latest", "--", "sleep", "600")
+        runs = [
+            await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "nodeservice", "run", "--json", "--gpus", "1", "--task-id", name,
+                "--results", str(tmp_path / name), *small, env=env, stdout=asyncio.subprocess.PIPE,
+            )
+            for name in names
+        ]  # fmt: skip
+
+        def all_run() -> bool:
+            with b.daemon.client() as client:
+                return len(client.containers(filters={"name": [b.node.worker_id], "status": ["running"]})) == 3
+
+        try:
+            await eventually(all_run, seconds=60)
+        finally:
+            for one in runs:
+                one.terminate()
+            told = [json.loads((await one.communicate())[0]) for one in runs]
+        assert len({uuid for result in told for uuid in result["gpu_uuids"]}) == 3
+
+
+async def test_what_a_node_holds_neither_inspect_nor_run_has_beside_it_and_a_dead_node_holds_nothing(
+    bench: Benches, tmp_path: Path
+) -> None:
+    async with bench() as b:
+        held = await b.run("t", gpus=1)
+        words = f"in use by worker {b.node.worker_id} (pid {b.node.process.pid}) on this host"  # type: ignore[union-attr]
+        alone = {**os.environ, **b.node.env, "NODESERVICE_STATE_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+
+        async def told(*arguments: str, **env: str) -> tuple[int | None, str]:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "nodeservice", *arguments, env=alone | env,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            out, err = await process.communicate()
+            return process.returncode, (out + err).decode()
+
+        async def shown(**env: str) -> dict[str, str]:
+            code, text = await told("inspect", "--json", **env)
+            assert code == 0, text
+            return {gpu["uuid"]: gpu["state_reason"] for gpu in json.loads(text)["gpus"] if gpu["state"] != "WELL"}
+
+        assert await shown(NODESERVICE_WORKER_ID="other") == {held[0]: words}
+        assert await shown(NODESERVICE_WORKER_ID=b.node.worker_id) == {}
+        code, text = await told("run", "--gpus", "8", "nodeservice/demo:latest", "true")
+        assert code != 0
+        assert words in text
+        await b.node.kill()
+        assert await shown(NODESERVICE_WORKER_ID="other") == {}
+        await b.node.start()
+        words = f"in use by worker {b.node.worker_id} (pid {b.node.process.pid}) on this host"  # type: ignore[union-attr]
+
+        async def again() -> bool:
+            return await shown(NODESERVICE_WORKER_ID="other") == {held[0]: words}
+
+        await eventually(again)
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------

@@ -166,6 +166,22 @@ async def test_waiting_for_several_succeeds_only_if_all_did(master: MasterProces
         assert (await run("wait", "a", "b", **env)).code == 1
 
 
+async def test_what_a_task_or_node_says_steers_no_terminal(master: MasterProcess) -> None:
+    at = ("--master", master.address, "--insecure")
+    async with ScriptedNode(master.address) as node:
+        await node.register()
+        assert (await run("submit", *at, "--task-id", "t1", "--memory", "8m", "img")).code == 0
+        await node.got("t1")
+        await node.report(
+            "t1", status="failed", reason="X\x1b[2J", message="exec: \x1b]0;title\x07\x9b1m", outcome="FAILED"
+        )
+        waited = await run("wait", *at, "t1")
+        assert waited.err == "nodeservice: t1 FAILED X\\x1b[2J: exec: \\x1b]0;title\\x07\\x9b1m\n"
+        for command in (("ps",), ("show", "t1")):
+            shown = await run(*command[:1], *at, *command[1:])
+            assert not set(shown.out + shown.err) & {"\x1b", "\x07", "\x9b"}
+
+
 async def test_refusals_and_mistakes_have_a_reason_and_a_code_and_keep_stdout_clean(master: MasterProcess) -> None:
     at = ("--master", master.address, "--insecure")
     bad = await run("submit", *at, "--memory", "lots", "img")

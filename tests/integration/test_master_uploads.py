@@ -253,6 +253,7 @@ async def test_a_well_formed_form_is_stored(master: Master, results: Path) -> No
     status, answer = await post(master, form({"a": b"x"}))
     assert (status, answer["success"]) == (200, True)
     assert stored(results)["a"] == b"x"
+    assert results.stat().st_mode & 0o007 == 0, "other users of this host don't read what tasks wrote"
 
 
 @pytest.mark.parametrize(
@@ -331,6 +332,9 @@ async def test_more_than_the_limit_is_refused_with_413_and_leaves_nothing(settin
         lying = form({"a": b"x" * 2000}, manifest=manifest_of({"a": b"x"}))
         assert (await post(master, lying))[0] == 400
         assert (await post(master, form({}, manifest=b"x" * 2000)))[0] == 413
+        whole = json.loads(manifest_of({"a": b"x" * 2000, "b": b""}))
+        whole["files"][1]["size_bytes"] = -2000
+        assert (await post(master, form({"a": b"x" * 2000, "b": b""}, json.dumps(whole).encode())))[0] == 400
         assert nothing_left(master._results_dir)
         assert (await post(master, form({"a": b"x"})))[0] == 200
     finally:

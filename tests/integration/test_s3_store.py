@@ -526,6 +526,49 @@ async def test_a_user_who_may_not_write_is_refused(
         await open_store(access_key=name, secret_key=secret).put(bundle_of(tmp_path, {"a": b"1"}))
 
 
+async def test_a_user_bound_to_its_prefix_stores_there_and_nowhere_else(
+    open_store: OpenStore, client: Minio, minio: MinioServer, bucket: str, tmp_path: Path
+) -> None:
+    from minio import MinioAdmin
+    from minio.credentials import StaticProvider
+
+    client.make_bucket(bucket)
+    admin = MinioAdmin(
+        endpoint=minio.endpoint, credentials=StaticProvider(minio.access_key, minio.secret_key), secure=False
+    )
+    name, secret = f"node-{secrets.token_hex(3)}", secrets.token_hex(16)
+    below = "node-a/*"
+    allowed = [
+        {
+            "Action": ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"],
+            "Resource": f"arn:aws:s3:::{bucket}/{below}",
+        },
+        {
+            "Action": ["s3:ListBucket"],
+            "Resource": f"arn:aws:s3:::{bucket}",
+            "Condition": {"StringLike": {"s3:prefix": [below]}},
+        },
+        {"Action": ["s3:ListBucketMultipartUploads"], "Resource": f"arn:aws:s3:::{bucket}"},
+    ]
+    statements = [{"Effect": "Allow", **one} for one in allowed]
+    admin.policy_add(name, policy={"Version": "2012-10-17", "Statement": statements})
+    admin.user_add(name, secret)
+    admin.attach_policy([name], user=name)
+    files = {f"f{number}": b"x" * number for number in range(40)} | {"large": bytes(2 * PART + 1)}
+    bound = {"access_key": name, "secret_key": secret, "part_bytes": PART}
+    own = open_store(prefix="node-a", **bound)
+    await own.check()
+    bundle = bundle_of(tmp_path, files)
+    assert await own.put(bundle) == f"s3://{bucket}/node-a/{PREFIX}"
+    assert await own.put(bundle) == f"s3://{bucket}/node-a/{PREFIX}"
+    for prefix in ("node-b", ""):
+        with pytest.raises(NodeFaultError, match="AccessDenied"):
+            await open_store(prefix=prefix, **bound).put(bundle)
+    assert {str(item.object_name).partition("/")[0] for item in client.list_objects(bucket, recursive=True)} == {
+        "node-a"
+    }
+
+
 async def test_a_bucket_that_is_removed_is_made_again(
     open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path
 ) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from nodeservice.errors import TransientError
+from nodeservice.results.http import HttpResultStore
 from tests.certificates import make_ca, make_pair
 from tests.integration.node_process import NodeProcess
 from tests.integration.test_master_cli import MasterProcess, run
+from tests.integration.test_master_uploads import bundle
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -86,6 +89,46 @@ async def test_who_is_not_known_is_refused_and_told_why(pki: Path, master: Maste
         assert why in done.err
     known = await run("ps", "--master", master.address, *shown(pki, "person"), "--json")
     assert (known.code, known.json) == (0, []), "nothing of a stranger was taken, and the master is well"
+
+
+async def test_results_by_http_are_taken_from_nobody_whom_the_authority_does_not_know(
+    tmp_path: Path, pki: Path
+) -> None:
+    master = MasterProcess(tmp_path, *shown(pki, "master"), "--http-listen", "127.0.0.1:0", insecure=False)
+    await master.start()
+    url, sent = f"https://{master.ready['http_address']}/upload", bundle(tmp_path, {"a": b"mine"})
+    known, nobody, stranger = (
+        HttpResultStore(url, ca_file=pki / "ca.pem", certificate=pair)
+        for pair in (
+            (pki / "node.pem", pki / "node.key"),
+            None,
+            (pki / "stranger.pem", pki / "stranger.key"),
+        )
+    )
+    try:
+        for store in (nobody, stranger):
+            with pytest.raises(TransientError):
+                await store.put(sent)
+            with pytest.raises(TransientError):
+                await store.check()
+        assert not (tmp_path / "state/results/t1").exists()
+        await known.check()
+        assert await known.put(sent) == (tmp_path / "state/results/t1/1").as_uri()
+    finally:
+        for store in (known, nobody, stranger):
+            await store.close()
+        assert await master.end() == 0
+
+
+async def test_a_master_that_asks_nobody_for_a_certificate_says_so(tmp_path: Path, pki: Path) -> None:
+    pair = shown(pki, "master")[:4]
+    master = await MasterProcess(tmp_path, *pair, insecure=False).start()
+    try:
+        nobody = await run("nodes", "--master", master.address, "--tls-ca", str(pki / "ca.pem"))
+    finally:
+        assert await master.end() == 0
+    assert nobody.code == 0
+    assert "master.callers_unknown" in master.log.read_text()
 
 
 async def test_a_master_of_plain_text_is_told_from_one_that_is_not_there(tmp_path: Path, pki: Path) -> None:

@@ -15,6 +15,7 @@ from nodeservice.core.model import AttemptId, Phase, Resources, TaskRecord, Task
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import TransientError
 from nodeservice.gpu.health import HealthBoard
+from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.journal.codec import decode_record, encode_record
 from nodeservice.journal.memory import MemoryJournal
@@ -152,7 +153,10 @@ class World:
     gpu_policy: SharingPolicy = field(default_factory=SharingPolicy)
     gpu_ready_seconds: float = 0.2
     gpu_quarantine_seconds: float = 0.05
+    gpu_lock_dir: Path | None = None
+    """None: this node is alone on its host."""
     sweep_seconds: float = 600.0
+    pull_timeout_seconds: float = 3600.0
     orphan_grace_seconds: float = 0.0
     results_retention_seconds: float | None = None
     salvage_retention_seconds: float | None = None
@@ -202,6 +206,7 @@ class LiveNode:
                 first_check_seconds=0.2,
                 store_backoff=world.store_backoff,
                 pull_attempt_count=3,
+                pull_timeout_seconds=world.pull_timeout_seconds,
                 kill_patience_seconds=world.kill_patience_seconds,
                 keep_host_seconds=0.02,
                 settle_reports_seconds=world.settle_reports_seconds,
@@ -220,6 +225,7 @@ class LiveNode:
                 clock=self.clock,
                 owners=world.owners,
                 dirs=self.dirs,
+                locks=GpuLocks(world.gpu_lock_dir or world.path / "locks", worker_id="node"),
                 policy=world.gpu_policy,
                 board=HealthBoard(quarantine_seconds=world.gpu_quarantine_seconds),
                 look_seconds=0.01,
@@ -248,6 +254,7 @@ class LiveNode:
 
     async def kill(self) -> None:
         await self._work.aclose()
+        self.context.gpus.close()  # as the kernel does with a process
 
     async def assign(self, task: TaskSpec) -> TaskRecord:
         return await self.driver.assign(task, trace=new_trace_ids(None), received_at=self.clock.now())

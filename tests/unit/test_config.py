@@ -410,6 +410,16 @@ def test_console_logs_are_plain_text_where_there_is_no_terminal() -> None:
 
 
 @pytest.mark.usefixtures("_restored_logging")
+def test_a_text_from_elsewhere_steers_no_terminal_that_shows_the_log() -> None:
+    out = io.StringIO()
+    configure_logging("info", "console", out)
+    structlog.get_logger("test").info("task.refused", task_id="a\x1b]0;title\x07\x9b2J", message="two\nlines \x1b[2J")
+    (line,) = out.getvalue().splitlines()
+    assert line.isprintable()
+    assert "task_id=a\\x1b]0;title\\x07\\x9b2J" in line
+
+
+@pytest.mark.usefixtures("_restored_logging")
 def test_warnings_of_libraries_come_out_in_the_same_form_once() -> None:
     out = io.StringIO()
     configure_logging("info", "json", io.StringIO())

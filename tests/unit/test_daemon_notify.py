@@ -103,6 +103,7 @@ def test_who_asks_on_the_host_hears_how_the_worker_is_until_it_ends(started: Any
     assert said.status.startswith("takes no tasks: the container engine at unix:")
     assert [words.partition(":")[0] for words in said.warnings] == ["HEARTBEAT_SLOW"]
     assert (state / SOCKET_NAME).stat().st_mode & 0o777 == 0o600
+    assert (state / "results").stat().st_mode & 0o007 == 0
     assert worker.end() == 0
     assert asyncio.run(ask(state)) is None
     assert not (state / SOCKET_NAME).exists()

@@ -15,6 +15,7 @@ import pytest
 
 from nodeservice.core.model import AttemptId, Phase
 from nodeservice.errors import NodeFaultError
+from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.limits.disk import BoundedDisk
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured, Scan, measure
 from tests.unit.node_harness import World, living, spec
@@ -133,21 +134,21 @@ class FakeQuotas:
     def __init__(self) -> None:
         self.limits: dict[int, int] = {}
         self.borne: dict[Path, int] = {}
-        """The project's number that a directory bears."""
+        """The project's number that a directory was bound with."""
         self.failing: set[str] = set()
 
     def _call(self, name: str) -> None:
         if name in self.failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def bind(self, directories: Sequence[Path], limit_bytes: int) -> int:
+    def bind(self, work: Path, limit_bytes: int) -> int:
         self._call("bind")
-        number = self.borne.setdefault(directories[0], len(self.borne) + 1)
+        number = self.borne.setdefault(work, len(self.borne) + 1)
         self.limits[number] = limit_bytes
         return number
 
-    def project_of(self, directory: Path) -> int | None:
-        return self.borne.get(directory)
+    def project_of(self, work: Path) -> int | None:
+        return self.borne.get(work)
 
     def holds_layers(self, layer: Sequence[Path]) -> bool:
         return False
@@ -204,18 +205,13 @@ async def test_a_quota_that_could_not_be_lifted_is_lifted_when_that_is_tried_aga
     assert disk.seen(ME) is None
 
 
-async def test_a_quota_of_an_earlier_process_is_lifted_by_the_number_that_the_directory_bears(
-    quotas: tuple[FakeQuotas, BoundedDisk], tmp_path: Path
-) -> None:
+async def test_a_quota_of_an_earlier_process_is_lifted(quotas: tuple[FakeQuotas, BoundedDisk], tmp_path: Path) -> None:
     kernel, _ = quotas
     after_a_restart = BoundedDisk(quotas=kernel)  # type: ignore[arg-type]
     await after_a_restart.prepare(OTHER, MIB, work=tmp_path / str(OTHER), log=tmp_path / "log")
     await after_a_restart.remove(ME, work=tmp_path / str(ME))
     await after_a_restart.remove(ME, work=tmp_path / "gone")
     assert kernel.limits == {kernel.borne[tmp_path / str(OTHER)]: MIB}
-    kernel.borne[tmp_path / str(ME)] = kernel.borne[tmp_path / str(OTHER)]  # a task may do that to its own
-    await after_a_restart.remove(ME, work=tmp_path / str(ME))
-    assert kernel.limits == {kernel.borne[tmp_path / str(OTHER)]: MIB}, "the bound of another is not lifted"
     await after_a_restart.close()
 
 
@@ -233,6 +229,24 @@ async def test_a_task_that_was_still_to_be_reported_when_the_node_restarted_leav
                 await node.until(lambda: node.phase(AttemptId("t")) is Phase.REPORTING)
                 assert kernel.limits
         await disk.close()
+    assert not kernel.limits
+
+
+async def test_the_quota_of_a_directory_that_nobody_claims_goes_with_it(tmp_path: Path) -> None:
+    kernel, world, lost = FakeQuotas(), World(tmp_path), AttemptId("lost")
+    world.disk = disk = BoundedDisk(quotas=kernel)  # type: ignore[arg-type, assignment]
+    async with living(world) as node:
+        node.dirs.prepare(lost)
+        kernel.bind(node.dirs.results(lost), MIB)
+        orphans = Orphans(node.context, node.driver)
+        kernel.failing.add("lift")
+        for _ in range(2):
+            await orphans.sweep()
+        assert node.dirs.root(lost).exists(), "it tells which quota is to be lifted"
+        kernel.failing.clear()
+        await orphans.sweep()
+        assert not node.dirs.root(lost).exists()
+    await disk.close()
     assert not kernel.limits
 
 

@@ -177,6 +177,7 @@ def test_the_body_is_json_and_carries_grace_node_and_cgroup() -> None:
     made = body(replace(SPEC, cgroup_parent="/nodeservice/t"))
     assert json.loads(json.dumps(made)) == made
     assert made["StopTimeout"] == 3
+    assert made["Healthcheck"] == {"Test": ["NONE"]}
     assert made["Labels"] == {"nodeservice.spec": "x", "nodeservice.node": "n1"}
     assert made["HostConfig"]["CgroupParent"] == "/nodeservice/t"
     assert "CgroupParent" not in body(SPEC)["HostConfig"]
@@ -339,6 +340,11 @@ def test_only_the_init_process_alone_in_the_log_tells_of_a_missing_command(log: 
         ("unexpected EOF", None, TransientError, "IMAGE_PULL_FAILED"),
         ("something never seen before", 500, TransientError, "IMAGE_PULL_FAILED"),
         ("write /var/lib/x: no space left on device", None, NodeFaultError, "IMAGE_PULL_FAILED"),
+        ("no matching manifest for linux/amd64 in the manifest list entries", None, RequestError, "IMAGE_NOT_FOUND"),
+        ("unsupported media type application/vnd.cncf.helm.config.v1+json", None, RequestError, "IMAGE_NOT_FOUND"),
+        ('image operating system "windows" cannot be used on this platform', None, RequestError, "IMAGE_NOT_FOUND"),
+        ("failed to register layer: max depth exceeded", None, RequestError, "IMAGE_NOT_FOUND"),
+        ("filesystem layer verification failed for digest sha256:0", None, TransientError, "IMAGE_PULL_FAILED"),
     ],
 )
 def test_a_failed_pull_tells_whose_move_is_next(
@@ -346,6 +352,23 @@ def test_a_failed_pull_tells_whose_move_is_next(
 ) -> None:
     error = pull_error("a/b:1", message, status=status)
     assert (type(error), error.reason) == (kind, reason)
+
+
+@pytest.mark.parametrize(
+    ("image", "message", "reason"),
+    [
+        ("timeout", "pull access denied for timeout, repository does not exist", "IMAGE_ACCESS_DENIED"),
+        ("r.io:5000/tls:1", "manifest for r.io:5000/tls:1 not found: manifest unknown", "IMAGE_NOT_FOUND"),
+        ("r.io/a/eof:1", 'Head "https://r.io/v2/a/eof/manifests/1": unauthorized: no', "IMAGE_ACCESS_DENIED"),
+        ("timeout.io/x509", "pull access denied for timeout.io/x509, repository", "IMAGE_ACCESS_DENIED"),
+        ("a/b", "pull access denied: net/http: timeout awaiting response", "IMAGE_PULL_FAILED"),
+        ("timeout", "context deadline exceeded: timeout", "IMAGE_PULL_FAILED"),
+    ],
+)
+def test_a_word_in_the_name_of_an_image_is_not_taken_for_trouble_of_the_registry(
+    image: str, message: str, reason: str
+) -> None:
+    assert pull_error(image, message).reason == reason
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,7 @@ def test_podman_is_asked_natively_with_every_limit_that_its_compatible_interface
     assert [(mount["source"], mount["destination"]) for mount in native["mounts"]] == [("/r", "/results")]
     assert (native["entrypoint"], native["command"]) == (compatible["Entrypoint"], compatible["Cmd"])
     assert (native["stop_signal"], native["stop_timeout"]) == (10, compatible["StopTimeout"])
+    assert native["healthconfig"] == compatible["Healthcheck"]
     assert native["labels"] == compatible["Labels"]
     assert native["env"] == {
         "X": "1", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility", "NVIDIA_VISIBLE_DEVICES": "void",

@@ -44,3 +44,10 @@ async def test_a_node_that_tells_of_itself_too_seldom_says_so(tmp_path: Path) ->
     finally:
         await node.close()
     assert doubts(load_config(None, {"insecure": True, "heartbeat_seconds": 29}, {})) == {}
+
+
+def test_a_node_that_speaks_tls_with_anybody_says_so() -> None:
+    pair = {"tls_cert": Path("/n.pem"), "tls_key": Path("/n.key"), "listen": "10.0.0.7:50052"}
+    (words,) = doubts(load_config(None, pair, {})).values()
+    assert "tls_ca is not set, so whoever reaches 10.0.0.7:50052 may assign tasks" in words
+    assert doubts(load_config(None, pair | {"tls_ca": Path("/ca.pem")}, {})) == {}

@@ -55,6 +55,13 @@ def written(journal: Journal, **event: Any) -> dict[str, str]:
     return journal.entry()
 
 
+def test_a_text_from_elsewhere_does_not_hide_its_entry(journal: Journal) -> None:
+    """journalctl prints an entry whose MESSAGE has control characters as `[42B blob data]`."""
+    entry = written(journal, event="task.refused", level="info", task_id="a\x1b[2J", why="\x9b hidden")
+    assert entry["MESSAGE"] == 'task.refused task_id=a\\x1b[2J why="\\x9b hidden"'
+    assert entry["TASK_ID"] == "a\x1b[2J"
+
+
 def test_each_field_of_an_event_is_a_field_of_the_entry(journal: Journal) -> None:
     entry = written(
         journal, event="task.finished", level="info", task_id="t-1", attempt=2, usage={"cpu": 1.5}, why=None
@@ -93,7 +100,7 @@ def test_a_field_can_forge_neither_another_field_nor_one_of_journald(journal: Jo
 
 def test_a_traceback_follows_the_message(journal: Journal) -> None:
     entry = written(journal, event="step.failed", level="error", exception="Traceback\n  ValueError: \ud800 broken")
-    assert entry["MESSAGE"] == "step.failed\nTraceback\n  ValueError: ? broken"
+    assert entry["MESSAGE"] == "step.failed\nTraceback\n  ValueError: \\ud800 broken"
     assert "EXCEPTION" not in entry
 
 

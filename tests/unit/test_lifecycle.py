@@ -213,6 +213,17 @@ async def test_a_pull_that_fails_once_is_tried_again(world: World) -> None:
         assert record.verdict.outcome is Outcome.SUCCEEDED
 
 
+async def test_all_tries_of_a_pull_together_have_its_time_limit(world: World) -> None:
+    world.pull_timeout_seconds = 0.3
+    world.runtime = FakeRuntime(images={"demo": FakeImage(is_local=False, pull_holds=True)})
+    async with living(world) as node:
+        await node.assign(spec())
+        record = await node.until_finished(T)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.IMAGE_PULL_TIMEOUT
+        assert "longer than 0.3 s" in record.verdict.message
+
+
 async def test_an_engine_that_is_away_during_create_is_waited_for(world: World) -> None:
     for method in ("create", "start"):
         world.runtime.fail_next(method, TransientError("away", reason="ENGINE_UNAVAILABLE"))

@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle import driver
 from nodeservice.lifecycle.host_keeper import DISK_LOW
+from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
-from nodeservice.ports import ContainerState
+from nodeservice.ports import ContainerState, labels
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
@@ -49,6 +51,45 @@ async def test_what_an_adopted_container_has_written_is_still_there(world: World
         world.runtime.finish(world.runtime.running[0], 0)
         await node.until_finished(T)
     assert world.store.stored["t/1"]["a.txt"] == b"half of it"
+
+
+async def test_a_container_whose_image_brings_our_labels_is_neither_taken_up_nor_removed(world: World) -> None:
+    """An image may bring any label, also to those who run it past this service; a name is given by who makes a container."""
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(world.runtime.running))
+        brought = world.runtime.specs[0]
+        world.runtime.finish(world.runtime.running[0], 0)
+        await node.until_finished(T)
+    evil = {key: value.replace('"t"', '"../../out"') for key, value in brought.labels.items()}
+    evil[labels.TASK_ID] = "../../out"
+    made = await world.runtime.create(replace(brought, name="bystander", labels=evil))
+    world.journal = MemoryJournal()
+    async with living(world) as node:
+        orphans = Orphans(node.context, node.driver)
+        for _ in range(3):
+            await orphans.sweep()
+        assert node.driver.live() == []
+        assert [state.id for state in await world.runtime.list_owned("node")] == [made]
+    assert not [path for path in world.path.rglob("*") if "out" in path.name]
+
+
+async def test_a_container_of_ours_with_the_record_of_another_attempt_is_not_taken_for_that(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: bool(world.runtime.running))
+        story = world.runtime.specs[0].labels[labels.RECORD].replace('"t"', '"other"')
+        world.runtime.finish(world.runtime.running[0], 0)
+        await node.until_finished(T)
+        odd = replace(world.runtime.specs[0], labels=world.runtime.specs[0].labels | {labels.RECORD: story})
+    await world.runtime.create(odd)
+    world.journal = MemoryJournal()
+    async with living(world) as node:
+        while await world.runtime.list_owned("node"):
+            await asyncio.sleep(0.01)
+        assert node.driver.live() == []
 
 
 async def test_an_engine_that_fails_to_list_its_containers_is_asked_again(world: World) -> None:

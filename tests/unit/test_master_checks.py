@@ -264,6 +264,16 @@ def test_any_bytes_are_a_manifest_or_a_request_error(data: bytes) -> None:
         read_manifest(data, task_id="t", attempt=1)
 
 
+@pytest.mark.parametrize(
+    ("path", "size"),
+    [('"a"', "-1"), ('"a"', "1e999"), ('"a"', "1.5"), ('"a"', "true"), ('"\\ud800"', "1"), ('["a"]', "1")],
+)
+def test_a_manifest_that_names_no_file_of_this_world_is_refused(path: str, size: str) -> None:
+    file = f'{{"path":{path},"sha256":"{"0" * 64}","size_bytes":{size}}}'
+    with pytest.raises(RequestError):
+        read_manifest(f'{{"attempt":1,"files":[{file}],"task_id":"t"}}'.encode(), task_id="t", attempt=1)
+
+
 def test_a_manifest_of_another_attempt_is_refused() -> None:
     data = b'{"attempt":1,"files":[],"skipped":[],"task_id":"t","version":1}'
     assert read_manifest(data, task_id="t", attempt=1) == ()

@@ -66,6 +66,11 @@ def test_the_worker_is_kept_alive_and_its_end_is_not_that_of_its_tasks() -> None
     assert "docker.service" in unit("nodeservice.service")["Unit"]["After"][0].split()
 
 
+@pytest.mark.parametrize("name", ["nodeservice.service", "nodeservice-master.service"])
+def test_no_core_dump_takes_the_environment_of_tasks_away(name: str) -> None:
+    assert unit(name)["Service"]["LimitCORE"] == ["1"], "0 does not keep the kernel from piping it to a program"
+
+
 def test_no_worker_id_can_be_called_like_the_slice_of_the_service() -> None:
     """`nodeservice-NODE.slice` lies below nodeservice.slice, the service's own beside it."""
     (own,) = unit("nodeservice.service")["Service"]["Slice"]

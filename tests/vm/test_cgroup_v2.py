@@ -123,6 +123,59 @@ def test_what_is_taken_out_of_its_quota_is_noticed(volume: Machine) -> None:
     assert told["reason"] == "DISK_LIMIT", told
 
 
+GIVES_ITSELF_A_NUMBER = """
+import fcntl, os, struct, sys
+from pathlib import Path
+from nodeservice.limits.project_quota import ProjectQuotas, quota_support
+
+def quotas():
+    return ProjectQuotas(quota_support(top), engine_root=None, engine_passes_ext4=True)
+
+def attributes(place):
+    descriptor = os.open(place, os.O_RDONLY)
+    return descriptor, struct.unpack("=5I8x", fcntl.ioctl(descriptor, 0x801C581F, bytes(28)))
+
+def move(place, number):
+    descriptor, held = attributes(place)
+    fcntl.ioctl(descriptor, 0x401C5820, struct.pack("=5I8x", held[0] & ~0x200, held[1], held[2], number, held[4]))
+
+top = Path(sys.argv[1])
+assert not quota_support(top).why_not
+mine, others = top / "mine" / "results", top / "others" / "results"
+for work in (mine, others):
+    work.mkdir(parents=True)
+    (work / "file").write_bytes(b"x" * 2**20)
+number, other = quotas().bind(mine, 8 << 20), quotas().bind(others, 64 << 20)
+for taken in (other, 0):
+    for place in (mine / "file", mine):
+        move(place, taken)
+    again = quotas()
+    assert (again.project_of(mine), again.bind(mine, 8 << 20)) == (number, number) != (other, other)
+    assert [attributes(place)[1][3] for place in (mine, mine / "file", others)] == [number, number, other]
+    assert (again.limit_of(number), again.limit_of(other)) == (8 << 20, 64 << 20)
+    assert again.use_of(number).bytes >= 2**20
+for used in (number, other):
+    again.lift(used)
+"""
+
+
+@pytest.mark.parametrize("top", ["/volume/own", "/root/own"], ids=["xfs", "ext4"])
+def test_a_number_that_a_task_gave_itself_is_not_believed(volume: Machine, top: str) -> None:
+    volume.run(f"python3 - {top} <<'END'\n{GIVES_ITSELF_A_NUMBER}END\nrm -r {top}")
+
+
+def test_the_quota_of_a_run_that_was_killed_goes_with_its_directory(volume: Machine) -> None:
+    report = "xfs_quota -x -c 'report -p -n -N -b' /volume | awk '$4 > 0'"
+    volume.run(
+        "export HOME=/volume/home\nmkdir -p $HOME\nnohup python3 -m nodeservice run --results /volume/results --disk 8m"
+        " --memory 64m --cpus 0.5 nodeservice/demo -- sh -c 'sleep 600' </dev/null >/tmp/killed 2>&1 &\nrun=$!\n"
+        "until docker ps -q --filter label=nodeservice.node | grep -q .; do sleep 1; done\nkill -9 $run"
+    )
+    assert volume.run(report).stdout != ""
+    run_there(volume, "exit 4")
+    assert volume.run(report).stdout == ""
+
+
 def test_a_crash_starts_no_program_of_the_host(volume: Machine) -> None:
     """Where core files are piped to a program, a limit of 0 does not keep the kernel from starting it, as root."""
     volume.run(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import posixpath
+
 import structlog
 
 from nodeservice.core import events as ev
@@ -14,6 +17,8 @@ from nodeservice.lifecycle.steps.failure import reason_of
 from nodeservice.ports import PulledImage
 
 log = structlog.get_logger(__name__)
+RESULT_PLACES = ("/results", "/output")
+"""Where a task finds its results directory."""
 
 
 async def pull(context: Context, record: TaskRecord) -> ev.Event:
@@ -31,15 +36,16 @@ async def pull(context: Context, record: TaskRecord) -> ev.Event:
 async def fetch(context: Context, record: TaskRecord, name: str, *, policy: PullPolicy) -> PulledImage:
     """Pull, and try again when the registry or the engine is at fault: that is not the task's doing.
 
-    All tries together have `pull_timeout_seconds`, from the begin of the phase, also over a restart. Raises RequestError,
-    NodeFaultError, or the last TransientError.
+    All tries together have `pull_timeout_seconds`, from the begin of the phase, also over a restart; where no time was left
+    then, one try has as long as the runtime gives it. Raises RequestError, NodeFaultError, or the last TransientError.
     """
     settings, clock = context.settings, context.clock
     patience = Patience(clock, settings.pull_timeout_seconds, since=record.timings[-1].started_at)
     failures = 0
     while True:
         try:
-            image = await context.runtime.pull(name, policy=policy, on_progress=context.on_pull_progress(record.id))
+            seconds = None if patience.is_over and not failures else max(0.0, patience.left_seconds)
+            image = await _try(context, record, name, policy=policy, seconds=seconds)
         except TransientError as error:
             failures += 1
             log.warning("image.pull_failed", task_id=record.id.task_id, image=name, failures=failures, error=str(error))
@@ -49,4 +55,30 @@ async def fetch(context: Context, record: TaskRecord, name: str, *, policy: Pull
             await back_off(clock, settings.step_backoff, failures)
         else:
             await context.images.used(record.id, image)
+            _refuse_if_it_hides_results(name, image)
             return image
+
+
+async def _try(
+    context: Context, record: TaskRecord, name: str, *, policy: PullPolicy, seconds: float | None
+) -> PulledImage:
+    try:
+        async with asyncio.timeout(seconds):
+            return await context.runtime.pull(name, policy=policy, on_progress=context.on_pull_progress(record.id))
+    except TimeoutError:
+        limit = context.settings.pull_timeout_seconds
+        message = f"pulling {name!r} was given up: it took longer than {limit:g} s"
+        raise TransientError(message, reason=Reason.IMAGE_PULL_TIMEOUT) from None
+
+
+def _refuse_if_it_hides_results(name: str, image: PulledImage) -> None:
+    """A volume below the results directory would take what is written there, and go with the container."""
+    for volume in image.volumes:
+        place = posixpath.normpath("/" + volume.lstrip("/"))
+        if place.startswith(tuple(f"{results}/" for results in RESULT_PLACES)):
+            raise RequestError(
+                f"image {name!r} declares a volume at {volume}: what the task writes there would not be stored",
+                reason="CREATE_FAILED",
+                field="image",
+                hint="build it without this VOLUME",
+            )

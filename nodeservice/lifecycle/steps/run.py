@@ -102,7 +102,7 @@ def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | No
         cpu_milli=spec.request.cpu_milli,
         memory_bytes=spec.request.memory_bytes,
         pids_limit=spec.pids_limit,
-        mounts=(Mount(source=results, target="/results"), Mount(source=results, target="/output")),
+        mounts=tuple(Mount(source=results, target=place) for place in pull.RESULT_PLACES),
         gpu_uuids=record.lease.gpu_uuids,
         # What is kept of its log is within its disk limit: the engine needs no larger copy.
         log_max_bytes=min(context.settings.log_max_bytes, spec.request.disk_bytes),
@@ -168,6 +168,8 @@ async def _start_once(context: Context, record: TaskRecord, container_id: str) -
         if await context.cgroups.was_used(record.id):
             await _refuse_if_forgotten(context, container_id)
         else:
+            if record.lease.gpu_uuids:
+                await _refuse_if_taken(context, record, container_id)
             # It may have gone with the host's last boot, and an engine that finds none makes one without limits.
             await context.cgroups.prepare(record.spec, record.lease.cpu_ids)
     return await context.runtime.start(container_id)
@@ -181,6 +183,13 @@ async def _refuse_if_forgotten(context: Context, container_id: str) -> None:
             reason="ENGINE_FAULT",
             hint="whether the command has run is not known, so it is not run again in this attempt",
         )
+
+
+async def _refuse_if_taken(context: Context, record: TaskRecord, container_id: str) -> None:
+    """Since it was made its GPUs were nobody's: the service that made it has ended."""
+    state = await context.runtime.find(container_id)
+    if state is not None and not state.has_run and (why := await context.gpus.ready(record)):
+        raise NodeFaultError(f"A GPU of the task could not be made ready: {why}", reason="GPU_FAULT")
 
 
 def _inside(context: Context, container_id: str) -> Callable[[Sequence[str]], Awaitable[str]]:

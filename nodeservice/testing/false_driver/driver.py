@@ -53,9 +53,13 @@ class FalseDriver:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a process at its start: the dynamic linker reads LD_LIBRARY_PATH then and never again."""
+        """For a process at its start: the dynamic linker reads LD_LIBRARY_PATH then and never again.
+
+        Each machine is a host of its own, also to the locks of GPUs: machines of a kind have the same UUIDs.
+        """
         paths = [str(self.library.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        return {"LD_LIBRARY_PATH": ":".join(paths), VARIABLE: str(self._state.path)}
+        locks = {"NODESERVICE_GPU_LOCK_DIR": str(self.directory / "locks")}
+        return {"LD_LIBRARY_PATH": ":".join(paths), VARIABLE: str(self._state.path), **locks}
 
     @property
     def machine(self) -> str:
