@@ -21,9 +21,9 @@ _MIN_MEMORY_BYTES = 6 * 1024**2
 """Docker Engine refuses less than 6 MiB."""
 _MIN_CPU_MILLI = 10
 """The kernel's least quota is 1 ms in a period of 100 ms."""
-_DAY_SECONDS = 86_400.0
-_MAX_SECONDS = 366 * _DAY_SECONDS
-_MOST_PIDS = 4_000_000
+DAY_SECONDS = 86_400.0
+MAX_SECONDS = 366 * DAY_SECONDS
+MOST_PIDS = 4_000_000
 """The kernel takes at most 4,194,304 (PID_MAX_LIMIT) in pids.max, and the runtime needs some beside."""
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL")
 _MAX_OPEN_FILES = 1_048_576
@@ -50,17 +50,17 @@ def check_memory(memory_bytes: int) -> None:
 
 
 def check_pids(limit: int) -> None:
-    if not 1 <= limit <= _MOST_PIDS:
-        raise invalid_request("pids_limit", f"is {limit}", f"allow 1 to {_MOST_PIDS} processes")
+    if not 1 <= limit <= MOST_PIDS:
+        raise invalid_request("pids_limit", f"is {limit}", f"allow 1 to {MOST_PIDS} processes")
 
 
 def check_seconds(field: str, seconds: float | None) -> None:
-    if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
+    if seconds is not None and not 0 < seconds <= MAX_SECONDS:
         raise invalid_request(field, f"is {seconds:.15g}", "use more than 0 and at most a year")
 
 
 def check_grace(seconds: float) -> None:
-    if not 0 <= seconds <= _DAY_SECONDS:
+    if not 0 <= seconds <= DAY_SECONDS:
         raise invalid_request("grace_seconds", f"is {seconds:.15g}", "use 0 to a day")
 
 

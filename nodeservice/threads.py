@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,8 @@ import structlog
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 _RETRY_SECONDS = 1.0
+_END_SECONDS = 2.0
+"""Whoever ends a service gives it no more than some seconds."""
 _Item = tuple[Callable[[], Any], "asyncio.Future[Any] | None"]
 
 
@@ -71,9 +74,13 @@ class Threads:
             self._waiting.put(None)
 
     async def ended(self) -> None:
-        """Return when all work that had begun has ended. Call `close` before."""
+        """Return when all work that had begun has ended, or after some seconds. Call `close` before.
+
+        Work may wait for an answer that never comes; what it leaves then is what a crash would leave.
+        """
+        give_up_at = time.monotonic() + _END_SECONDS
         for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(thread.join, max(0.0, give_up_at - time.monotonic()))
 
     def _put(self, item: _Item) -> None:
         if self._is_closed:

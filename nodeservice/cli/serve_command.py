@@ -20,18 +20,20 @@ def serve(
     worker_id: str = typer.Option(None, help="Name of this node. Default: the host's name."),
     listen: str = typer.Option(None, help="HOST:PORT to serve on."),
     advertise: str = typer.Option(None, help="HOST[:PORT] for the master to dial, where it can't see the right one."),
-    state_dir: Path = typer.Option(None, help="Journal, logs and work directories."),
+    state_dir: str = typer.Option(None, metavar="PATH", help="Journal, logs and work directories."),
     docker_host: str = typer.Option(None, help="The engine's address. Default: DOCKER_HOST, or the usual socket."),
-    results_dir: Path = typer.Option(None, help="Results on this host: the store itself, or what is kept meanwhile."),
+    results_dir: str = typer.Option(
+        None, metavar="PATH", help="Results on this host: the store itself, or what is kept meanwhile."
+    ),
     result_store: str = typer.Option(
         None, help="file, s3, http or master. Default: s3 if --minio is given, else file."
     ),
     minio: str = typer.Option(None, help="HOST:PORT of S3 or MinIO; credentials come from the environment or a file."),
     bucket: str = typer.Option(None, help="Bucket; made when missing."),
     http_upload_url: str = typer.Option(None, help="Where the http store posts results."),
-    tls_cert: Path = typer.Option(None, help="PEM certificate of this node."),
-    tls_key: Path = typer.Option(None, help="PEM key of this node."),
-    tls_ca: Path = typer.Option(None, help="PEM certificates that peers must be signed by."),
+    tls_cert: str = typer.Option(None, metavar="PATH", help="PEM certificate of this node."),
+    tls_key: str = typer.Option(None, metavar="PATH", help="PEM key of this node."),
+    tls_ca: str = typer.Option(None, metavar="PATH", help="PEM certificates that peers must be signed by."),
     insecure: bool = typer.Option(None, "--insecure", help="Plain text, no authentication."),
     otlp_endpoint: str = typer.Option(None, help="HOST:PORT of an OTLP/gRPC collector."),
     upload_give_up_seconds: float = typer.Option(None, help="When to keep results here instead."),

@@ -117,7 +117,7 @@ def _credentials(env: Mapping[str, str], file: Any) -> Mapping[str, str]:
         return {}
     try:
         lines: Iterable[str] = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last three: no text, or no path
         why = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(
             f"minio_credentials_file {file} cannot be read: {why}", field="minio_credentials_file"

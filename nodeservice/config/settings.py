@@ -14,12 +14,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nodeservice.errors import ConfigError
+from nodeservice.task_bounds import DAY_SECONDS, MAX_SECONDS, MOST_PIDS
 
 PREFIX = "NODESERVICE_"
 CREDENTIALS = {"minio_access_key": "MINIO_ACCESS_KEY", "minio_secret_key": "MINIO_SECRET_KEY"}
 
-_HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})\Z")
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?\Z")
+_HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})\Z")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?\Z")
+_LAST_PORT = 65535
 _WORKER_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*\Z")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
@@ -29,7 +31,7 @@ _MIB = 1024**2
 def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
     def check(value: str) -> str:
         found = pattern.match(value)
-        if found is None or (pattern is _HOST_PORT and int(found[2]) > 65535):
+        if found is None or (pattern in (_HOST_PORT, _HOST) and int(found["port"] or 0) > _LAST_PORT):
             raise ValueError(f"is not {what}")
         return value
 
@@ -58,10 +60,26 @@ def _default_worker_id() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("-._")[:128] or "node"
 
 
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+def _named(value: object) -> object:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError("is no path")
+    return value
+
+
+def _found(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # pathlib's word for a user without a home
+        raise ValueError("names the home of a user who has none") from error
+
+
+Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(_found)]
 HostPort = Annotated[str, _matching(_HOST_PORT, "HOST:PORT")]
 Lower = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
-Seconds = Annotated[float, Field(gt=0)]
+_LONGEST_SECONDS = 1e9
+"""Some 30 years. With much longer ones no instant can be reckoned."""
+Seconds = Annotated[float, Field(gt=0, le=_LONGEST_SECONDS)]
+SecondsOrNone = Annotated[float, Field(ge=0, le=_LONGEST_SECONDS)]
 Bytes = Annotated[int, Field(gt=0)]
 
 
@@ -125,7 +143,7 @@ class NodeConfig(BaseSettings):
     result_store: Literal["file", "s3", "http", "master"] = Field(
         default_factory=lambda data: "s3" if data["minio"] else "file", description="file, s3, http or master"
     )
-    upload_give_up_seconds: float = Field(3600.0, ge=0, description="seconds before results are kept on this host")
+    upload_give_up_seconds: SecondsOrNone = Field(3600.0, description="seconds before results are kept on this host")
 
     # GPUs
     gpu_sharing: Literal["enforced", "watched"] = Field(
@@ -143,9 +161,13 @@ class NodeConfig(BaseSettings):
     default_cpu_milli: int = Field(1000, ge=10, description="thousandths of a core, at least 10")
     default_memory_bytes: int = Field(512 * _MIB, ge=6 * _MIB, description="bytes, at least 6 MiB")
     default_disk_bytes: Bytes = Field(1024 * _MIB, description="bytes, at least 1")
-    default_pids_limit: int = Field(4096, ge=1, description="processes and threads, at least 1")
-    default_timeout_seconds: Seconds | None = Field(None, description="seconds of running, more than 0; unset for none")
-    default_grace_seconds: float = Field(10.0, ge=0, description="seconds from SIGTERM to SIGKILL")
+    default_pids_limit: int = Field(4096, ge=1, le=MOST_PIDS, description="processes and threads, at least 1")
+    default_timeout_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = Field(
+        None, description="seconds of running, more than 0 and at most a year; unset for none"
+    )
+    default_grace_seconds: float = Field(
+        10.0, ge=0, le=DAY_SECONDS, description="seconds from SIGTERM to SIGKILL, at most a day"
+    )
 
     # kept back from tasks; unset takes the built-in reserve
     reserve_cpu_milli: int | None = Field(None, ge=0, description="thousandths of a core")
@@ -165,7 +187,7 @@ class NodeConfig(BaseSettings):
     )
     image_low_percent: float = Field(80.0, gt=0, le=100, description="percent, not more than image_high_percent")
     sweep_seconds: Seconds = Field(600.0, description="seconds between looks for what is left over, more than 0")
-    orphan_grace_seconds: float = Field(600.0, ge=0, description="seconds for which it has to be seen before it goes")
+    orphan_grace_seconds: SecondsOrNone = Field(600.0, description="seconds for which it has to be seen before it goes")
     results_retention_seconds: Seconds | None = Field(
         None, description="seconds to keep results in results_dir, more than 0; unset for ever"
     )
@@ -187,7 +209,7 @@ class NodeConfig(BaseSettings):
     log_max_bytes: Bytes = Field(100 * _MIB, description="bytes of a task's log that are kept, at least 1")
     log_tail_bytes: int = Field(8000, ge=0, le=1_000_000, description="bytes of log in a report, at most 1000000")
     finished_retention_count: int = Field(2_000, ge=0, description="finished tasks to remember")
-    finished_retention_seconds: float = Field(7 * 86400.0, ge=0, description="seconds to remember a finished task")
+    finished_retention_seconds: SecondsOrNone = Field(7 * 86400.0, description="seconds to remember a finished task")
 
     # what the node says about itself
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = Field(
@@ -230,6 +252,14 @@ class NodeConfig(BaseSettings):
                 f"{self.image_high_percent:g}",
                 field="image_low_percent",
                 hint="give a low mark that is not above the high one",
+            )
+        ours = (self.state_dir / name for name in ("tasks", "logs", "salvage"))
+        below = [place for place in ours if self.results_dir.is_relative_to(place)]
+        if below:
+            raise ConfigError(
+                f"results_dir = {self.results_dir} lies where this node removes what is not its own: {below[0]}",
+                field="results_dir",
+                hint="give a directory beside it, such as the default, results in the state_dir",
             )
         if self.result_store == "http" and self.http_upload_url is None:
             raise _needed("http_upload_url", "result_store is http", "give the URL that takes the results")

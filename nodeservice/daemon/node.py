@@ -19,12 +19,11 @@ from nodeservice.core.retry import Backoff
 from nodeservice.daemon.fault_points import armed
 from nodeservice.daemon.host_policy import check_reserve, doubts, reserve, sharing_policy
 from nodeservice.daemon.host_stops import HostStops
-from nodeservice.errors import ConfigError
 from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.journal.codec import decode_record, encode_record
-from nodeservice.journal.lock import StateDirLock
+from nodeservice.journal.lock import StateDirLock, not_writable
 from nodeservice.journal.sqlite import JOURNAL_NAME, SqliteJournal
 from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.lifecycle.context import Context, Settings
@@ -84,13 +83,12 @@ class Node:
 
 async def build(config: NodeConfig) -> Node:
     """Lock the state directory, open the journal, look at the host. Raises ConfigError and NodeServiceError."""
-    try:
-        for directory, rights in ((config.state_dir, 0o755), (config.results_dir, 0o750)):
+    places = (("state_dir", config.state_dir, 0o755), ("results_dir", config.results_dir, 0o750))
+    for field, directory, rights in places:
+        try:
             directory.mkdir(mode=rights, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename} cannot be made: {error.strerror}", field="state_dir", hint="choose a writable directory"
-        ) from error
+        except OSError as error:
+            raise not_writable(field, directory, error) from error
     lock = StateDirLock(config.state_dir)
     lock.acquire()
     clock = SystemClock()

@@ -51,7 +51,7 @@ class Settings:
     keep_host_seconds: float = 5.0
     """Between two looks at the host's free disk and at the share of it that tasks have."""
     keep_free_disk_bytes: int = 0
-    settle_reports_seconds: float = 10.0
+    settle_reports_seconds: float = 5.0
     """At the end, for the master's answers to reports that are under way."""
     observe_seconds: float = 2.0
     """Between two looks at what a running container has used that goes when it ends."""

@@ -12,7 +12,8 @@ from collections.abc import Coroutine
 import grpc.aio
 import structlog
 
-from nodeservice.errors import ConfigError, InvariantError, RequestError
+from nodeservice.errors import ConfigError, InvariantError, RequestError, TransientError
+from nodeservice.listening import not_bound
 from nodeservice.master.announce import announce
 from nodeservice.master.checks import check_address, shown
 from nodeservice.master.clock import MasterClock
@@ -119,8 +120,9 @@ class Master:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(
+            raise TransientError(
                 f"state_dir {self._state_dir} belongs to a master that is running",
+                reason="STATE_DIR_IN_USE",
                 field="state_dir",
                 hint="stop it, or give this one its own directory",
             ) from error
@@ -144,11 +146,7 @@ class Master:
             else:
                 port = server.add_secure_port(self.settings.listen, self.settings.server_credentials)
         except RuntimeError as error:
-            raise ConfigError(
-                f"listen {self.settings.listen} cannot be bound",
-                field="listen",
-                hint="another process may have the port",
-            ) from error
+            raise not_bound("listen", self.settings.listen) from error
         await server.start()
         opened.push_async_callback(server.stop, _CALLS_GRACE_SECONDS)
         self.address = f"{host}:{port}"
@@ -164,9 +162,7 @@ class Master:
         try:
             bound = await endpoint.start(host.strip("[]"), port, self.settings.http_tls)
         except OSError as error:
-            raise ConfigError(
-                f"http_listen {self.settings.http_listen} cannot be bound: {error.strerror}", field="http_listen"
-            ) from error
+            raise not_bound("http_listen", self.settings.http_listen) from error
         self.http_address = f"{host}:{bound}"
 
     def _announce(self, opened: contextlib.AsyncExitStack) -> None:
@@ -204,7 +200,7 @@ class Master:
 async def serve_master(settings: MasterSettings, manager: ServiceManager | None = None) -> None:
     """Run until SIGTERM or SIGINT; `manager` is told when it is ready and that it gets on.
 
-    Raises ConfigError or TransientError (no database) when it can't start, InvariantError when a part broke.
+    Raises ConfigError or TransientError (no database, no port) when it can't start, InvariantError when a part broke.
     """
     manager = manager or ServiceManager()
     stop = asyncio.Event()

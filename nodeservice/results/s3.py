@@ -88,9 +88,10 @@ class S3ResultStore:
             return 0
 
     async def close(self) -> None:
-        for pool in (self._pool, self._light_pool):
+        pools = (self._pool, self._light_pool)
+        for pool in pools:
             pool.close()
-            await pool.ended()
+        await asyncio.gather(*(pool.ended() for pool in pools))
         if self._client is not None:
             self._client.close()
 

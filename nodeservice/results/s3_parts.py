@@ -34,7 +34,7 @@ class PartSender:
         self._pool = ThreadPoolExecutor(max_workers=parallel_count, thread_name_prefix="results-s3-part")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def send(self, key: str, data: BinaryIO, size_bytes: int, headers: Mapping[str, str], *, part_bytes: int) -> str:
         """The ETag of the complete object. Whatever fails, no part stays behind, unless the store is away by then."""

@@ -13,11 +13,12 @@ import structlog
 from nodeservice.clock import SystemClock
 from nodeservice.core.admission import check_task_id
 from nodeservice.core.model import AttemptId, Outcome, Phase, StopCause, StopRequest, TaskRecord, TraceIds
-from nodeservice.errors import ConfigError, InvariantError, NodeServiceError, RequestError, invalid_request
+from nodeservice.errors import InvariantError, NodeServiceError, RequestError, invalid_request
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
 from nodeservice.lifecycle.workdir import WorkDirs
+from nodeservice.listening import not_bound
 from nodeservice.rpc import convert
 from nodeservice.rpc.log_stream import stream_log
 from nodeservice.wire import master_worker_pb2 as pb
@@ -38,16 +39,17 @@ _SERVER_OPTIONS = (
 
 
 def bind_server(listen: str, credentials: grpc.ServerCredentials | None) -> tuple[grpc.aio.Server, int]:
-    """A server that is not yet started, and its port. Without credentials it speaks plain text. Raises ConfigError."""
+    """A server that is not yet started, and its port. Without credentials it speaks plain text.
+
+    Raises TransientError (NOT_LISTENING).
+    """
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     try:
         if credentials is None:
             return server, int(server.add_insecure_port(listen))
         return server, int(server.add_secure_port(listen, credentials))
     except RuntimeError as error:
-        raise ConfigError(
-            f"listen is {listen!r}, which cannot be bound", field="listen", hint="choose a free port"
-        ) from error
+        raise not_bound("listen", listen) from error
 
 
 class NodeServicer(pb_grpc.MasterWorkerServicer):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import select
 import sys
+import threading
+from contextlib import suppress
 from typing import Any, Literal, TextIO
 
 import structlog
 
 from nodeservice.telemetry import journald
 from nodeservice.telemetry.plain import plain
+
+_PIECE_CHARS = 1024
+"""In UTF-8 no more than a page, which a pipe takes at once when poll(2) says that it takes something."""
+_PATIENCE_MILLISECONDS = 200
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -67,16 +75,42 @@ def _plain_texts(_logger: Any, _method: str, event: structlog.typing.EventDict) 
 
 
 class _UnfailingStream:
-    """Passes text on and forgets errors: a full disk or a closed pipe behind stderr must not end a task."""
+    """Passes text on, forgets errors and never waits for long.
+
+    A full disk or a closed pipe behind stderr must not end a task. Nor may one that nobody empties (a journald that hangs, a
+    pager) stop the daemon, which keeps limits: what it does not take is lost, and counted.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._descriptor: int | None = None
+        with suppress(OSError, ValueError):  # no file at all
+            self._descriptor = stream.fileno()
+        self._lost_count = 0
+        self._lock = threading.Lock()
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError):
-            return 0
+        with self._lock, suppress(OSError, ValueError):
+            if self._lost_count and self._takes_more():
+                count, self._lost_count = self._lost_count, 0
+                # Not by structlog, which calls us and takes no call meanwhile. The first that was lost may have begun.
+                told = json.dumps({"count": count, "event": "log.lost", "level": "warning"})
+                self._stream.write(f"\n{told}\n")
+            for begin in range(0, len(text), _PIECE_CHARS):
+                if not self._takes_more():
+                    self._lost_count += 1
+                    break
+                self._stream.write(text[begin : begin + _PIECE_CHARS])
+                self._stream.flush()
+        return len(text)
+
+    def _takes_more(self) -> bool:
+        """A piece, without blocking. Of the first that finds no room some time is waited, for a reader that is only slow."""
+        if self._descriptor is None:
+            return True
+        poll = select.poll()  # of its own: threads may write at the same time
+        poll.register(self._descriptor, select.POLLOUT)
+        return bool(poll.poll(0 if self._lost_count else _PATIENCE_MILLISECONDS))
 
     def flush(self) -> None:
         try:

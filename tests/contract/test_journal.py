@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ import pytest
 from nodeservice.core.model import AttemptId, Lease, Phase, PhaseTiming, Resources, TaskRecord, TaskSpec, TraceIds
 from nodeservice.errors import ConfigError, InvariantError, NodeFaultError, TransientError
 from nodeservice.journal.codec import encode_record
-from nodeservice.journal.lock import StateDirLock
+from nodeservice.journal.lock import StateDirLock, not_writable
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.journal.schema import MIGRATIONS
 from nodeservice.journal.sqlite import SqliteJournal
@@ -476,7 +477,7 @@ def test_a_state_directory_in_use_is_refused_by_the_pid_of_its_holder_and_free_a
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"{tmp_path}.*pid {holder.pid}") as caught:
+        with pytest.raises(TransientError, match=f"{tmp_path}.*pid {holder.pid}") as caught:
             StateDirLock(tmp_path).acquire()
         assert caught.value.field == "state_dir"
     finally:
@@ -488,11 +489,30 @@ def test_a_state_directory_in_use_is_refused_by_the_pid_of_its_holder_and_free_a
     free.release()
 
 
+def test_a_lock_needs_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    first = StateDirLock(tmp_path)
+    first.acquire()
+    with pytest.raises(TransientError, match="pid unknown"):
+        StateDirLock(tmp_path).acquire()
+    first.release()
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.ENOSPC, True), (errno.EIO, True), (errno.EROFS, False)])
+def test_a_disk_that_is_full_or_away_is_no_wrong_configuration(number: int, passes: bool, tmp_path: Path) -> None:
+    error = not_writable("results_dir", tmp_path, OSError(number, os.strerror(number)))
+    assert isinstance(error, TransientError if passes else ConfigError)
+    assert error.message == f"results_dir {tmp_path} cannot be written: {os.strerror(number)}"
+
+
 def test_a_lock_is_held_once_and_can_be_taken_again(tmp_path: Path) -> None:
     first, second = StateDirLock(tmp_path / "state"), StateDirLock(tmp_path / "state")
     first.acquire()
     first.acquire()
-    with pytest.raises(ConfigError, match=str(os.getpid())):
+    with pytest.raises(TransientError, match=str(os.getpid())):
         second.acquire()
     first.release()
     first.release()

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from nodeservice.errors import ConfigError
+from nodeservice.errors import ConfigError, TransientError
 from nodeservice.master.daemon import Master
 from nodeservice.master.scheduler import SchedulerSettings
 from nodeservice.master.settings import MasterSettings
@@ -703,16 +703,16 @@ async def test_a_restart_keeps_the_queue_the_nodes_and_what_was_assigned(setting
 
 
 async def test_two_masters_never_share_a_state_directory(master: Master, settings: MasterSettings) -> None:
-    with pytest.raises(ConfigError, match="is running") as caught:
+    with pytest.raises(TransientError, match="is running") as caught:
         await Master(settings).start()
     assert caught.value.field == "state_dir"
 
 
-async def test_a_port_that_is_taken_is_a_configuration_error(
+async def test_a_port_that_is_taken_is_told_and_may_be_free_again(
     master: Master, settings: MasterSettings, tmp_path: Path
 ) -> None:
     second = Master(replace(settings, listen=master.address, state_dir=tmp_path / "other"))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(TransientError, match=r"listen 127\.0\.0\.1:.*Address already in use") as caught:
         await second.start()
     assert caught.value.field == "listen"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import re
 import secrets
+import signal
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,6 +27,7 @@ from nodeservice.results import manifest, s3_archive, s3_client
 from nodeservice.results.access import MIB, S3Access
 from nodeservice.results.s3 import S3ResultStore
 from nodeservice.results.s3_object import AlreadyThere
+from tests.busy_threads import busy_threads
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.minio_server import MinioServer, find_minio, free_port, minio, running_minio
 
@@ -626,7 +629,34 @@ async def test_a_cancelled_put_stops_sending_and_commits_nothing(
     assert proxy.bytes_sent < 25 * MIB
     assert keys(client, bucket) <= {"b", "stdout.log"}
     assert interrupted_uploads(client, bucket, "large") == 0
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("results-s3")]
+    await no_threads_left()
+
+
+async def test_a_store_that_is_frozen_in_an_upload_holds_up_no_end(
+    open_store: OpenStore, proxy: FaultProxy, minio: MinioServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeservice.threads._END_SECONDS", 0.01)
+    bundle = bundle_of(tmp_path, {"large": secrets.token_bytes(30 * MIB), "b": b"x"})
+    store = open_store(timeout_seconds=3600.0)
+    put = asyncio.create_task(store.put(bundle))
+    while proxy.bytes_sent < MIB:
+        await asyncio.sleep(0.01)
+    os.kill(minio.pid, signal.SIGSTOP)
+    try:
+        put.cancel()
+        await store.close()
+        assert busy_threads("results-s3")
+    finally:
+        os.kill(minio.pid, signal.SIGCONT)
+    with pytest.raises(asyncio.CancelledError):
+        await put
+    await no_threads_left()
+
+
+async def no_threads_left() -> None:
+    async with asyncio.timeout(30):
+        while [thread for thread in threading.enumerate() if thread.name.startswith("results-s3")]:
+            await asyncio.sleep(0.01)
 
 
 async def test_many_attempts_share_one_store(open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path) -> None:

@@ -176,6 +176,16 @@ WRONG = [
     ("otlp_endpoint", "not an endpoint"),
     ("log_max_bytes", [1]),
     ("state_dir", {"a": 1}),
+    ("state_dir", ""),
+    ("state_dir", "a\0b"),
+    ("tls_key", ""),
+    ("results_dir", "~no-such-user/results"),
+    ("advertise", "host:65536"),
+    ("finished_retention_seconds", 1e300),
+    ("results_retention_seconds", 1e11),
+    ("default_timeout_seconds", 1e8),
+    ("default_grace_seconds", 1e6),
+    ("default_pids_limit", 5_000_000),
 ]
 
 
@@ -225,6 +235,21 @@ def test_all_wrong_values_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match="relist_seconds = 'x'") as caught:
         load_config(None, {**PLAIN, "heartbeat_seconds": "y", "relist_seconds": "x"}, {})
     assert "heartbeat_seconds = 'y'" in caught.value.message
+
+
+@pytest.mark.parametrize("below", ["tasks", "logs/a", "salvage"])
+def test_results_are_not_put_where_the_node_tidies_up(below: str, tmp_path: Path) -> None:
+    """`tasks/job.7` is a work directory of nobody, though the results of a task named job.7 may lie there."""
+    with pytest.raises(ConfigError, match="results_dir = ") as caught:
+        load_config(None, {**PLAIN, "state_dir": str(tmp_path), "results_dir": str(tmp_path / below)}, {})
+    assert caught.value.field == "results_dir"
+
+
+@pytest.mark.parametrize("file", ["~no-such-user/keys", "a\0b", 3, ""])
+def test_a_path_of_credentials_that_is_none_is_told(file: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {**PLAIN, "minio": "host:1", "minio_credentials_file": file}, {})
+    assert caught.value.field == "minio_credentials_file"
 
 
 @pytest.mark.parametrize("kind", ["connect", "report"])
@@ -419,6 +444,25 @@ def test_a_stream_that_fails_never_ends_the_caller() -> None:
         full.close()
 
 
+@pytest.mark.usefixtures("_restored_logging")
+def test_a_pipe_that_nobody_empties_stops_nobody_and_what_it_lost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodeservice.telemetry.logs._PATIENCE_MILLISECONDS", 0)
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as tap, open(writer, "w", encoding="utf-8") as out:
+        configure_logging("info", "json", out)
+        for number in range(1000):
+            structlog.get_logger("test").info("to.nobody", number=number, words="ü" * 1500)
+        heard = tap.read(1 << 20)
+        structlog.get_logger("test").info("heard.again")
+        lines = [line for line in (heard + tap.read(1 << 20)).decode(errors="replace").splitlines() if line]
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    whole = [event["number"] for event in events if event["event"] == "to.nobody"]
+    assert 0 < len(whole) < 1000
+    assert whole == [*range(len(whole))]
+    assert [event.get("count") for event in events[len(whole) :]] == [1000 - len(whole), None]
+    assert events[-1]["event"] == "heard.again"
+
+
 def test_logs_go_to_stderr_and_never_to_stdout() -> None:
     code = (
         "import structlog; from nodeservice.telemetry.logs import configure_logging;"
@@ -437,3 +481,13 @@ def test_serve_takes_the_engines_address_as_doctor_does() -> None:
     ended = CliRunner().invoke(build_app(), ["serve", "--insecure", "--docker-host", "/no/url"])
     assert isinstance(ended.exception, ConfigError)
     assert ended.exception.field == "docker_host"
+
+
+def test_an_option_whose_path_is_empty_does_not_mean_the_current_directory() -> None:
+    from typer.testing import CliRunner
+
+    from nodeservice.cli import build_app
+
+    ended = CliRunner().invoke(build_app(), ["serve", "--insecure", "--state-dir", ""])
+    assert isinstance(ended.exception, ConfigError)
+    assert ended.exception.field == "state_dir"

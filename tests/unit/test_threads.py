@@ -201,6 +201,19 @@ async def test_closing_leaves_out_what_waits_and_ends_what_runs(gate: threading.
     threads.close()  # again
 
 
+async def test_the_end_of_work_that_never_ends_is_not_waited_for(
+    gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeservice.threads._END_SECONDS", 0.01)
+    threads = Threads(2, name="endless")
+    for _ in range(2):
+        threads.submit(lambda: bool(gate.wait()))
+    await until_busy("endless")
+    threads.close()
+    await threads.ended()
+    assert busy_threads("endless")
+
+
 async def test_work_that_nobody_waits_for_may_fail() -> None:
     threads = Threads(1, name="unheard")
 
