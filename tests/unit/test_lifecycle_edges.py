@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec
+from nodeservice.core.model import (
+    AttemptId,
+    Outcome,
+    Phase,
+    Reason,
+    Resources,
+    StopCause,
+    StopRequest,
+    TaskRecord,
+    TaskSpec,
+)
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle import driver
@@ -90,6 +100,29 @@ async def test_a_container_of_ours_with_the_record_of_another_attempt_is_not_tak
         while await world.runtime.list_owned("node"):
             await asyncio.sleep(0.01)
         assert node.driver.live() == []
+
+
+async def test_nothing_is_admitted_before_it_is_known_what_the_engine_runs_already(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    whole = Resources(cpu_milli=4000, memory_bytes=2**26, disk_bytes=2**20)
+    async with living(world) as node:
+        await node.assign(spec(request=whole))
+        await node.until(lambda: bool(world.runtime.running))
+    world.journal = MemoryJournal()
+    async with living(world) as node:
+        with pytest.raises(CapacityError, match="not enough CPU"):
+            await node.assign(spec("other", request=whole))
+        await node.driver.settled()
+    world.journal = MemoryJournal()
+    world.runtime.unavailable = True
+    async with living(world) as node:
+        with pytest.raises(CapacityError, match="what runs here already is not known"):
+            await node.assign(spec("other", request=whole))
+        world.runtime.unavailable = False
+        await node.until(lambda: not node.driver.conditions)
+        with pytest.raises(CapacityError, match="not enough CPU"):
+            await node.assign(spec("other", request=whole))
+        assert node.driver.ledger.leased.cpu_milli == 4000
 
 
 async def test_an_engine_that_fails_to_list_its_containers_is_asked_again(world: World) -> None:
