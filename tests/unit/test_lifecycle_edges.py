@@ -35,7 +35,7 @@ from nodeservice.ports import ContainerState, labels
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
-from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, spec
+from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, running, spec
 
 T = AttemptId("t")
 
@@ -100,6 +100,23 @@ async def test_a_container_of_ours_with_the_record_of_another_attempt_is_not_tak
         while await world.runtime.list_owned("node"):
             await asyncio.sleep(0.01)
         assert node.driver.live() == []
+
+
+@pytest.mark.parametrize("what", ["work directory", "results"])
+async def test_a_task_whose_results_are_gone_from_this_host_is_no_success(world: World, what: str) -> None:
+    world.runtime.images["demo"] = FakeImage(output=b"hello", holds=True)
+    async with living(world) as node:
+        await running(node, spec())
+        await node.driver.settled()
+    shutil.rmtree(node.dirs.root(T) if what == "work directory" else node.dirs.results(T))
+    world.runtime.finish(world.runtime.running[0], 0)
+    async with living(world) as node:
+        record = await node.until_finished(T)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.COLLECT_FAILED
+        assert f"{node.dirs.results(T)} is gone" in record.remarks[-1]
+    assert world.store.stored == {}
+    assert len(world.uplink.reports) == 1
 
 
 async def test_nothing_is_admitted_before_it_is_known_what_the_engine_runs_already(world: World) -> None:

@@ -8,7 +8,7 @@ import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import Collected, TaskRecord, Usage
-from nodeservice.errors import NodeServiceError
+from nodeservice.errors import NodeFaultError, NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.patience import back_off
@@ -20,9 +20,10 @@ log = structlog.get_logger(__name__)
 
 async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
-    if record.id not in context.ended:  # whatever happened to it before a restart
-        await context.filing.run(lambda: context.dirs.prepare(record.id))
     container, counted = await make_sure_it_ended(context, driver, record.id)
+    has_run = record.started_at is not None or (container is not None and container.has_run)
+    if not has_run:  # it may have come to its end before they were made
+        await context.filing.run(lambda: context.dirs.prepare(record.id))
     if record.lease.gpu_uuids and container is not None and container.has_run:
         await context.gpus.returned(record)
     driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
@@ -75,6 +76,8 @@ async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
     failures = 0
     while True:
         try:
+            if not context.dirs.results(record.id).is_dir():  # without them it would seem to have written nothing
+                raise NodeFaultError(f"{context.dirs.results(record.id)} is gone", reason="COLLECT_FAILED")
             return await context.collecting.run(lambda: context.bundles.collect(record.spec, root, log_path))
         except NodeServiceError as error:
             failures += 1
