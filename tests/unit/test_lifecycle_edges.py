@@ -32,10 +32,13 @@ from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import ContainerState, labels
+from nodeservice.ports import ContainerState
+from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
-from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, running, spec
+from nodeservice.testing.memory_store import MemoryResultStore
+from tests.unit.node_harness import NODE, HeldJournal, LiveNode, RecordingUplink, World, living, running, spec
 
 T = AttemptId("t")
 
@@ -543,6 +546,37 @@ async def test_a_node_that_died_once_it_had_set_results_aside_tells_where_they_a
     assert (str(aside) in record.remarks[-1]) is is_set_aside
     assert record.verdict is not None
     assert record.verdict.reason is Reason.RESULTS_NOT_STORED
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged", "in another's place"])
+async def test_kept_results_that_no_store_can_take_any_more_are_given_up_and_hold_no_disk(
+    world: World, what: str
+) -> None:
+    world.give_up_seconds = 0.05
+    world.kept = FileResultStore(world.path / "results")  # type: ignore[assignment]
+    world.store.fail_next(1000, TransientError("away", reason="STORE_UNREACHABLE"))
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: node.phase(T) is Phase.RETAINING)
+        await node.driver.settled()
+    kept = world.path / "results" / "t" / "1"
+    match what:
+        case "gone":
+            shutil.rmtree(kept)
+        case "damaged":
+            (kept / "stdout.log").write_bytes(b"rotten")
+    world.store = MemoryResultStore()
+    if what == "in another's place":
+        world.store.stored["t/1"] = {"manifest.json": b"another's"}
+    async with living(world) as node:
+        record = await node.until_finished(T)
+        assert "What was kept on this host can't be uploaded" in record.remarks[-1]
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.RESULTS_NOT_STORED
+        assert node.driver.ledger.free == NODE
+        assert kept.exists() is (what != "gone")
+    assert len(world.uplink.reports) == 1
+    await world.kept.close()
 
 
 def test_a_task_cannot_claim_that_its_results_have_moved() -> None:
