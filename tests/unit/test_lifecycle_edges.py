@@ -122,6 +122,35 @@ async def test_a_task_whose_results_are_gone_from_this_host_is_no_success(world:
     assert len(world.uplink.reports) == 1
 
 
+@pytest.mark.parametrize("was_frozen", [False, True])
+async def test_results_that_may_have_gone_with_the_power_of_the_host_are_no_success(
+    world: World, was_frozen: bool
+) -> None:
+    world.runtime.images["demo"] = FakeImage(output=b"hello", holds=True)
+    async with living(world) as node:
+        await running(node, spec())
+        await node.driver.settled()
+    world.runtime.finish(world.runtime.running[0], 0)
+    if was_frozen:  # then what is lost is found out by its digest
+        Bundles(worker_id="node", results_dir=world.path).collect(spec(), node.dirs.root(T), node.dirs.log(T))
+    node = LiveNode(world)
+    node.context = replace(node.context, in_doubt=frozenset({T}))
+    await node.start()
+    try:
+        record = await node.until_finished(T)
+    finally:
+        await node.kill()
+    assert record.verdict is not None
+    assert record.verdict.exit_code == 0
+    if was_frozen:
+        assert record.verdict.outcome is Outcome.SUCCEEDED
+    else:
+        assert record.verdict.reason is Reason.COLLECT_FAILED
+        assert "the host went down" in record.verdict.message
+        assert (world.path / "state" / "salvage" / "t.1" / "results").is_dir()
+        assert world.store.stored == {}
+
+
 async def test_nothing_is_admitted_before_it_is_known_what_the_engine_runs_already(world: World) -> None:
     world.runtime.images["demo"] = FakeImage(holds=True)
     whole = Resources(cpu_milli=4000, memory_bytes=2**26, disk_bytes=2**20)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import Collected, TaskRecord, Usage
+from nodeservice.core.model import Collected, Outcome, TaskRecord, Usage
 from nodeservice.errors import NodeFaultError, NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
@@ -16,6 +16,11 @@ from nodeservice.lifecycle.steps.run import make_sure_it_ended
 from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
+
+_FELL = (
+    "the host went down, and was not shut down, after the task had ended and before its results had been read: what it "
+    "wrote last may be missing"
+)
 
 
 async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
@@ -31,6 +36,13 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     if container is not None and container.has_run:
         unread = await _drain_log(context, record, container.id)
     usage = await _bill(context, record, counted)
+    is_success = record.verdict is not None and record.verdict.outcome is Outcome.SUCCEEDED
+    if (
+        record.id in context.in_doubt
+        and is_success
+        and not await context.filing.run(lambda: _is_frozen(context, record))
+    ):
+        return ev.CollectFailed(at=context.clock.now(), message=_FELL, usage=usage)
     try:
         bundle = await _freeze(context, record)
     except NodeServiceError as error:
@@ -40,6 +52,15 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
         _collected(context, record, bundle), log_error=unread, log_has_gap=context.logs.has_gap(record.id)
     )
     return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
+
+
+def _is_frozen(context: Context, record: TaskRecord) -> bool:
+    """The digests of all files are on the disk: what is not as it was is found out."""
+    try:
+        context.bundles.reopen(record.spec, context.dirs.root(record.id))
+    except NodeServiceError:
+        return False
+    return True
 
 
 async def _drain_log(context: Context, record: TaskRecord, container_id: str) -> str | None:
