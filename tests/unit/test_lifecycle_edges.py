@@ -26,13 +26,12 @@ from nodeservice.core.model import (
 )
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
-from nodeservice.lifecycle import driver
+from nodeservice.lifecycle import driver, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import ContainerState, labels
-from nodeservice.ports import ContainerState
 from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
@@ -198,6 +197,18 @@ def test_what_is_salvaged_twice_is_there_twice(tmp_path: Path) -> None:
     found = sorted(str(path.relative_to(tmp_path / "salvage")) for path in tmp_path.glob("salvage/*/results/*"))
     assert found == ["t.1.2/results/second", "t.1.3/results/third", "t.1/results/first"]
     assert dirs.all() == []
+
+
+def test_what_was_set_aside_is_told_once_it_is_on_the_disk_also_by_who_finds_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dirs, synced = WorkDirs(tmp_path), list[Path]()
+    dirs.prepare(T)
+    dirs.salvage(T)
+    monkeypatch.setattr(workdir, "_sync", synced.append)
+    assert dirs.salvage(T) == tmp_path / "salvage" / "t.1"
+    assert synced == [tmp_path / "salvage", tmp_path]
+    assert dirs.salvage(AttemptId("other")) is None
 
 
 class SlowMaster(RecordingUplink):
