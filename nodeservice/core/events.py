@@ -125,6 +125,13 @@ class ResultsRetained(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResultsGivenUp(Event):
+    """What was kept on this host is gone or damaged, or others lie in its place: no try to store it will ever end well."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportAcknowledged(Event):
     """The master accepted the outcome."""
 

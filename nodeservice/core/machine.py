@@ -328,6 +328,19 @@ def _stored_late(record: TaskRecord, event: ev.ResultsStored) -> Step:
     )
 
 
+def _given_up(record: TaskRecord, event: ev.ResultsGivenUp) -> Step:
+    """How it ended was reported before."""
+    return _enter(
+        record,
+        Phase.FINISHED,
+        event.at,
+        fx.ReleaseDisk(),
+        remarks=(*record.remarks, event.message),
+        retained=False,
+        disk_released=True,
+    )
+
+
 def _abandoned(record: TaskRecord, event: ev.TaskAbandoned) -> Step:
     return _give_up(record, event.at, event.verdict, fx.CancelStep())
 
@@ -357,6 +370,7 @@ TRANSITIONS: Mapping[type[ev.Event], Mapping[Phase, Handler]] = {  # the diagram
     ev.CollectFailed: {Phase.COLLECTING: _collect_failed},
     ev.ResultsStored: {Phase.UPLOADING: _stored, Phase.RETAINING: _stored_late},
     ev.ResultsRetained: {Phase.UPLOADING: _retained},
+    ev.ResultsGivenUp: {Phase.RETAINING: _given_up},
     ev.ReportAcknowledged: {Phase.REPORTING: _acknowledged},
     ev.CleanedUp: {Phase.CLEANING: _cleaned},
     ev.TaskAbandoned: {

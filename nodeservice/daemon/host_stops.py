@@ -1,7 +1,8 @@
-"""Shutdowns of the host, noted by the worker that stops with it.
+"""Shutdowns of the host, noted by the worker that stops with it, and falls of the host, of which there is no such note.
 
 The engine goes after the worker and ends what runs. Nobody sees that, and a task that obeys leaves the code of a success. So
-what ran then is noted before, and told from what ended by itself.
+what ran then is noted before, and told from what ended by itself. A host that loses its power also loses what was written
+within the last half minute or so, though not what the engine noted of an exit: results that nobody had read are in doubt.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 import structlog
 
+from nodeservice.core.model import AttemptId, Phase, TaskRecord
 from nodeservice.errors import NodeServiceError
 from nodeservice.ports import Journal
 
 log = structlog.get_logger(__name__)
 
 _NOTE = "host_stops"
+_FALLS_NOTE = "host_falls"
 _KEPT_COUNT = 8
 """Shutdowns in a row in which the worker never came to look at what the first of them had ended."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -41,6 +44,28 @@ class HostStops:
                 at = datetime.fromisoformat(stop["at"])
                 found |= {container_id: at for container_id in stop["containers"] if container_id not in found}
         return found
+
+    async def in_doubt(self, live: Iterable[TaskRecord]) -> frozenset[AttemptId]:
+        """Unfinished attempts that had been started when the host fell, and whose results nobody had read whole by then.
+
+        Call it at each start. They are remembered for as long as they are unfinished. A worker that was not there when the
+        host was shut down can't tell that from a fall.
+        """
+        before: dict[str, Any] = json.loads(await self._journal.get_note(_FALLS_NOTE) or "{}")
+        last_boot, named = before.get("boot_id", self._boot_id), before.get("in_doubt", [])
+        fell = last_boot != self._boot_id and all(stop["boot_id"] != last_boot for stop in await self._noted())
+        found = {
+            record.id
+            for record in live
+            if (fell and Phase.RUNNING <= record.phase <= Phase.COLLECTING) or str(record.id) in named
+        }
+        now = {"boot_id": self._boot_id, "in_doubt": sorted(map(str, found))}
+        if now != before:
+            try:
+                await self._journal.set_note(_FALLS_NOTE, json.dumps(now))
+            except NodeServiceError as error:  # the next start sees the same
+                log.error("host_fall.not_noted", error=str(error))
+        return frozenset(found)
 
     async def note(self, at: datetime, container_ids: Iterable[str]) -> None:
         """Durable when it returns, unless the journal can't be read or written, which is logged."""

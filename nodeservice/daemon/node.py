@@ -68,6 +68,7 @@ class Node:
     logs: LogBook
     dirs: WorkDirs
     host_stops: HostStops
+    in_doubt: frozenset[AttemptId]
     lock: StateDirLock
 
     async def close(self) -> None:
@@ -142,10 +143,11 @@ async def build(config: NodeConfig) -> Node:
     await disk.open()
     host_stops = HostStops(journal)
     runtime.ended_with_the_host(await host_stops.ended())
+    in_doubt = await host_stops.in_doubt(driver.live())
     return Node(
         config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
         driver=driver, logs=logs, dirs=dirs, host_stops=host_stops, lock=lock, keeper=keeper, mode=mode,
-        disk=disk,
+        disk=disk, in_doubt=in_doubt,
     )  # fmt: skip
 
 
@@ -203,6 +205,7 @@ async def working(
             ),
         ),
         encode_record=encode_record,
+        in_doubt=node.in_doubt,
         processes=ProcReader(),
         gpus=node.keeper,
         images=ImageKeeper(

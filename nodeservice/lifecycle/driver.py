@@ -80,6 +80,9 @@ class Driver:
         """Stops that are looked after soon, by attempt and whether they allow no grace."""
         self._is_idle = False
         """All that was posted is decided on and journalled."""
+        self.knows_all = asyncio.Event()
+        """Not set while what only the engine knows, and what has its part of the node, is looked for: nobody is admitted."""
+        self.knows_all.set()
         self._writer = BatchWriter(journal, ledger, clock, ask_for_write=self._ask_for_write)
 
     # ---- wiring ---------------------------------------------------------------------------------------------------
@@ -137,6 +140,7 @@ class Driver:
 
     async def assign(self, spec: TaskSpec, *, trace: TraceIds, received_at: datetime) -> TaskRecord:
         """Admit the attempt; returns once it is durable. Raises RequestError or CapacityError with the reason."""
+        await self.knows_all.wait()
         if self.journal_error is not None:
             # In the queue it would wait for as long as the journal does, and then run for a caller who has given up.
             raise self._writer.refusal()

@@ -18,13 +18,16 @@ from nodeservice.ports import ContainerState, labels
 
 log = structlog.get_logger(__name__)
 
+ENGINE_NOT_LISTED = "ENGINE_NOT_LISTED"
+
 Decode = Callable[[str], TaskRecord]
 
 
 async def recover(context: Context, driver: Driver, decode: Decode) -> None:
     """Resume what the journal knows, then adopt or remove what only the engine knows.
 
-    Waits for an engine that is away or that fails at it. Run it beside the driver: journalled work goes on meanwhile.
+    Waits for an engine that is away or that fails at it. Run it beside the driver: journalled work goes on meanwhile, and
+    nothing new is taken.
     """
     leftover = await asyncio.to_thread(context.dirs.all)
     driver.resume_all()
@@ -35,9 +38,15 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
             break
         except NodeServiceError as error:
             log.warning("recovery.not_listed", error=str(error))
+            driver.conditions[ENGINE_NOT_LISTED] = (
+                f"what runs here already is not known, since the engine does not list it: {error}"
+            )
+            driver.knows_all.set()  # so that who wants something accepted hears this
             await back_off(context.clock, context.settings.step_backoff, failures)
             failures += 1
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
+    driver.conditions.pop(ENGINE_NOT_LISTED, None)
+    driver.knows_all.set()
     await _sweep(context, driver, [id_ for id_ in leftover if id_ not in claimed])
 
 

@@ -28,6 +28,7 @@ async def at_work(
     """
     runner = Runner(context, driver)
     driver.connect(runner.start)
+    driver.knows_all.clear()
     timekeeper = Timekeeper(driver, context.clock)
     host_keeper = HostKeeper(context, driver)
     await host_keeper.apply_share()

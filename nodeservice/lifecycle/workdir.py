@@ -65,13 +65,14 @@ class WorkDirs:
             if not os.path.lexists(target := salvage / name):
                 break
             last = target
-        if not root.exists():
-            return last
-        salvage.mkdir(mode=0o700, parents=True, exist_ok=True)
-        root.rename(target)
-        for directory in (salvage, self.state_dir):
-            _sync(directory)
-        return target
+        if root.exists():
+            salvage.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root.rename(target)
+            last = target
+        if last is not None:  # also what was moved before: whoever did that may have been killed before this
+            for directory in (salvage, self.state_dir):
+                _sync(directory)
+        return last
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
         """What was moved aside before that instant: moving a directory sets the time of its last change (ctime)."""

@@ -153,7 +153,7 @@ class Incoming:
                     raise
                 self._compare_with_stored()
                 self.abort()
-                return self.target
+            # Also what is there already: the master that put it there may have been killed before this.
             _sync(self.target.parent)
             _sync(self._results_dir)
         return self.target

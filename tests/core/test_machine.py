@@ -80,6 +80,7 @@ EVENTS: tuple[ev.Event, ...] = (
     ev.CollectFailed(at=at(9), message="disk", usage=Usage()),
     ev.ResultsRetained(at=at(9), location="file:///kept", message="down"),
     ev.ResultsRetained(at=at(9), location="file:///kept", message="too large", will_retry=False),
+    ev.ResultsGivenUp(at=at(9), message="gone"),
     ev.TaskAbandoned(at=at(9), verdict=of_failure(Reason.NODE_FAULT, "bug")),
 )
 

@@ -17,6 +17,7 @@ import pytest
 
 from nodeservice.core.model import AttemptId, Manifest, ManifestEntry, Resources, TaskSpec
 from nodeservice.errors import NodeFaultError
+from nodeservice.master import incoming as incoming_module
 from nodeservice.master.daemon import Master
 from nodeservice.master.incoming import Incoming
 from nodeservice.master.settings import MasterSettings
@@ -209,6 +210,24 @@ async def test_a_sender_that_breaks_off_leaves_nothing(stub: Any, results: Path)
 def test_an_upload_is_nowhere_before_its_first_file_since_its_sender_may_be_gone_by_then(tmp_path: Path) -> None:
     Incoming(tmp_path, "t1", 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_master_had_put_in_place_is_on_the_disk_before_its_sender_hears_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+
+    def upload() -> None:
+        incoming = Incoming(tmp_path, "t1", 1)
+        incoming.begin_file("a")
+        incoming.write(b"x")
+        incoming.end_file()
+        incoming.commit()
+
+    upload()  # and nobody knows whether the directories came to the disk
+    monkeypatch.setattr(incoming_module, "_sync", synced.append)
+    upload()
+    assert synced[-2:] == [tmp_path / "t1", tmp_path]
 
 
 async def test_the_rest_of_an_upload_is_swept_at_the_next_start(settings: MasterSettings) -> None:

@@ -5,6 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from nodeservice.core.model import (
+    AttemptId,
+    Lease,
+    Phase,
+    PhaseTiming,
+    Resources,
+    TaskRecord,
+    TaskSpec,
+    TraceIds,
+)
 from nodeservice.daemon.host_stops import HostStops
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.testing.failing_journal import FailingJournal
@@ -40,6 +50,34 @@ async def test_old_shutdowns_are_forgotten() -> None:
     ended = await HostStops(journal, boot_id="now").ended()
     assert "container-49" in ended
     assert len(ended) < 20
+
+
+def found(phase: Phase, task_id: str = "t") -> TaskRecord:
+    request = Resources(cpu_milli=1, memory_bytes=1, disk_bytes=1)
+    task = TaskSpec(id=AttemptId(task_id), image="i", request=request, pids_limit=1, fingerprint="f")
+    timings = (PhaseTiming(name="so far", started_at=NOW),)
+    lease, trace = Lease(granted=request), TraceIds(trace_id="1" * 32, span_id="2" * 16)
+    return TaskRecord(spec=task, lease=lease, trace=trace, accepted_at=NOW, phase=phase, timings=timings)
+
+
+async def test_after_a_fall_of_the_host_results_that_nobody_had_read_are_in_doubt_until_they_are_done_with() -> None:
+    journal = FailingJournal(MemoryJournal())
+    assert await HostStops(journal, boot_id="1").in_doubt([]) == frozenset()
+    live = [found(phase, phase.name) for phase in Phase]
+    journal.fail_next(1)
+    for _ in range(3):  # a start whose note failed, and one after a crash of the worker alone
+        in_doubt = await HostStops(journal, boot_id="2").in_doubt(live)
+        assert {id_.task_id for id_ in in_doubt} == {"RUNNING", "COLLECTING"}
+    assert await HostStops(journal, boot_id="2").in_doubt([found(Phase.RUNNING, "new")]) == frozenset()
+    assert await HostStops(journal, boot_id="2").in_doubt(live) == frozenset()
+
+
+async def test_nothing_is_in_doubt_when_the_host_was_shut_down_or_the_worker_never_saw_another_boot() -> None:
+    journal = MemoryJournal()
+    live = [found(Phase.COLLECTING)]
+    assert await HostStops(journal, boot_id="1").in_doubt(live) == frozenset()
+    await HostStops(journal, boot_id="1").note(NOW, [])
+    assert await HostStops(journal, boot_id="2").in_doubt(live) == frozenset()
 
 
 async def test_a_journal_that_cannot_be_written_does_not_hold_up_the_stop() -> None:

@@ -163,6 +163,7 @@ SAMPLES: tuple[ev.Event, ...] = (
     ev.CollectFailed(at=NOW, message="", usage=Usage()),
     ev.ResultsStored(at=NOW, location="l"),
     ev.ResultsRetained(at=NOW, location="l", message=""),
+    ev.ResultsGivenUp(at=NOW, message=""),
     ev.ReportAcknowledged(at=NOW),
     ev.CleanedUp(at=NOW),
     ev.TaskAbandoned(at=NOW, verdict=FAILURE),

@@ -13,19 +13,31 @@ from pathlib import Path
 
 import pytest
 
-from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskRecord, TaskSpec
+from nodeservice.core.model import (
+    AttemptId,
+    Outcome,
+    Phase,
+    Reason,
+    Resources,
+    StopCause,
+    StopRequest,
+    TaskRecord,
+    TaskSpec,
+)
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
-from nodeservice.lifecycle import driver
+from nodeservice.lifecycle import driver, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import ContainerState, labels
+from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
-from tests.unit.node_harness import HeldJournal, LiveNode, RecordingUplink, World, living, spec
+from nodeservice.testing.memory_store import MemoryResultStore
+from tests.unit.node_harness import NODE, HeldJournal, LiveNode, RecordingUplink, World, living, running, spec
 
 T = AttemptId("t")
 
@@ -92,6 +104,75 @@ async def test_a_container_of_ours_with_the_record_of_another_attempt_is_not_tak
         assert node.driver.live() == []
 
 
+@pytest.mark.parametrize("what", ["work directory", "results"])
+async def test_a_task_whose_results_are_gone_from_this_host_is_no_success(world: World, what: str) -> None:
+    world.runtime.images["demo"] = FakeImage(output=b"hello", holds=True)
+    async with living(world) as node:
+        await running(node, spec())
+        await node.driver.settled()
+    shutil.rmtree(node.dirs.root(T) if what == "work directory" else node.dirs.results(T))
+    world.runtime.finish(world.runtime.running[0], 0)
+    async with living(world) as node:
+        record = await node.until_finished(T)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.COLLECT_FAILED
+        assert f"{node.dirs.results(T)} is gone" in record.remarks[-1]
+    assert world.store.stored == {}
+    assert len(world.uplink.reports) == 1
+
+
+@pytest.mark.parametrize("was_frozen", [False, True])
+async def test_results_that_may_have_gone_with_the_power_of_the_host_are_no_success(
+    world: World, was_frozen: bool
+) -> None:
+    world.runtime.images["demo"] = FakeImage(output=b"hello", holds=True)
+    async with living(world) as node:
+        await running(node, spec())
+        await node.driver.settled()
+    world.runtime.finish(world.runtime.running[0], 0)
+    if was_frozen:  # then what is lost is found out by its digest
+        Bundles(worker_id="node", results_dir=world.path).collect(spec(), node.dirs.root(T), node.dirs.log(T))
+    node = LiveNode(world)
+    node.context = replace(node.context, in_doubt=frozenset({T}))
+    await node.start()
+    try:
+        record = await node.until_finished(T)
+    finally:
+        await node.kill()
+    assert record.verdict is not None
+    assert record.verdict.exit_code == 0
+    if was_frozen:
+        assert record.verdict.outcome is Outcome.SUCCEEDED
+    else:
+        assert record.verdict.reason is Reason.COLLECT_FAILED
+        assert "the host went down" in record.verdict.message
+        assert (world.path / "state" / "salvage" / "t.1" / "results").is_dir()
+        assert world.store.stored == {}
+
+
+async def test_nothing_is_admitted_before_it_is_known_what_the_engine_runs_already(world: World) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    whole = Resources(cpu_milli=4000, memory_bytes=2**26, disk_bytes=2**20)
+    async with living(world) as node:
+        await node.assign(spec(request=whole))
+        await node.until(lambda: bool(world.runtime.running))
+    world.journal = MemoryJournal()
+    async with living(world) as node:
+        with pytest.raises(CapacityError, match="not enough CPU"):
+            await node.assign(spec("other", request=whole))
+        await node.driver.settled()
+    world.journal = MemoryJournal()
+    world.runtime.unavailable = True
+    async with living(world) as node:
+        with pytest.raises(CapacityError, match="what runs here already is not known"):
+            await node.assign(spec("other", request=whole))
+        world.runtime.unavailable = False
+        await node.until(lambda: not node.driver.conditions)
+        with pytest.raises(CapacityError, match="not enough CPU"):
+            await node.assign(spec("other", request=whole))
+        assert node.driver.ledger.leased.cpu_milli == 4000
+
+
 async def test_an_engine_that_fails_to_list_its_containers_is_asked_again(world: World) -> None:
     world.runtime.images["demo"] = FakeImage(holds=True)
     async with living(world) as node:
@@ -116,6 +197,18 @@ def test_what_is_salvaged_twice_is_there_twice(tmp_path: Path) -> None:
     found = sorted(str(path.relative_to(tmp_path / "salvage")) for path in tmp_path.glob("salvage/*/results/*"))
     assert found == ["t.1.2/results/second", "t.1.3/results/third", "t.1/results/first"]
     assert dirs.all() == []
+
+
+def test_what_was_set_aside_is_told_once_it_is_on_the_disk_also_by_who_finds_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dirs, synced = WorkDirs(tmp_path), list[Path]()
+    dirs.prepare(T)
+    dirs.salvage(T)
+    monkeypatch.setattr(workdir, "_sync", synced.append)
+    assert dirs.salvage(T) == tmp_path / "salvage" / "t.1"
+    assert synced == [tmp_path / "salvage", tmp_path]
+    assert dirs.salvage(AttemptId("other")) is None
 
 
 class SlowMaster(RecordingUplink):
@@ -493,6 +586,37 @@ async def test_a_node_that_died_once_it_had_set_results_aside_tells_where_they_a
     assert (str(aside) in record.remarks[-1]) is is_set_aside
     assert record.verdict is not None
     assert record.verdict.reason is Reason.RESULTS_NOT_STORED
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged", "in another's place"])
+async def test_kept_results_that_no_store_can_take_any_more_are_given_up_and_hold_no_disk(
+    world: World, what: str
+) -> None:
+    world.give_up_seconds = 0.05
+    world.kept = FileResultStore(world.path / "results")  # type: ignore[assignment]
+    world.store.fail_next(1000, TransientError("away", reason="STORE_UNREACHABLE"))
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: node.phase(T) is Phase.RETAINING)
+        await node.driver.settled()
+    kept = world.path / "results" / "t" / "1"
+    match what:
+        case "gone":
+            shutil.rmtree(kept)
+        case "damaged":
+            (kept / "stdout.log").write_bytes(b"rotten")
+    world.store = MemoryResultStore()
+    if what == "in another's place":
+        world.store.stored["t/1"] = {"manifest.json": b"another's"}
+    async with living(world) as node:
+        record = await node.until_finished(T)
+        assert "What was kept on this host can't be uploaded" in record.remarks[-1]
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.RESULTS_NOT_STORED
+        assert node.driver.ledger.free == NODE
+        assert kept.exists() is (what != "gone")
+    assert len(world.uplink.reports) == 1
+    await world.kept.close()
 
 
 def test_a_task_cannot_claim_that_its_results_have_moved() -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import Collected, TaskRecord, Usage
-from nodeservice.errors import NodeServiceError
+from nodeservice.core.model import Collected, Outcome, TaskRecord, Usage
+from nodeservice.errors import NodeFaultError, NodeServiceError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.patience import back_off
@@ -17,12 +17,18 @@ from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
 
+_FELL = (
+    "the host went down, and was not shut down, after the task had ended and before its results had been read: what it "
+    "wrote last may be missing"
+)
+
 
 async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
-    if record.id not in context.ended:  # whatever happened to it before a restart
-        await context.filing.run(lambda: context.dirs.prepare(record.id))
     container, counted = await make_sure_it_ended(context, driver, record.id)
+    has_run = record.started_at is not None or (container is not None and container.has_run)
+    if not has_run:  # it may have come to its end before they were made
+        await context.filing.run(lambda: context.dirs.prepare(record.id))
     if record.lease.gpu_uuids and container is not None and container.has_run:
         await context.gpus.returned(record)
     driver.post(record.id, ev.ContainerGone(at=context.clock.now()))
@@ -30,6 +36,13 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
     if container is not None and container.has_run:
         unread = await _drain_log(context, record, container.id)
     usage = await _bill(context, record, counted)
+    is_success = record.verdict is not None and record.verdict.outcome is Outcome.SUCCEEDED
+    if (
+        record.id in context.in_doubt
+        and is_success
+        and not await context.filing.run(lambda: _is_frozen(context, record))
+    ):
+        return ev.CollectFailed(at=context.clock.now(), message=_FELL, usage=usage)
     try:
         bundle = await _freeze(context, record)
     except NodeServiceError as error:
@@ -39,6 +52,15 @@ async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Ev
         _collected(context, record, bundle), log_error=unread, log_has_gap=context.logs.has_gap(record.id)
     )
     return ev.ResultsCollected(at=context.clock.now(), collected=collected, usage=usage)
+
+
+def _is_frozen(context: Context, record: TaskRecord) -> bool:
+    """The digests of all files are on the disk: what is not as it was is found out."""
+    try:
+        context.bundles.reopen(record.spec, context.dirs.root(record.id))
+    except NodeServiceError:
+        return False
+    return True
 
 
 async def _drain_log(context: Context, record: TaskRecord, container_id: str) -> str | None:
@@ -75,6 +97,8 @@ async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
     failures = 0
     while True:
         try:
+            if not context.dirs.results(record.id).is_dir():  # without them it would seem to have written nothing
+                raise NodeFaultError(f"{context.dirs.results(record.id)} is gone", reason="COLLECT_FAILED")
             return await context.collecting.run(lambda: context.bundles.collect(record.spec, root, log_path))
         except NodeServiceError as error:
             failures += 1

@@ -88,20 +88,29 @@ async def _set_aside(
 
 
 async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
-    """Upload results that were kept here, for as long as it takes; then drop the copy, leaving a pointer."""
-    moved_to = await asyncio.to_thread(context.bundles.moved_to, record.spec)
-    if moved_to is not None:
-        await asyncio.to_thread(context.bundles.discard_kept, record.spec, moved_to)
-        return ev.ResultsStored(at=context.clock.now(), location=moved_to)
-    bundle = await asyncio.to_thread(context.bundles.kept, record.spec)
+    """Upload results that were kept here, for as long as it takes; then drop the copy, leaving a pointer.
+
+    What no store can take any more is not tried for ever, since it holds its disk: it stays where it is. It is tried for a
+    while all the same, since the file system that it lies on may only be away.
+    """
+    patience = Patience(context.clock, context.settings.upload_give_up_seconds)
+    bundle: ResultBundle | None = None
     failures = 0
     while True:
         try:
-            location = await context.store.put(bundle)
+            location = await asyncio.to_thread(context.bundles.moved_to, record.spec)
+            if location is None:
+                if bundle is None:
+                    bundle = await asyncio.to_thread(context.bundles.kept, record.spec)
+                location = await context.store.put(bundle)
         except NodeServiceError as error:
             failures += 1
             if failures in (1, 10) or failures % 100 == 0:
                 log.warning("results.still_retained", task_id=record.id.task_id, failures=failures, error=str(error))
+            if error.reason in _FOR_EVER and patience.is_over:
+                log.error("results.given_up", task_id=record.id.task_id, error=str(error))
+                message = f"What was kept on this host can't be uploaded: {error}"
+                return ev.ResultsGivenUp(at=context.clock.now(), message=message)
             await context.clock.sleep(_pause(context, failures))
         else:
             await asyncio.to_thread(context.bundles.discard_kept, record.spec, location)
