@@ -18,7 +18,7 @@ from nodeservice.config import NodeConfig
 from nodeservice.core.model import AttemptId, Manifest, Phase, StopCause, StopRequest, TaskRecord, TaskSpec
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store
-from nodeservice.errors import ConfigError, NodeServiceError, RequestError, TransientError
+from nodeservice.errors import NodeServiceError, RequestError, TransientError
 from nodeservice.gpu.locks import GpuLocks
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
@@ -271,7 +271,7 @@ async def sweep_dead_runs(
         lock = StateDirLock(directory)
         try:
             lock.acquire()
-        except ConfigError:
+        except NodeServiceError:
             continue
         try:
             runtime = DockerRuntime(base_url=docker_host, node_id=directory.name)
