@@ -59,7 +59,8 @@ class Bench:
         result = pb.TaskResult.FromString(report.SerializeToString())
         looking = self._looking.pop(task_id, None)
         if looking is not None:  # what was not seen by now may be gone for ever
-            await asyncio.wait({looking}, timeout=LOOK_AFTER_SECONDS)
+            has_run = result.reason not in ("CREATE_FAILED", "COMMAND_NOT_FOUND")
+            await asyncio.wait({looking}, timeout=LOOK_AFTER_SECONDS if has_run else 0)
             looking.cancel()
             await asyncio.wait({looking})
         seen = looking.result() if looking is not None and not looking.cancelled() else None

@@ -54,7 +54,9 @@ def packed(name: str, program: bytes) -> bytes:
 async def test_a_volume_that_an_image_declares_hides_no_results(
     bench: Bench, docker_client: docker.APIClient, make: Make, place: str
 ) -> None:
-    result = await bench.run(f"mkdir -p {place}; echo it ran > {place}/a.txt", docker_image=make(f"VOLUME {place}"))
+    result = await bench.run(
+        f"sleep 1; mkdir -p {place}; echo it ran > {place}/a.txt", docker_image=make(f"VOLUME {place}")
+    )
     if place == "/output/":
         assert result.reason == "COMPLETED"
         assert "a.txt" in [path.name for path in bench.node.path.glob(f"results/{result.task_id}/1/*")]
