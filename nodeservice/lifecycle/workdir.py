@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
+from nodeservice.durable import sync_directory
 from nodeservice.lifecycle.removal import remove_tree
 
 SALVAGE = "salvage"
@@ -71,7 +72,7 @@ class WorkDirs:
             last = target
         if last is not None:  # also what was moved before: whoever did that may have been killed before this
             for directory in (salvage, self.state_dir):
-                _sync(directory)
+                sync_directory(directory)
         return last
 
     def salvaged_before(self, instant: datetime) -> list[Path]:
@@ -101,11 +102,3 @@ def _named(names: Iterable[str]) -> list[AttemptId]:
     """What is not called as ours are is left out."""
     parts = (name.rpartition(".") for name in sorted(names))
     return [AttemptId(task_id, int(number)) for task_id, _, number in parts if task_id and number.isdecimal()]
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from nodeservice.durable import sync_directory
 from nodeservice.errors import NodeFaultError, RequestError
 from nodeservice.master.checks import check_attempt, check_id, invalid, shown
 
@@ -154,8 +155,8 @@ class Incoming:
                 self._compare_with_stored()
                 self.abort()
             # Also what is there already: the master that put it there may have been killed before this.
-            _sync(self.target.parent)
-            _sync(self._results_dir)
+            sync_directory(self.target.parent)
+            sync_directory(self._results_dir)
         return self.target
 
     def abort(self) -> None:
@@ -180,7 +181,7 @@ class Incoming:
 
     def _sync_directories(self) -> None:
         for directory, _, _ in os.walk(self._staging):
-            _sync(Path(directory))
+            sync_directory(Path(directory))
 
 
 def sweep(results_dir: Path) -> None:
@@ -208,14 +209,6 @@ def _read_small(path: Path) -> bytes:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from nodeservice.core.model import AttemptId
+from nodeservice.durable import sync_directory
 from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
@@ -79,7 +80,7 @@ class FileResultStore:
                     self._commit(partial, target, bundle)
             # Also what is there already: whoever put it there may have been killed before this.
             for directory in (target.parent, self._root):
-                _sync_directory(directory)
+                sync_directory(directory)
         return target.as_uri()
 
     def _is_stored(self, target: Path, bundle: ResultBundle) -> bool:
@@ -130,7 +131,7 @@ class FileResultStore:
             stream.flush()
             os.fsync(stream.fileno())
         for directory in sorted(directories, reverse=True):
-            _sync_directory(directory)
+            sync_directory(directory)
 
     def _commit(self, partial: Path, target: Path, bundle: ResultBundle) -> None:
         try:
@@ -145,7 +146,7 @@ class FileResultStore:
             return
         self._make_directory(directory.parent)
         directory.mkdir(mode=0o750, exist_ok=True)
-        _sync_directory(directory.parent)
+        sync_directory(directory.parent)
 
     @contextlib.contextmanager
     def _translated(self, target: Path) -> Iterator[None]:
@@ -160,11 +161,3 @@ class FileResultStore:
                     message, reason="STORE_REFUSED", hint="make the results directory writable for the node"
                 ) from error
             raise TransientError(message, reason="STORE_UNREACHABLE") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -225,7 +225,7 @@ def test_what_a_killed_master_had_put_in_place_is_on_the_disk_before_its_sender_
         incoming.commit()
 
     upload()  # and nobody knows whether the directories came to the disk
-    monkeypatch.setattr(incoming_module, "_sync", synced.append)
+    monkeypatch.setattr(incoming_module, "sync_directory", synced.append)
     upload()
     assert synced[-2:] == [tmp_path / "t1", tmp_path]
 

@@ -63,4 +63,6 @@ def test_a_file_that_is_none_of_these_is_as_none(tmp_path: Path, boot_id: Path, 
 
 
 async def test_a_directory_that_cannot_be_written_holds_up_nothing(tmp_path: Path, boot_id: Path) -> None:
-    await GpuResets(tmp_path / "absent" / "gpus.json", boot_id=boot_id).write(AWAITED)
+    resets = GpuResets(tmp_path / "absent" / "gpus.json", boot_id=boot_id)
+    await resets.write(AWAITED)
+    assert resets.read() == {}

@@ -205,7 +205,7 @@ def test_what_was_set_aside_is_told_once_it_is_on_the_disk_also_by_who_finds_it_
     dirs, synced = WorkDirs(tmp_path), list[Path]()
     dirs.prepare(T)
     dirs.salvage(T)
-    monkeypatch.setattr(workdir, "_sync", synced.append)
+    monkeypatch.setattr(workdir, "sync_directory", synced.append)
     assert dirs.salvage(T) == tmp_path / "salvage" / "t.1"
     assert synced == [tmp_path / "salvage", tmp_path]
     assert dirs.salvage(AttemptId("other")) is None

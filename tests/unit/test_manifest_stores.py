@@ -125,10 +125,10 @@ async def test_results_that_are_there_already_are_made_durable_too(
         if (root / "t" / "1").exists():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(file, "_sync_directory", fails_once_renamed)
+    monkeypatch.setattr(file, "sync_directory", fails_once_renamed)
     with pytest.raises(TransientError):
         await store.put(bundle)
-    monkeypatch.setattr(file, "_sync_directory", synced.append)
+    monkeypatch.setattr(file, "sync_directory", synced.append)
     assert await store.put(bundle) == (root / "t" / "1").as_uri()
     await store.close()
     assert {root / "t", root} <= set(synced)
