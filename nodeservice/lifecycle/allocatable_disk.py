@@ -55,7 +55,7 @@ class AllocatableDisk:
         is_believed = not was_leased and not ledger.leased.disk_bytes
         if not is_believed:
             node = with_disk(node, ledger.allocatable.disk_bytes)
-        ledger.resize(node.allocatable, node.gpu_units)
+        ledger.resize(node.allocatable, node.gpu_units, node.cpus)
         if is_believed:
             self._seen_unleased = True
             await self._write(node.allocatable.disk_bytes)

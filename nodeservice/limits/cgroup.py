@@ -22,7 +22,7 @@ import structlog
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.block_devices import disks_of
-from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.hierarchy import TASKS_DIRECTORY, read_mounts
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
 from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
@@ -84,7 +84,7 @@ class DirectoryPlaces:
     """Plain directories. The suffix keeps a node's id clear of the names of kernel files."""
 
     def __init__(self, node_id: str) -> None:
-        self._node = f"nodeservice/{_safe(node_id)}.node"
+        self._node = f"{TASKS_DIRECTORY}/{_safe(node_id)}.node"
 
     def of_node(self) -> str:
         return self._node
