@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -343,6 +344,39 @@ async def test_a_part_that_cannot_be_watched_is_no_part_that_is_kept(world: Worl
         assert ended.verdict is not None
         assert ended.verdict.reason is Reason.LIMIT_NOT_ENFORCED
         assert "does not tell what its processes hold" in ended.verdict.message
+
+
+async def test_a_part_that_is_watched_ends_when_the_driver_hangs_for_long_and_a_whole_gpu_does_not(
+    world: World,
+) -> None:
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        await running(node, part("a", 10 * GIB))
+        whole = await running(node, gpu_spec("b"))
+        now, looks = [0.0], [0]
+        see_nothing = node.context.gpus._parts.see_nothing
+
+        def counted(*args: Any, **named: Any) -> None:
+            looks[0] += 1
+            see_nothing(*args, **named)
+
+        node.context.gpus._parts.see_nothing = counted  # type: ignore[method-assign]
+        node.context.gpus._monotonic = lambda: now[0]
+        world.gpus.current = replace(world.gpus.current, error="NVML has not answered")
+        await node.until(lambda: looks[0] > 1)
+        now[0] = 29.0
+        before = looks[0]
+        await node.until(lambda: looks[0] > before + 1)
+        assert node.phase(A) is Phase.RUNNING
+        now[0] = 30.0
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+        assert "NVML has not answered" in ended.verdict.message
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, whole)
+        await node.until_finished(B)
 
 
 async def test_parts_that_only_are_watched_are_given_to_nobody_unless_the_operator_says_so(world: World) -> None:
