@@ -82,8 +82,7 @@ class GpuKeeper:
         self._pids: dict[AttemptId, int] = {}
         self._bills = GpuBills(dirs)
         self._resets = GpuResets(dirs.gpu_resets)
-        for uuid, awaited in self._resets.read().items():
-            self._board.await_reset(uuid, awaited, now_seconds=monotonic())
+        self._resets.tell(self._board, now_seconds=monotonic())
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
         self._parts = PartWatch(self._stop)
@@ -162,7 +161,7 @@ class GpuKeeper:
                 )
         if inventory.error is not None:
             self._parts.see_nothing(holders, inventory.error, now_seconds=now)
-        await self._resets.write(self._board.awaited_resets())
+        await self._resets.write(self._board.awaited_resets(), self._board.memory_errors())
         self._looks += 1
         if holders and self._looks % _SAVE_EVERY_LOOKS == 0:
             await self._bills.save(record.id for record in holders)

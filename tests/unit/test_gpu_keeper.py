@@ -217,6 +217,32 @@ async def test_an_xid_that_comes_while_the_driver_does_not_answer_counts_as_ever
         assert "XID 119" in node.context.gpus.state(uuid)[1]
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_a_memory_error_while_the_service_is_down_fails_the_task_that_held_the_gpu_then(
+    world: World, has_ended: bool
+) -> None:
+    (world.path / "state").mkdir()
+    for gpu in (ONE, TWO):
+        world.gpus.change(gpu.uuid, ecc_uncorrected_count=3)
+    async with living(world) as node:
+        await ready(node)
+        ill = await running(node, gpu_spec("a"))
+        well = await running(node, gpu_spec("b"))
+        written = node.dirs.gpu_resets
+        await node.until(lambda: written.exists() and only(ill.lease.gpu_uuids) in written.read_text())
+    world.gpus.change(only(ill.lease.gpu_uuids), ecc_uncorrected_count=4)
+    if has_ended:
+        finish(node, ill, 1)
+    async with living(world) as node:
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_FAULT
+        assert "uncorrected memory errors (1 more)" in record.verdict.message
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, well)
+        assert (await node.until_finished(B)).verdict.reason is Reason.COMPLETED  # type: ignore[union-attr]
+
+
 async def test_a_gpu_that_needs_a_reset_needs_it_after_a_restart_of_the_service_too(world: World) -> None:
     """Of a driver that tells no recovery action; with one, that tells more than the event."""
     (world.path / "state").mkdir()
