@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import structlog
@@ -86,6 +86,7 @@ class GpuKeeper:
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
         self._parts = PartWatch(self._stop)
+        self._missed: set[str] = set()
         self._looks = 0
 
     # ---- what there is ---------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class GpuKeeper:
         seen = places(inventory)
         holders = self._holders()
         self._note_xids(xids, seen, holders)
-        self._fail_tasks(faults, seen, holders)
+        self._fail_tasks([*faults, *self._gone(inventory, seen, holders)], seen, holders)
         if inventory.gpus and inventory.error is None:
             owners = self._owners_of(inventory)
             self._lock_all(holders)
@@ -192,6 +193,14 @@ class GpuKeeper:
                 self._faults.setdefault(record.id, what)
                 if record.phase <= Phase.RUNNING:
                     self._stop(record, StopCause.GPU_FAULT, f"A GPU of the task failed: {what}.")
+
+    def _gone(self, inventory: GpuInventory, seen: Collection[str], holders: Iterable[TaskRecord]) -> list[GpuFault]:
+        """What tasks hold and a driver that works does not list, at the second look in a row: it went meanwhile."""
+        before, self._missed = self._missed, set()
+        if inventory.error is None and inventory.driver_version is not None:
+            held = {uuid for record in holders if record.id not in self._faults for uuid in record.lease.gpu_uuids}
+            self._missed = held.difference(seen)
+        return [GpuFault(uuid=uuid, words="the driver does not list it") for uuid in sorted(before & self._missed)]
 
     def fault(self, id_: AttemptId) -> str:
         """What went wrong with a GPU while the attempt held it, in words; empty where nothing did."""

@@ -243,6 +243,23 @@ async def test_a_memory_error_while_the_service_is_down_fails_the_task_that_held
         assert (await node.until_finished(B)).verdict.reason is Reason.COMPLETED  # type: ignore[union-attr]
 
 
+async def test_a_gpu_that_went_while_the_service_was_down_fails_the_task_that_holds_it(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        ill = await running(node, gpu_spec("a"))
+        well = await running(node, gpu_spec("b"))
+    left = tuple(gpu for gpu in (ONE, TWO) if gpu.uuid not in ill.lease.gpu_uuids)
+    world.gpus.current = replace(world.gpus.current, gpus=left)
+    async with living(world) as node:
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_FAULT
+        assert f"{only(ill.lease.gpu_uuids)}: the driver does not list it" in record.verdict.message
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, well)
+        await node.until_finished(B)
+
+
 async def test_a_gpu_that_needs_a_reset_needs_it_after_a_restart_of_the_service_too(world: World) -> None:
     """Of a driver that tells no recovery action; with one, that tells more than the event."""
     (world.path / "state").mkdir()
