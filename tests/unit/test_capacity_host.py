@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from nodeservice.capacity.cpu import read_cpu
-from nodeservice.capacity.disk import nearest_existing, read_disk
+from nodeservice.capacity.disk import nearest_existing, read_disk, read_space
 from nodeservice.capacity.memory import read_memory
 from nodeservice.capacity.usage import CpuMeter, gpu_percent, memory_percent
 from nodeservice.core.model import GIB, MIB
+from nodeservice.limits.free_space import _room
 from nodeservice.limits.hierarchy import host_cgroup_version
 from nodeservice.ports import GpuInventory
 from nodeservice.testing.fake_gpu import fake_gpu
@@ -278,6 +279,20 @@ def test_disk_of_a_path_that_does_not_exist_yet_is_that_of_its_nearest_parent(tm
     assert disk.total_bytes == space.f_blocks * space.f_frsize
     assert 0 < disk.free_bytes <= space.f_bfree * space.f_frsize + 2 * GIB
     assert disk.filesystem != "unknown"
+
+
+@pytest.mark.parametrize(("files", "left", "is_free"), [(5000, 1000, True), (5000, 999, False), (0, 0, True)])
+def test_where_hardly_a_file_can_be_made_no_disk_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, left: int, is_free: bool
+) -> None:
+    told = os.statvfs_result((4096, 4096, 1000, 900, 800, files, left, left, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _path: told)
+
+    room = _room(tmp_path)
+
+    assert read_space(tmp_path) == (1000 * 4096, 800 * 4096 if is_free else 0)
+    assert room is not None
+    assert room.free_bytes == (800 * 4096 if is_free else 0)
 
 
 def test_the_longest_mount_point_names_the_filesystem_and_the_later_hides_the_earlier(tmp_path: Path) -> None:
