@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodeservice.limits.asked import ids_of
-from nodeservice.limits.hierarchy import Cgroup, own_cgroup, tasks_cgroup
+from nodeservice.limits.hierarchy import TASKS_DIRECTORY, Cgroup, own_cgroup, tasks_cgroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ def read_cpu(
     online = ids_of(_read(root / "sys/devices/system/cpu/online")) or frozenset(range(logical_count))
     own = _cpuset(own_cgroup("cpuset", root)) or online
     kept_out = own - frozenset(os.sched_getaffinity(0) if affinity is None else affinity)
-    usable = (online & (_cpuset(tasks_cgroup("cpuset", tasks_place, root)) or online)) - kept_out
+    usable = (online & (_cpuset(_above_tasks(tasks_place, root)) or online)) - kept_out
     return CpuFacts(
         model=_model(root),
         logical_count=logical_count,
@@ -66,6 +66,13 @@ def _model(root: Path) -> str:
         if key.strip() in ("model name", "Model", "cpu model") and value.strip():
             return value.strip()
     return platform.machine()
+
+
+def _above_tasks(tasks_place: str | None, root: Path) -> Cgroup | None:
+    """On v1 the kernel takes CPUs that go offline out of each cpuset for good: our own get again what is above them."""
+    above = tasks_cgroup("cpuset", tasks_place, root)
+    is_refilled = above is not None and above.version == 1 and tasks_place == TASKS_DIRECTORY
+    return tasks_cgroup("cpuset", "", root) if is_refilled else above
 
 
 def _cpuset(cgroup: Cgroup | None) -> frozenset[int]:

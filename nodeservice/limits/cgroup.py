@@ -125,8 +125,8 @@ class KernelTaskCgroups:
         def apply() -> None:
             self._share_is_set = self._tree.exists(place)
             if self._share_is_set:  # else it is made with the first task
-                shared = _online(cpu_ids)
-                tasks = ((f"{place}/{name}", exclusive.get(name, shared)) for name in self._tree.children(place))
+                names = self._tree.children(place)
+                tasks = ((f"{place}/{name}", _online(exclusive.get(name, cpu_ids))) for name in names)
                 moves = (partial(self._tree.set_cpus, *task) for task in tasks)
                 do_all([partial(self._make_room, place, again=True), *moves])
 

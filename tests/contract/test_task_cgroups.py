@@ -199,6 +199,18 @@ async def test_tasks_are_kept_off_exclusive_cpus_whether_they_came_before_or_aft
     assert cpus_of(cgroups, "before", "exclusive", "after", "late") == [online_cpus()] * 4
 
 
+async def test_an_exclusive_cpu_that_is_offline_keeps_nothing_else_from_being_set(cgroups: KernelTaskCgroups) -> None:
+    own, others = two_cpus()
+    exclusive = spec("exclusive")
+    await cgroups.share(SHARE)
+    await cgroups.prepare(exclusive, own)
+    await cgroups.prepare(spec("other"))
+    offline = 1 + max(online_cpus())
+    assert await cgroups.share(SHARE, others, {exclusive.id: (*own, offline)})
+    assert cgroups.describe() is None
+    assert cpus_of(cgroups, "exclusive", "other") == [own, others]
+
+
 async def test_cpus_that_are_kept_out_above_are_not_told_as_in_force(tmp_path: Path) -> None:
     stand_in = UnifiedStandIn(tmp_path / "cgroup")
     cgroups = KernelTaskCgroups(places=DirectoryPlaces("n"), tree=stand_in.tree())

@@ -176,7 +176,7 @@ def test_a_v1_limit_above_the_tasks_counts_and_ours_does_not(v1: Tree, place: st
         (v1.root / "sys/fs/cgroup" / name / "nodeservice").mkdir()
     v1.cgroup(f"memory/{place}", memory__limit_in_bytes=str(8 * GIB))
     v1.cgroup(f"cpu,cpuacct/{place}", cpu__cfs_quota_us="350000", cpu__cfs_period_us="100000")
-    v1.cgroup(f"cpuset/{place}", cpuset__effective_cpus="4-9")
+    v1.cgroup("cpuset", cpuset__effective_cpus="4-9")
 
     cpu = read_cpu(v1.root, tasks_place="nodeservice", affinity=range(2))
 
@@ -218,6 +218,12 @@ def test_a_cpu_that_is_offline_is_not_there_for_tasks(tree: Tree) -> None:
 
     assert (cpu.logical_count, cpu.usable_milli) == (16, 14_000)
     assert 11 not in cpu.usable_ids
+
+
+def test_a_cpu_that_came_back_is_there_again_though_a_v1_cpuset_of_ours_lacks_it_still(v1: Tree) -> None:
+    v1.cgroup("cpuset/nodeservice", cpuset__cpus="0-14", cpuset__effective_cpus="0-14")
+
+    assert usable_milli(v1, tasks_place="nodeservice") == 16_000
 
 
 def test_where_a_part_of_the_hierarchy_is_mounted_tasks_lie_below_us(tree: Tree) -> None:
