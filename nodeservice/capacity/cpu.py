@@ -34,7 +34,7 @@ def read_cpu(
     Tasks have our affinity, as all processes do where the kernel keeps CPUs out of it, but not what our cpuset makes of it.
     """
     logical_count = _logical_count(root)
-    online = ids_of(_read(root / "sys/devices/system/cpu/online")) or frozenset(range(logical_count))
+    online = _ids(root / "sys/devices/system/cpu/online") or frozenset(range(logical_count))
     own = _cpuset(own_cgroup("cpuset", root)) or online
     kept_out = own - frozenset(os.sched_getaffinity(0) if affinity is None else affinity)
     usable = (online & (_cpuset(_above_tasks(tasks_place, root)) or online)) - kept_out
@@ -48,7 +48,7 @@ def read_cpu(
 
 
 def _logical_count(root: Path) -> int:
-    return len(ids_of(_read(root / "sys/devices/system/cpu/present"))) or os.cpu_count() or 1
+    return len(_ids(root / "sys/devices/system/cpu/present")) or os.cpu_count() or 1
 
 
 def _physical_count(root: Path) -> int:
@@ -79,7 +79,7 @@ def _cpuset(cgroup: Cgroup | None) -> frozenset[int]:
     """The CPUs of its cpuset: the kernel keeps it inside those of its ancestors. An empty file inherits."""
     for directory in cgroup.directories if cgroup is not None else ():
         for name in ("cpuset.effective_cpus", "cpuset.cpus.effective", "cpuset.cpus"):
-            ids = ids_of(_read(directory / name))
+            ids = _ids(directory / name)
             if ids:
                 return ids
     return frozenset()
@@ -93,6 +93,14 @@ def _quotas_milli(cgroup: Cgroup | None) -> Iterator[int]:
             quota, _, period = _read(directory / "cpu.max").partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             yield max(1, int(quota) * 1000 // int(period))
+
+
+def _ids(path: Path) -> frozenset[int]:
+    """None of what is no list of CPUs."""
+    try:
+        return ids_of(_read(path))
+    except ValueError:
+        return frozenset()
 
 
 def _read(path: Path) -> str:

@@ -93,6 +93,14 @@ def test_the_board_is_told_from_its_topology(tree: Tree) -> None:
     assert (cpu.model, cpu.logical_count, cpu.physical_count) == ("Test CPU @ 3 GHz", 16, 8)
 
 
+@pytest.mark.parametrize("text", ["", "\n", "nonsense"])
+def test_what_is_no_list_of_cpus_limits_nothing(v2: Tree, text: str) -> None:
+    v2.cgroup("outer", cpuset__cpus__effective=text)
+    v2.write("sys/devices/system/cpu/online", text)
+
+    assert usable_milli(v2) == 16_000
+
+
 @pytest.mark.parametrize("fixture", ["tree", "v1", "v2"])
 def test_without_limits_all_of_the_board_is_usable(fixture: str, request: pytest.FixtureRequest) -> None:
     tree: Tree = request.getfixturevalue(fixture)
