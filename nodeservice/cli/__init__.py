@@ -65,7 +65,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command that was typed; ends the process. Errors made on purpose become one line on stderr and a code of their own."""
+    """Run what was typed; ends the process. Errors made on purpose become one line on stderr and a code of their own."""
     streams.open_missing()
     arguments = sys.argv[1:]
     try:

@@ -15,6 +15,7 @@ import pytest
 
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.master_process import MasterProcess, environment
+from tests.integration.node_process import NodeProcess
 from tests.integration.scripted_node import ScriptedNode
 
 
@@ -128,6 +129,27 @@ async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empt
         assert [sorted(one) for one in objects] == [
             ["notice", "task_id", "timestamp"], ["content", "task_id", "timestamp"], ["is_complete", "status", "task_id"],
         ]  # fmt: skip
+
+
+@pytest.mark.engine
+async def test_each_attempt_of_a_task_has_its_own_log(
+    master: MasterProcess, tmp_path: Path, node_id: str, demo_image: str
+) -> None:
+    at = ("--master", master.address, "--insecure")
+    node = await NodeProcess(tmp_path / "node", node_id, ("--master", master.address)).start()
+    try:
+        submitted = await run(
+            "submit", *at, "--task-id", "t1", "--memory", "32m", "--cpus", "0.1", "--max-retries", "1",
+            "--retry-own-failures", "--shell", "echo attempt $NODESERVICE_ATTEMPT; exit 3", demo_image,
+        )  # fmt: skip
+        assert submitted.code == 0, submitted.err
+        assert (await run("wait", *at, "t1")).code == 3
+        for options, attempt in ((("--attempt", "1"), 1), (("--attempt", "2"), 2), ((), 2)):
+            assert (await run("logs", *at, "t1", *options)).out == f"attempt {attempt}\n"
+        unknown = await run("logs", *at, "t1", "--attempt", "3")
+        assert (unknown.code, unknown.out, unknown.err) == (66, "", "nodeservice: there is no attempt 3 of task t1\n")
+    finally:
+        await node.stop()
 
 
 @pytest.mark.parametrize(
