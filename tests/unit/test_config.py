@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import structlog
+from typer.main import get_command
 
+from nodeservice.cli import build_app
 from nodeservice.config import NodeConfig, load_config
 from nodeservice.errors import ConfigError
 from nodeservice.telemetry.logs import configure_logging
@@ -117,6 +119,15 @@ def test_an_unknown_key_of_the_file_is_named_with_the_nearest_known_one(tmp_path
 def test_an_unknown_variable_is_named_with_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match=r"NODESERVICE_STATE_DIRECTORY.*NODESERVICE_STATE_DIR\b"):
         load_config(None, PLAIN, {"NODESERVICE_STATE_DIRECTORY": "/x"})
+
+
+def test_what_other_commands_and_tasks_have_in_their_environment_is_left_alone() -> None:
+    commands = get_command(build_app()).commands.values()  # type: ignore[attr-defined]
+    named = {parameter.envvar for command in commands for parameter in command.params} - {None}
+    settings = {f"NODESERVICE_{key.upper()}" for key in NodeConfig.model_fields}
+    others = dict.fromkeys((named - settings) | {"NODESERVICE_TASK_ID", "NODESERVICE_ATTEMPT"}, "1")
+    assert {"NODESERVICE_NODE", "NODESERVICE_HTTP_LISTEN"} <= others.keys()
+    assert load_config(None, PLAIN, others) == load_config(None, PLAIN, {})
 
 
 def test_other_variables_and_the_path_of_the_file_are_left_alone() -> None:
