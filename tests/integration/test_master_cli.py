@@ -161,7 +161,9 @@ async def test_each_attempt_of_a_task_has_its_own_log(
         (("--heartbeat-timeout", "x"), "--heartbeat-timeout is 'x' (give a duration"),
         (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
         (("--heartbeat-timeout", "0"), "--heartbeat-timeout is 0: every node would be silent"),
+        (("--gone-after", "29s"), "--gone-after is 29s: nodes would be given up before they are silent"),
         (("--log-level", "loud"), "--log-level is 'loud' (use one of debug"),
+        (("--results-dir", ""), "--results-dir is empty"),
     ],
 )
 async def test_a_master_that_is_configured_wrongly_says_what_to_give_and_ends_with_78(
@@ -251,10 +253,15 @@ async def test_every_option_is_a_key_of_the_file_and_an_unknown_key_is_an_error(
         assert master.ready["http_address"]
     finally:
         assert await master.end() == 0
-    config.write_text("colour = 3\n")
-    done = await run("master", "--config", str(config), "--insecure")
-    assert done.code == 78
-    assert "unknown key 'colour'" in done.err
+    for wrong, words in (
+        ("colour = 3", f"{config} has an unknown key 'colour'"),
+        ('node_loss_retries = "x"', f"{config}: node_loss_retries is 'x'"),
+        ('node = "gpu1:50052"', f"{config}: node is 'gpu1:50052'"),
+    ):
+        config.write_text(f"{wrong}\n")
+        done = await run("master", "--config", str(config), "--insecure")
+        assert done.code == 78
+        assert f"nodeservice: {words}" in done.err
 
 
 @pytest.fixture
