@@ -248,8 +248,8 @@ def test_all_wrong_values_are_told_at_once() -> None:
     assert "heartbeat_seconds = 'y'" in caught.value.message
 
 
-@pytest.mark.parametrize("below", ["tasks", "logs/a", "salvage"])
-def test_results_are_not_put_where_the_node_tidies_up(below: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["tasks", "logs/a", "salvage", "."])
+def test_results_are_not_put_among_the_node_s_own_files(below: str, tmp_path: Path) -> None:
     """`tasks/job.7` is a work directory of nobody, though the results of a task named job.7 may lie there."""
     with pytest.raises(ConfigError, match="results_dir = ") as caught:
         load_config(None, {**PLAIN, "state_dir": str(tmp_path), "results_dir": str(tmp_path / below)}, {})
