@@ -70,8 +70,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         code = _run(arguments)
-    except SystemExit as exit_:  # typer's answer to a pipe that nobody reads
-        code = exit_.code if isinstance(exit_.code, int) else 1
+    except SystemExit as exit_:  # 1 is what typer and rich say of a pipe that nobody reads
+        code = 0 if not exit_.code else ExitCode.OUTPUT_CLOSED
     except OSError as error:
         if error.filename is not None or streams.takes_more():
             raise

@@ -316,6 +316,20 @@ def test_a_command_whose_output_takes_nothing_ends_without_a_traceback(tmp_path:
     assert (ended.returncode, ended.stderr) == (ExitCode.OUTPUT_CLOSED, "")
 
 
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_reader_who_went_away_is_told_apart_from_a_failure(tmp_path: Path, options: list[str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "nodeservice", "inspect", *options],
+            env=environment(tmp_path), stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (ExitCode.OUTPUT_CLOSED, "")
+
+
 def test_an_engine_that_is_not_there_is_told_with_its_address_and_what_the_kernel_said(tmp_path: Path) -> None:
     ended = subprocess.run(
         [*RUN, "image"],
