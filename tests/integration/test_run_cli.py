@@ -90,6 +90,8 @@ def test_words_that_nobody_reads_do_not_stop_the_task(
         (["--results", "s3://b"], {}, ExitCode.CONFIG, "CONFIG"),
         (["--memory", "much"], {}, ExitCode.REJECTED, "INVALID_REQUEST"),
         (["--results", "ftp://host/path"], {}, ExitCode.CONFIG, "CONFIG"),
+        ([], {"XDG_STATE_HOME": "~no-such-user"}, ExitCode.CONFIG, "CONFIG"),
+        ([], {"XDG_STATE_HOME": "/dev/null"}, ExitCode.CONFIG, "CONFIG"),
         (["--no-such-option"], {}, ExitCode.USAGE, "USAGE"),
         (["--name", os.fsdecode(b"\xff")], {}, ExitCode.USAGE, "USAGE"),
         (["--env", "BYTES"], {"BYTES": os.fsdecode(b"\xff")}, ExitCode.REJECTED, "INVALID_REQUEST"),
