@@ -107,7 +107,7 @@ class NodeConfig(BaseSettings):
     state_dir: Folder = Field(
         Path("/var/lib/nodeservice"), description="a directory on a local disk, of this node alone"
     )
-    docker_host: Annotated[str, _url("unix", "tcp", "http", "https", "ssh")] | None = Field(
+    docker_host: Annotated[str, _url("unix", "tcp", "http")] | None = Field(
         None,
         description="the engine's address, such as unix:///var/run/docker.sock; default DOCKER_HOST or that socket",
     )
