@@ -101,7 +101,7 @@ def submit(
         typer.Option(min=0, max=1000, help="New attempts after failures that are neither its own nor its node's."),
     ] = None,
     retry_own_failures: Annotated[
-        bool, typer.Option("--retry-own-failures", help="They are for its own failures too.")
+        bool, typer.Option("--retry-own-failures", help="--max-retries is for its own failures too.")
     ] = False,
     pull: Annotated[str, typer.Option(help="always, if-not-present or never.")] = "",
     target: Annotated[str, typer.Option(help="Only on the node with this worker id.")] = "",
@@ -273,7 +273,10 @@ def wait(
     tls_ca: TlsCa = None,
     insecure: Insecure = False,
 ) -> None:
-    """Wait until all have ended. Exit code 0 only if all succeeded; a single task's own code; 1 for several; 124 in time."""
+    """Wait until all have ended.
+
+    The exit code is 0 if all succeeded, else that of a single task or 1 for several; 124 when --timeout is over.
+    """
     import time
 
     from nodeservice.cli.exit_codes import ExitCode, exit_code_of

@@ -63,7 +63,7 @@ def drain(
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Empty a node: it takes nothing new, and all that it has is ended, stored and reported. Uncordon takes it back."""
+    """Empty a node: it takes nothing new; what it has comes to its end, is stored and reported. Uncordon takes it back."""
     from nodeservice.cli.units import parse_seconds
 
     seconds = None if deadline is None else parse_seconds(deadline, option="--deadline")
