@@ -295,6 +295,7 @@ def test_a_client_that_reaches_nobody_says_so_as_json_too() -> None:
     ("arguments", "code", "reason"),
     [
         (["ps", "--json", "--insecure", "--master", "no address"], ExitCode.CONFIG, "CONFIG"),
+        (["ps", "--json", "--insecure", "--master", "http://127.0.0.1:50051"], ExitCode.CONFIG, "CONFIG"),
         (["wait", "--json", "--insecure", "--timeout", "soon", "x"], ExitCode.REJECTED, "INVALID_REQUEST"),
         (["nodes", "--json", "--no-such-option"], ExitCode.USAGE, "USAGE"),
         (["submit", "--json", "--insecure", os.fsdecode(b"\xff")], ExitCode.USAGE, "USAGE"),
