@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -83,6 +84,21 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
     async def beat(self, *running: pb.RunningTask, **fields: Any) -> bool:
         beat = pb.Heartbeat(worker_id=self.worker_id, running_tasks=running, **fields)
         return (await self.stub.SendHeartbeat(beat, timeout=10)).success
+
+    @contextlib.asynccontextmanager
+    async def beating(self) -> AsyncIterator[None]:
+        """It is heard of all the time, with what was assigned to it."""
+
+        async def beat_on() -> None:
+            while await self.beat(*(pb.RunningTask(task_id=t.task_id, attempt=t.attempt) for t in self.assigned)):
+                await asyncio.sleep(0.05)
+
+        beats = asyncio.create_task(beat_on())
+        try:
+            yield
+        finally:
+            beats.cancel()
+            await asyncio.wait({beats})
 
     async def report(self, task_id: str, *, attempt: int = 1, status: str = "success", **fields: Any) -> pb.Ack:
         result = pb.TaskResult(task_id=task_id, worker_id=self.worker_id, status=status, attempt=attempt, **fields)

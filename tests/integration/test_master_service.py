@@ -409,17 +409,10 @@ async def deaf(settings: MasterSettings) -> AsyncIterator[tuple[Client, Scripted
     async with ScriptedNode(master.address, cpu=4) as node:
         await node.register()
         await node.deaf()
-
-        async def beat_on() -> None:
-            while await node.beat():
-                await asyncio.sleep(0.05)
-
-        beating = asyncio.create_task(beat_on())
-        await client.submit("t1")
-        await eventually(lambda: _reason(client, "t1", "NODE_UNREACHABLE"))
-        yield client, node
-        beating.cancel()
-        await asyncio.wait({beating})
+        async with node.beating():
+            await client.submit("t1")
+            await eventually(lambda: _reason(client, "t1", "NODE_UNREACHABLE"))
+            yield client, node
     await client.channel.close(None)
     await master.stop()
 
@@ -432,7 +425,8 @@ async def test_a_node_that_beats_and_answers_no_call_keeps_no_task_from_the_othe
     await eventually(lambda: _reason(client, "t2", "NODE_UNAVAILABLE"))
     async with ScriptedNode(node.master, "w2", cpu=16) as other:
         await other.register()
-        await other.got("t1", "t2")
+        async with other.beating():
+            await other.got("t1", "t2")
         assert sorted((task.task_id, task.attempt) for task in other.assigned) == [("t1", 2), ("t2", 1)]
 
 
