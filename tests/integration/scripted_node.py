@@ -135,7 +135,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
         self, request: pb.TaskLogRequest, context: Any
     ) -> AsyncIterator[pb.LogChunk]:
         self.log_calls += 1
-        lines = self.lines.get(request.task_id)
+        lines = self.lines.get(f"{request.task_id}.{request.attempt}", self.lines.get(request.task_id))
         if lines is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown task")
             return

@@ -47,8 +47,9 @@ class Client:
         await eventually(reached)
         return await self.get(task_id)
 
-    async def log(self, task_id: str, *, follow: bool) -> list[pb.LogChunk]:
-        return [c async for c in self.stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow))]
+    async def log(self, task_id: str, *, follow: bool, attempt: int = 0) -> list[pb.LogChunk]:
+        request = pb.TaskLogRequest(task_id=task_id, follow=follow, attempt=attempt)
+        return [c async for c in self.stub.StreamTaskLogs(request)]
 
 
 FAST = SchedulerSettings(retry_seconds=0.1, tick_seconds=0.05, least_pause_seconds=0.001)
@@ -573,6 +574,25 @@ async def test_a_follower_of_the_log_is_told_of_the_next_attempt_and_hears_it(
     assert chunks[-1].status == "completed"
     words = "[attempt 1 is over: EXIT_NONZERO; attempt 2 follows]"
     assert [one.content for one in chunks] == ["one", words, "one", ""]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_the_log_of_an_earlier_attempt_is_asked_for_by_its_number_and_ends_with_it(
+    client: Client, node: ScriptedNode, follow: bool
+) -> None:
+    node.lines |= {"t1.1": ["of the first"], "t1.2": ["of the second"]}
+    node.log_ended["t1"] = "failed"
+    await client.submit("t1", max_retries=1, retry_own_failures=True)
+    await node.got("t1")
+    await node.report("t1", status="failed", outcome="FAILED", reason="EXIT_NONZERO")
+    await eventually(lambda: [task.attempt for task in node.assigned] == [1, 2])
+    first = await client.log("t1", follow=follow, attempt=1)
+    assert [(one.content, one.status) for one in first] == [("of the first", ""), ("", "failed")]
+    newest = await client.log("t1", follow=False)
+    assert newest[0].content == "of the second"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.log("t1", follow=follow, attempt=3)
+    assert caught.value.details() == "there is no attempt 3 of task t1"
 
 
 async def test_a_task_that_its_node_has_lost_is_offered_to_it_again(
