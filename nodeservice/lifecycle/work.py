@@ -29,7 +29,7 @@ async def at_work(
     runner = Runner(context, driver)
     driver.connect(runner.start)
     driver.knows_all.clear()
-    timekeeper = Timekeeper(driver, context.clock)
+    timekeeper = Timekeeper(driver, context.clock, context.cgroups)
     host_keeper = HostKeeper(context, driver)
     await host_keeper.apply_share()
     await context.images.open()

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from nodeservice.core.model import (
 )
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
-from nodeservice.lifecycle import driver, workdir
+from nodeservice.lifecycle import driver, timekeeper, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
@@ -416,6 +416,9 @@ class CgroupsOfARuntime(NoTaskCgroups):
         for container_id in self._runtime.running:
             self._runtime.finish(container_id, 137)
 
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        return {id_: [1] * len(self._runtime.running) for id_ in ids}
+
 
 @pytest.mark.parametrize("is_restarted", [False, True])
 async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_while_it_is_away(
@@ -444,6 +447,32 @@ async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_whil
     assert record.verdict is not None
     assert record.verdict.reason is Reason.CANCELLED
     assert [report.id for report in world.uplink.reports] == [T]
+
+
+@pytest.mark.parametrize("away", ["engine", "journal"])
+async def test_what_runs_while_its_start_is_not_on_record_has_no_more_time(
+    world: World, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    monkeypatch.setattr(timekeeper, "_START_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(driver, "_UNWRITTEN_SECONDS", 0.01)
+    world.journal = journal = HeldJournal()
+    journal.from_phase = Phase.RUNNING
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    if away == "engine":
+        world.runtime = RuntimeLostAtTheStart()
+    else:
+        journal.free.clear()
+    world.cgroups = CgroupsOfARuntime(world.runtime)
+    async with living(world) as node:
+        await node.assign(spec(timeout_seconds=0.05, grace_seconds=0.0))
+        await node.until(lambda: bool(world.runtime.running))
+        await node.until(lambda: not world.runtime.running)
+        assert node.phase(T) is Phase.STARTING
+        world.runtime.unavailable = False
+        journal.free.set()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.DEADLINE
 
 
 async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:
