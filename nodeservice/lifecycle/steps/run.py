@@ -16,6 +16,7 @@ from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import gpus, prepare, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of, until_done
+from nodeservice.lifecycle.stretch import Stretch
 from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import ContainerSpec, ContainerState, Mount, labels
@@ -123,8 +124,9 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was started")
     container_id = _container(record)
+    stretch, is_new = Stretch(context.clock), context.runtime.is_untouched(container_id)
     try:
-        if not context.runtime.is_untouched(container_id):
+        if not is_new:
             await _bound_disk(context, record)
         if context.disk.holds_layers():
             await persist(context, lambda: _bound_layer(context, record, container_id))
@@ -148,9 +150,10 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         engine=state.limits,
         gpu_part=gpu_part,
     )
+    now = context.clock.now()
     return ev.ContainerStarted(
-        at=context.clock.now(),
-        started_at=state.started_at or context.clock.now(),
+        at=now,
+        started_at=stretch.within(state.started_at) if is_new else min(now, state.started_at or now),
         limits=told.as_dict(),
         not_enforced=told.mismatches if state.is_running else (),
     )
@@ -204,7 +207,7 @@ async def _bound_layer(context: Context, record: TaskRecord, container_id: str) 
 
 async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Follow the log, watch the disk, observe what goes with the container, wait for the end."""
-    id_, container_id = record.id, _container(record)
+    id_, container_id, stretch = record.id, _container(record), Stretch(context.clock)
     are_gpus_followed = False
     with contextlib.suppress(TransientError, NodeFaultError):
         are_gpus_followed = await gpus.follow(context, record)
@@ -264,7 +267,8 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         oom_killed=bool(kills.own_limit) or (state.oom_killed and not host_oom_killed),
         host_oom_killed=host_oom_killed,
         error=state.error,
-        finished_at=state.finished_at,
+        finished_at=None if stretch.clock_was_set else state.finished_at,
+        ran=stretch.ran(record.started_at, state),
         observed=observed.usage,
         gpu_fault=context.gpus.fault(id_),
         by_engine=state.ended_by_engine,
