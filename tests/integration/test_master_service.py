@@ -649,6 +649,32 @@ async def test_a_cancellation_that_the_node_cannot_hear_is_kept_and_passed_on_la
     await eventually(lambda: bool(node.cancelled))
 
 
+async def test_a_cancelled_task_that_its_node_has_lost_is_not_started_anew(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    await client.submit("t1")
+    await eventually(lambda: _answered(master, "t1"))
+    node.cancel_answer = pb.TaskAck(success=False, message="not known here", reason="NOT_FOUND")
+    assert (await client.cancel("t1")).success
+    for _ in range(3):
+        await node.beat()
+    assert (await client.until("t1", "CANCELLED")).reason == "CANCELLED"
+    assert node.ids() == ["t1"]
+
+
+async def test_a_cancelled_task_whose_end_its_node_has_told_before_is_told_again(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    await client.submit("t1")
+    await eventually(lambda: _answered(master, "t1"))
+    node.cancel_answer = pb.TaskAck(success=False, message="ended", reason="ALREADY_ENDED")
+    assert (await client.cancel("t1")).success
+    for _ in range(3):
+        await node.beat()
+    await eventually(lambda: node.ids() == ["t1", "t1"])
+    assert node.metadata[-1]["nodeservice-report-again"] == "1"
+
+
 async def test_a_task_cancelled_before_its_node_refused_it_is_cancelled(client: Client, node: ScriptedNode) -> None:
     node.hang = True
     await client.submit("t1")
