@@ -29,6 +29,7 @@ async def at_work(
     runner = Runner(context, driver)
     driver.connect(runner.start)
     driver.knows_all.clear()
+    context.taken_up.update(record.id for record in driver.live())
     timekeeper = Timekeeper(driver, context.clock, context.cgroups)
     host_keeper = HostKeeper(context, driver)
     await host_keeper.apply_share()

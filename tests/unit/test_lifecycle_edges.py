@@ -475,6 +475,47 @@ async def test_what_runs_while_its_start_is_not_on_record_has_no_more_time(
     assert record.verdict.reason is Reason.DEADLINE
 
 
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_what_was_never_made_is_reported_while_the_engine_is_away_unless_another_process_may_have_made_it(
+    world: World, is_restarted: bool
+) -> None:
+    world.runtime = FakeRuntime(images={"demo": FakeImage(is_local=False, pull_holds=True)})
+    async with contextlib.AsyncExitStack() as lives:
+        node = await lives.enter_async_context(living(world))
+        await node.assign(spec(wait_timeout_seconds=None if is_restarted else 0.05))
+        if is_restarted:
+            await lives.aclose()
+            world.runtime.unavailable = True
+            node = await lives.enter_async_context(living(world))
+            await cancel(node)
+            await node.until(lambda: ("find", "nodeservice.t.1") in world.runtime.calls)
+            assert not world.uplink.reports
+            world.runtime.unavailable = False
+        world.runtime.unavailable = not is_restarted
+        await node.until(lambda: bool(world.uplink.reports))
+        assert world.runtime.unavailable is not is_restarted
+        world.runtime.unavailable = False
+        await node.until_finished(T)
+        assert not node.context.taken_up
+    assert len(world.uplink.reports) == 1
+
+
+async def test_what_came_further_than_its_record_says_is_ended_before_its_end_is_told(world: World) -> None:
+    """The note that it runs went with the crash; its deadline has passed when the next process begins."""
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await running(node, spec(total_timeout_seconds=0.3))
+        record = node.driver.get(T)
+        assert record is not None
+    as_noted = replace(record, phase=Phase.PULLING, container_id=None, started_at=None, timings=record.timings[:2])
+    await world.journal.save([as_noted])
+    await asyncio.sleep(0.3)
+    world.uplink.down = True
+    async with living(world) as node:
+        await node.until(lambda: node.phase(T) is Phase.REPORTING)
+        assert not world.runtime.running
+
+
 async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:
     journal = UnsyncedJournal()
     world.journal = journal

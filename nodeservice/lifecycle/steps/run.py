@@ -349,11 +349,16 @@ async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
         await context.clock.sleep(_STUCK_LOOK_SECONDS)
 
 
-async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -> tuple[ContainerState | None, Usage]:
+async def make_sure_it_ended(
+    context: Context, driver: Driver, record: TaskRecord
+) -> tuple[ContainerState | None, Usage]:
     """The attempt's container, ended for certain, with nothing left in its cgroup, and what the kernel counted there.
 
-    None where there is no container. Takes as long as it takes: what cannot be ended keeps its lease.
+    None where none can have been started; then an engine that is away is not waited for. Else takes as long as it takes:
+    what cannot be ended keeps its lease.
     """
+    id_ = record.id
+    may_have_run = record.container_id is not None or id_ in context.taken_up
     ended = context.ended.pop(id_, None)
     if ended is not None and ended.usage is not None:
         return ended.container, ended.usage
@@ -361,7 +366,7 @@ async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -
     while True:
         try:
             async with asyncio.timeout(context.settings.kill_patience_seconds):
-                if found is None:
+                if found is None and may_have_run:
                     found = await context.runtime.find(labels.container_name(id_))
                 while found is not None and found.is_running:
                     await context.runtime.kill(found.id)
