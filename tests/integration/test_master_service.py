@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import grpc.aio
 import pytest
 
 from nodeservice.errors import ConfigError, TransientError
+from nodeservice.master.clock import MasterClock
 from nodeservice.master.daemon import Master
 from nodeservice.master.scheduler import SchedulerSettings
 from nodeservice.master.settings import MasterSettings
@@ -263,6 +265,24 @@ async def test_a_task_that_waited_as_long_as_it_was_willing_to_is_given_up(clien
     assert ended.reason == "WAIT_TIMEOUT"
     assert "CPU" in ended.message
     assert node.ids() == ["first"]
+
+
+@pytest.mark.parametrize("jump_ms", [3_600_000, -3_600_000])
+async def test_a_clock_that_is_set_neither_shortens_nor_prolongs_a_wait(
+    client: Client, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch, jump_ms: int
+) -> None:
+    await client.submit("first", req_cpu=3.0)
+    await node.got("first")
+    await client.submit("patient", req_cpu=3.0, wait_timeout_seconds=1800.0)
+    await client.submit("second", req_cpu=3.0, wait_timeout_seconds=0.5)
+
+    async def seen() -> bool:
+        return bool((await client.get("second")).reason and (await client.get("patient")).reason)
+
+    await eventually(seen)
+    monkeypatch.setattr(MasterClock, "unix_ms", lambda _self: time.time_ns() // 1_000_000 + jump_ms)
+    assert (await client.until("second", "REJECTED")).reason == "WAIT_TIMEOUT"
+    assert (await client.get("patient")).state == "QUEUED"
 
 
 async def test_hundreds_of_submissions_at_once_are_all_kept_and_none_overcommits(
