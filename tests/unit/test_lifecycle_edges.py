@@ -500,6 +500,19 @@ async def test_what_was_never_made_is_reported_while_the_engine_is_away_unless_a
     assert len(world.uplink.reports) == 1
 
 
+async def test_what_is_to_end_is_not_made_for_as_long_as_an_engine_that_is_away_is_waited_for(world: World) -> None:
+    for _ in range(1000):
+        world.runtime.fail_next("create", TransientError("it is away", reason="ENGINE_UNAVAILABLE"))
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: [name for name, _ in world.runtime.calls].count("create") > 2)
+        await cancel(node)
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [name for name, _ in world.runtime.calls].count("create") < 1000
+
+
 async def test_what_came_further_than_its_record_says_is_ended_before_its_end_is_told(world: World) -> None:
     """The note that it runs went with the crash; its deadline has passed when the next process begins."""
     world.runtime.images["demo"] = FakeImage(holds=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -29,7 +30,7 @@ _INSIDE_SECONDS = 10.0
 """For a program of the driver's: its first call on an idle GPU takes seconds."""
 
 
-async def create(context: Context, record: TaskRecord) -> ev.Event:
+async def create(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make work directory, bounds and container. A stop that came meanwhile is honoured first."""
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was created")
@@ -44,27 +45,28 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     await _bound_disk(context, record)
     try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
-        container_id = await _create(context, record, wanted)
+        container_id = await _create(context, driver, record, wanted)
     except (RequestError, NodeFaultError, TransientError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
     return ev.ContainerCreated(at=context.clock.now(), container_id=container_id)
 
 
-async def _create(context: Context, record: TaskRecord, wanted: ContainerSpec) -> str:
+async def _create(context: Context, driver: Driver, record: TaskRecord, wanted: ContainerSpec) -> str:
     """The container's id. An image that somebody removed since its pull is fetched again, the very same content.
 
     An image without a digest of a registry cannot be had again: what its name means now may be something else.
     """
     policy = record.spec.pull_policy
+    make = partial(persist, context, lambda: context.runtime.create(wanted), current=partial(driver.get, record.id))
     for _ in range(_IMAGE_ATTEMPTS - 1):
         try:
-            return await persist(context, lambda: context.runtime.create(wanted))
+            return await make()
         except RequestError as error:
             if error.reason != Reason.IMAGE_NOT_FOUND or policy is PullPolicy.NEVER or "@" not in wanted.image:
                 raise
             log.warning("image.vanished", task_id=record.id.task_id, image=wanted.image)
             await pull.fetch(context, record, wanted.image, policy=PullPolicy.IF_NOT_PRESENT)
-    return await persist(context, lambda: context.runtime.create(wanted))
+    return await make()
 
 
 async def _bound_disk(context: Context, record: TaskRecord) -> None:
@@ -277,8 +279,6 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
 
 
 class _Observed:
-    __slots__ = ("usage",)
-
     def __init__(self, usage: Usage) -> None:
         self.usage = usage
 
