@@ -40,6 +40,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
         self.cancelled: list[pb.TaskID] = []
         self.announced: list[str] = []
         self.refuse_with: str | None = None
+        self.cancel_answer = pb.TaskAck(success=True, message="cancelling")
         self.hang = False
         self.lines: dict[str, list[str]] = {}
         self.log_ended: dict[str, str] = {}
@@ -129,7 +130,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
 
     async def CancelTask(self, request: pb.TaskID, context: Any) -> pb.TaskAck:  # noqa: N802
         self.cancelled.append(request)
-        return pb.TaskAck(success=True, message="cancelling")
+        return self.cancel_answer
 
     async def StreamTaskLogs(  # noqa: N802
         self, request: pb.TaskLogRequest, context: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import grpc.aio
 import pytest
 
 from nodeservice.errors import ConfigError, TransientError
+from nodeservice.master.clock import MasterClock
 from nodeservice.master.daemon import Master
 from nodeservice.master.scheduler import SchedulerSettings
 from nodeservice.master.settings import MasterSettings
@@ -264,6 +266,24 @@ async def test_a_task_that_waited_as_long_as_it_was_willing_to_is_given_up(clien
     assert ended.reason == "WAIT_TIMEOUT"
     assert "CPU" in ended.message
     assert node.ids() == ["first"]
+
+
+@pytest.mark.parametrize("jump_ms", [3_600_000, -3_600_000])
+async def test_a_clock_that_is_set_neither_shortens_nor_prolongs_a_wait(
+    client: Client, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch, jump_ms: int
+) -> None:
+    await client.submit("first", req_cpu=3.0)
+    await node.got("first")
+    await client.submit("patient", req_cpu=3.0, wait_timeout_seconds=1800.0)
+    await client.submit("second", req_cpu=3.0, wait_timeout_seconds=0.5)
+
+    async def seen() -> bool:
+        return bool((await client.get("second")).reason and (await client.get("patient")).reason)
+
+    await eventually(seen)
+    monkeypatch.setattr(MasterClock, "unix_ms", lambda _self: time.time_ns() // 1_000_000 + jump_ms)
+    assert (await client.until("second", "REJECTED")).reason == "WAIT_TIMEOUT"
+    assert (await client.get("patient")).state == "QUEUED"
 
 
 async def test_hundreds_of_submissions_at_once_are_all_kept_and_none_overcommits(
@@ -661,6 +681,32 @@ async def test_a_cancellation_that_the_node_cannot_hear_is_kept_and_passed_on_la
     assert (await client.get("t1")).reason == "CANCELLING"
     await node.listen()
     await eventually(lambda: bool(node.cancelled))
+
+
+async def test_a_cancelled_task_that_its_node_has_lost_is_not_started_anew(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    await client.submit("t1")
+    await eventually(lambda: _answered(master, "t1"))
+    node.cancel_answer = pb.TaskAck(success=False, message="not known here", reason="NOT_FOUND")
+    assert (await client.cancel("t1")).success
+    for _ in range(3):
+        await node.beat()
+    assert (await client.until("t1", "CANCELLED")).reason == "CANCELLED"
+    assert node.ids() == ["t1"]
+
+
+async def test_a_cancelled_task_whose_end_its_node_has_told_before_is_told_again(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    await client.submit("t1")
+    await eventually(lambda: _answered(master, "t1"))
+    node.cancel_answer = pb.TaskAck(success=False, message="ended", reason="ALREADY_ENDED")
+    assert (await client.cancel("t1")).success
+    for _ in range(3):
+        await node.beat()
+    await eventually(lambda: node.ids() == ["t1", "t1"])
+    assert node.metadata[-1]["nodeservice-report-again"] == "1"
 
 
 async def test_a_task_cancelled_before_its_node_refused_it_is_cancelled(client: Client, node: ScriptedNode) -> None:

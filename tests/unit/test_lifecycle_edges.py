@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from nodeservice.core.model import (
 )
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
-from nodeservice.lifecycle import driver, workdir
+from nodeservice.lifecycle import driver, timekeeper, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
@@ -416,6 +416,9 @@ class CgroupsOfARuntime(NoTaskCgroups):
         for container_id in self._runtime.running:
             self._runtime.finish(container_id, 137)
 
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        return {id_: [1] * len(self._runtime.running) for id_ in ids}
+
 
 @pytest.mark.parametrize("is_restarted", [False, True])
 async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_while_it_is_away(
@@ -444,6 +447,86 @@ async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_whil
     assert record.verdict is not None
     assert record.verdict.reason is Reason.CANCELLED
     assert [report.id for report in world.uplink.reports] == [T]
+
+
+@pytest.mark.parametrize("away", ["engine", "journal"])
+async def test_what_runs_while_its_start_is_not_on_record_has_no_more_time(
+    world: World, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    monkeypatch.setattr(timekeeper, "_START_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(driver, "_UNWRITTEN_SECONDS", 0.01)
+    world.journal = journal = HeldJournal()
+    journal.from_phase = Phase.RUNNING
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    if away == "engine":
+        world.runtime = RuntimeLostAtTheStart()
+    else:
+        journal.free.clear()
+    world.cgroups = CgroupsOfARuntime(world.runtime)
+    async with living(world) as node:
+        await node.assign(spec(timeout_seconds=0.05, grace_seconds=0.0))
+        await node.until(lambda: bool(world.runtime.running))
+        await node.until(lambda: not world.runtime.running)
+        assert node.phase(T) is Phase.STARTING
+        world.runtime.unavailable = False
+        journal.free.set()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.DEADLINE
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_what_was_never_made_is_reported_while_the_engine_is_away_unless_another_process_may_have_made_it(
+    world: World, is_restarted: bool
+) -> None:
+    world.runtime = FakeRuntime(images={"demo": FakeImage(is_local=False, pull_holds=True)})
+    async with contextlib.AsyncExitStack() as lives:
+        node = await lives.enter_async_context(living(world))
+        await node.assign(spec(wait_timeout_seconds=None if is_restarted else 0.05))
+        if is_restarted:
+            await lives.aclose()
+            world.runtime.unavailable = True
+            node = await lives.enter_async_context(living(world))
+            await cancel(node)
+            await node.until(lambda: ("find", "nodeservice.t.1") in world.runtime.calls)
+            assert not world.uplink.reports
+            world.runtime.unavailable = False
+        world.runtime.unavailable = not is_restarted
+        await node.until(lambda: bool(world.uplink.reports))
+        assert world.runtime.unavailable is not is_restarted
+        world.runtime.unavailable = False
+        await node.until_finished(T)
+        assert not node.context.taken_up
+    assert len(world.uplink.reports) == 1
+
+
+async def test_what_is_to_end_is_not_made_for_as_long_as_an_engine_that_is_away_is_waited_for(world: World) -> None:
+    for _ in range(1000):
+        world.runtime.fail_next("create", TransientError("it is away", reason="ENGINE_UNAVAILABLE"))
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: [name for name, _ in world.runtime.calls].count("create") > 2)
+        await cancel(node)
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [name for name, _ in world.runtime.calls].count("create") < 1000
+
+
+async def test_what_came_further_than_its_record_says_is_ended_before_its_end_is_told(world: World) -> None:
+    """The note that it runs went with the crash; its deadline has passed when the next process begins."""
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await running(node, spec(total_timeout_seconds=0.3))
+        record = node.driver.get(T)
+        assert record is not None
+    as_noted = replace(record, phase=Phase.PULLING, container_id=None, started_at=None, timings=record.timings[:2])
+    await world.journal.save([as_noted])
+    await asyncio.sleep(0.3)
+    world.uplink.down = True
+    async with living(world) as node:
+        await node.until(lambda: node.phase(T) is Phase.REPORTING)
+        assert not world.runtime.running
 
 
 async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:
