@@ -115,6 +115,32 @@ async def finished(node: NodeProcess, task_id: str) -> dict[str, Any]:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_results_wait_for_the_share_that_they_belong_on(
+    node: NodeProcess, master: OldMaster, is_restarted: bool
+) -> None:
+    """What lies beneath its mount is another disk, and out of sight once the share is back."""
+    (task,) = unique("t")
+    share = node.path / "results"
+    share.mkdir()
+    with mounted(share, "-t", "tmpfs", "-o", "size=4m", "none"):
+        await node.start()
+        async with OldClient(node.address) as client:
+            assert (await assign(client, task, "echo it runs; sleep 2; echo mine > /results/a")).success
+        await running(node, task)
+    if is_restarted:
+        await node.kill()
+        await node.start()
+    async with asyncio.timeout(30):
+        while not [event for event in node.events() if event["event"] == "results.not_stored"]:
+            await asyncio.sleep(0.05)
+    assert list(share.iterdir()) == []
+    assert master.count(task) == 0
+    with mounted(share, "-t", "tmpfs", "-o", "size=4m", "none"):
+        assert (await master.report_of(task, 40)).status == "success"
+        assert (share / task / "1" / "a").read_text() == "mine\n"
+
+
 async def test_a_full_state_directory_loses_nothing_and_takes_nothing(
     node: NodeProcess, small_state: Path, master: OldMaster
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from nodeservice.core.model import (
     TaskRecord,
     TaskSpec,
 )
+from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle import driver, timekeeper, workdir
@@ -31,7 +33,7 @@ from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
-from nodeservice.ports import ContainerState, labels
+from nodeservice.ports import ContainerState, ResultBundle, labels
 from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
@@ -119,6 +121,31 @@ async def test_a_task_whose_results_are_gone_from_this_host_is_no_success(world:
         assert f"{node.dirs.results(T)} is gone" in record.remarks[-1]
     assert world.store.stored == {}
     assert len(world.uplink.reports) == 1
+
+
+@pytest.mark.parametrize("give_up_seconds", [3600.0, 0.0])
+async def test_results_that_wait_for_a_store_take_no_memory_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch, give_up_seconds: float
+) -> None:
+    """In the upload, and later, when they were kept on this host."""
+    world.runtime.images["demo"] = FakeImage(output=b"hello")
+    world.give_up_seconds = give_up_seconds
+    world.store_backoff = Backoff(first_seconds=600, max_seconds=600)
+    world.kept = FileResultStore(world.path / "results")  # type: ignore[assignment]
+    tries = []
+
+    async def away(bundle: ResultBundle) -> str:
+        tries.append(bundle.prefix)
+        raise TransientError("away", reason="STORE_UNREACHABLE")
+
+    monkeypatch.setattr(world.store, "put", away)
+    async with living(world) as node:
+        await node.assign(spec("waits"))
+        await node.until(lambda: len(tries) == (1 if give_up_seconds else 2))
+        await node.driver.settled()
+        gc.collect()
+        assert [one for one in gc.get_objects() if isinstance(one, ResultBundle) and one.prefix == "waits/1"] == []
+    await world.kept.close()
 
 
 @pytest.mark.parametrize("was_frozen", [False, True])
