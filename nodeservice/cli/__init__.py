@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 
 import typer
@@ -59,20 +60,23 @@ def _root(
     ),
 ) -> None:
     """What comes before the command."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `__main__`; commands have something to clean up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main() -> None:
-    """Entry point; ends the process. Errors made on purpose become one line on stderr and a code of their own."""
+    """Run what was typed; ends the process. Errors made on purpose become one line on stderr and a code of their own."""
     streams.open_missing()
     arguments = sys.argv[1:]
     try:
         code = _run(arguments)
-    except SystemExit as exit_:  # typer's answer to a pipe that nobody reads
-        code = exit_.code if isinstance(exit_.code, int) else 1
+    except SystemExit as exit_:  # 1 is what typer and rich say of a pipe that nobody reads
+        code = 0 if not exit_.code else ExitCode.OUTPUT_CLOSED
     except OSError as error:
         if error.filename is not None or streams.takes_more():
             raise
         code = ExitCode.OUTPUT_CLOSED
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a reader of our output may keep us waiting
     if not streams.flushed():
         code = ExitCode.OUTPUT_CLOSED
     # All is closed and flushed. A thread that waits for an engine which never answers must not hold up the end.

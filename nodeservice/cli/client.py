@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 
 TaskId = Annotated[str, typer.Argument(metavar="ID", help="The task's id.")]
+Attempt = Annotated[
+    int, typer.Option(min=0, max=1_000_000, show_default=False, help="Of this attempt. Default: the newest.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -98,7 +101,7 @@ def submit(
         typer.Option(min=0, max=1000, help="New attempts after failures that are neither its own nor its node's."),
     ] = None,
     retry_own_failures: Annotated[
-        bool, typer.Option("--retry-own-failures", help="They are for its own failures too.")
+        bool, typer.Option("--retry-own-failures", help="--max-retries is for its own failures too.")
     ] = False,
     pull: Annotated[str, typer.Option(help="always, if-not-present or never.")] = "",
     target: Annotated[str, typer.Option(help="Only on the node with this worker id.")] = "",
@@ -191,7 +194,7 @@ def ps(
 def show(
     *,
     task_id: TaskId,
-    attempt: Annotated[int, typer.Option(min=0, help="Default: the newest.")] = 0,
+    attempt: Attempt = 0,
     as_json: AsJson = False,
     master: Master = DEFAULT_MASTER,
     tls_cert: TlsCert = None,
@@ -218,6 +221,7 @@ def show(
 def logs(
     *,
     task_id: TaskId,
+    attempt: Attempt = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False,
     as_json: AsJson = False,
     master: Master = DEFAULT_MASTER,
@@ -230,15 +234,16 @@ def logs(
 
     What the master says about the log goes to stderr, or is an object with `notice`. Exit code 69 where the task's node does
     not answer; with -f it is waited for. Of an ended task the end of the log, from its report, is printed instead, and a
-    notice says so.
+    notice says so. With --attempt, -f ends with that attempt.
     """
     from nodeservice.wire import master_worker_pb2 as pb
 
+    told = f"attempt {attempt}" if attempt else "the task"
     link = Connection(
         master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
     )
     with link.open() as stub:
-        for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow)):
+        for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow, attempt=attempt)):
             if as_json:
                 _print_json(_chunk(chunk), indent=None)
             elif chunk.HasField("notice"):
@@ -246,7 +251,7 @@ def logs(
             elif not chunk.is_complete:
                 sys.stdout.write(f"{chunk.content}\n")
             else:
-                say(f"the task {'was ' if chunk.status == 'cancelled' else ''}{chunk.status}")
+                say(f"{told} {'was ' if chunk.status == 'cancelled' else ''}{chunk.status}")
             sys.stdout.flush()
 
 
@@ -268,7 +273,10 @@ def wait(
     tls_ca: TlsCa = None,
     insecure: Insecure = False,
 ) -> None:
-    """Wait until all have ended. Exit code 0 only if all succeeded; a single task's own code; 1 for several; 124 in time."""
+    """Wait until all have ended.
+
+    The exit code is 0 if all succeeded, else that of a single task or 1 for several; 124 when --timeout is over.
+    """
     import time
 
     from nodeservice.cli.exit_codes import ExitCode, exit_code_of

@@ -27,7 +27,7 @@ CALL_SECONDS = 40.0
 """Above 30 s, since a master may pass a call on to a node."""
 
 _MAX_ANSWER_BYTES = 64 * 1024**2
-_ADDRESS = re.compile(r"(\S+:///?)?[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}|unix:\S+")
+_ADDRESS = re.compile(r"((?!https?:)\S+:///?)?[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}|unix:\S+")
 _REASON_KEY = "nodeservice-reason"
 """Trailing metadata of errors that the other side tells; who does not answer has none."""
 _HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe", "closed unexpectedly")

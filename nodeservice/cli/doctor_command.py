@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     config: Path = typer.Option(None, "--config", envvar="NODESERVICE_CONFIG", help="TOML file of the node."),
-    state_dir: Path = typer.Option(None, help="State directory, whose file system decides how the disk is bound."),
+    state_dir: str = typer.Option(
+        None, metavar="PATH", help="State directory, whose file system decides how the disk is bound."
+    ),
     docker_host: str = typer.Option(None, help="The engine's address. Default: DOCKER_HOST, or the usual socket."),
     image: str = typer.Option(None, help="An image with /bin/sh. Default: one made from this host's busybox."),
     patience: float = typer.Option(1.0, min=1.0, help="Let each probe take so many times longer: for a busy machine."),

@@ -17,7 +17,8 @@ from nodeservice.errors import RequestError
 Gpus = Annotated[
     str | None,
     typer.Option(
-        "--gpus", help="Number of whole GPUs, or a part of one such as 0.5. Default: 0, or 1 that is described."
+        "--gpus",
+        help="Number of whole GPUs, or a part of one such as 0.5. Default: 0, or 1 where another option describes it.",
     ),
 ]
 GpuModel = Annotated[str | None, typer.Option(help="A part of the product name, such as H200.")]

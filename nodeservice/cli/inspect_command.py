@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     config: Path = typer.Option(None, "--config", envvar="NODESERVICE_CONFIG", help="TOML file of the node."),
-    state_dir: Path = typer.Option(None, help="State directory, whose disk is looked at."),
+    state_dir: str = typer.Option(None, metavar="PATH", help="State directory, whose disk is looked at."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object on stdout."),
 ) -> None:
     """Show CPU, memory, disk, GPUs and engine: what exists, what is reserved, what tasks may have, what is free."""

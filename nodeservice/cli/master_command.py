@@ -27,14 +27,19 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}", field="config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}", field="config") from error
-    known = {parameter.name for parameter in context.command.params} - {"config"}
-    for key in keys:
+    known = {
+        parameter.name: parameter for parameter in context.command.params if parameter.name not in (None, "config")
+    }
+    for key, value in keys.items():
         if key not in known:
             raise ConfigError(
-                f"{path} has an unknown key {key!r}",
-                field=key,
-                hint=f"known are {', '.join(sorted(filter(None, known)))}",
+                f"{path} has an unknown key {key!r}", field=key, hint=f"known are {', '.join(sorted(known))}"
             )
+        try:
+            known[key].process_value(context, value)
+        except typer.BadParameter as error:  # else of the command line, and systemd would try for ever
+            hint = "see nodeservice master --help; what is repeatable there is a list here"
+            raise ConfigError(f"{path}: {key} is {value!r}: {error.message}", field=key, hint=hint) from error
     context.default_map = {**(context.default_map or {}), **keys}
     return path
 
@@ -58,12 +63,15 @@ def master(
         str, typer.Option(envvar="NODESERVICE_LISTEN", help="HOST:PORT to serve on.")
     ] = "127.0.0.1:50051",
     state_dir: Annotated[
-        Path, typer.Option(envvar="NODESERVICE_STATE_DIR", help="The queue, and by default the results.")
-    ] = Path("/var/lib/nodeservice/master"),
+        str,
+        typer.Option(envvar="NODESERVICE_STATE_DIR", metavar="PATH", help="The queue, and by default the results."),
+    ] = "/var/lib/nodeservice/master",
     results_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            envvar="NODESERVICE_RESULTS_DIR", help="Results that nodes push. Default: in the state directory."
+            envvar="NODESERVICE_RESULTS_DIR",
+            metavar="PATH",
+            help="Results that nodes push. Default: in the state directory.",
         ),
     ] = None,
     database_url: Annotated[
@@ -147,8 +155,8 @@ def master(
     settings = settings_type(
         **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),
         listen=listen,
-        state_dir=state_dir,
-        results_dir=results_dir,
+        state_dir=_directory("state_dir", state_dir),
+        results_dir=None if results_dir is None else _directory("results_dir", results_dir),
         database_url=database_url,
         http_listen=http_listen,
         node_loss_retries=node_loss_retries,
@@ -159,6 +167,13 @@ def master(
     )
     faulthandler.enable()
     asyncio.run(daemon.serve_master(settings, manager=ServiceManager.of(os.environ)))
+
+
+def _directory(key: str, path: str) -> Path:
+    """Nothing, such as from a variable that is not set, is not the current directory."""
+    if not path:
+        raise ConfigError(f"--{key.replace('_', '-')} is empty", field=key, hint="give the path of a directory")
+    return Path(path)
 
 
 def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
@@ -177,6 +192,11 @@ def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dic
         words = f"--heartbeat-timeout is {heartbeat_timeout}: every node would be silent"
         raise ConfigError(
             words, field="heartbeat_timeout", hint="give a few times what nodes have as heartbeat_seconds"
+        )
+    if amounts["gone_after_seconds"] < amounts["heartbeat_timeout_seconds"]:
+        words = f"--gone-after is {gone_after}: nodes would be given up before they are silent"
+        raise ConfigError(
+            words, field="gone_after", hint=f"give at least what --heartbeat-timeout is, {heartbeat_timeout}"
         )
     return amounts
 

@@ -63,7 +63,7 @@ def drain(
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Empty a node: it takes nothing new, and all that it has is ended, stored and reported. Uncordon takes it back."""
+    """Empty a node: it takes nothing new; what it has comes to its end, is stored and reported. Uncordon takes it back."""
     from nodeservice.cli.units import parse_seconds
 
     seconds = None if deadline is None else parse_seconds(deadline, option="--deadline")
@@ -73,7 +73,7 @@ def drain(
     while not no_wait and answer.unfinished_tasks and answer.mode == "DRAINING":
         if answer.unfinished_tasks != shown:
             shown = answer.unfinished_tasks
-            say(f"{shown} tasks left")
+            say(f"tasks left: {shown}")
         time.sleep(_POLL_SECONDS)
         with connection.open() as stub:
             answer = _ask(stub, "")
@@ -115,7 +115,7 @@ def _tell(connection: Connection, answer: pb.NodeModeAck) -> None:
         }
         sys.stdout.write(json.dumps(told) + "\n")
     elif answer.success:
-        left = f", {answer.unfinished_tasks} tasks unfinished" if answer.unfinished_tasks else ", no task unfinished"
+        left = f", unfinished tasks: {answer.unfinished_tasks}" if answer.unfinished_tasks else ", no task unfinished"
         sys.stdout.write(f"{answer.mode}{left}\n")
     if not answer.success:
         say(answer.message)

@@ -183,7 +183,17 @@ def _spec(
 
 
 def _state_home() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nodeservice"
+    from nodeservice.errors import ConfigError
+
+    place = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
+    try:
+        home = place.expanduser() / "nodeservice"
+        home.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter of a user who has no home
+        why = getattr(error, "strerror", None) or "this user has no home directory"
+        hint = "set XDG_STATE_HOME to a directory that this user may write to"
+        raise ConfigError(f"no state can be kept in {place}: {why}", field="XDG_STATE_HOME", hint=hint) from error
+    return home
 
 
 def _config(id_: str, results: str | None, minio: str | None, otlp_endpoint: str | None) -> NodeConfig:
@@ -191,8 +201,8 @@ def _config(id_: str, results: str | None, minio: str | None, otlp_endpoint: str
     from nodeservice.core.admission import check_task_id
 
     check_task_id(id_)
-    flags: dict[str, object] = {"worker_id": id_, "state_dir": _state_home() / "run" / id_}
-    flags["results_dir"] = _state_home() / "results"
+    home = _state_home()
+    flags: dict[str, object] = {"worker_id": id_, "state_dir": home / "run" / id_, "results_dir": home / "results"}
     flags["upload_give_up_seconds"] = _UPLOAD_GIVE_UP_SECONDS
     if minio is not None:
         flags["minio"] = minio

@@ -36,7 +36,9 @@ def serve(
     tls_ca: str = typer.Option(None, metavar="PATH", help="PEM certificates that peers must be signed by."),
     insecure: bool = typer.Option(None, "--insecure", help="Plain text, no authentication."),
     otlp_endpoint: str = typer.Option(None, help="HOST:PORT of an OTLP/gRPC collector."),
-    upload_give_up_seconds: float = typer.Option(None, help="When to keep results here instead."),
+    upload_give_up_seconds: float = typer.Option(
+        None, help="For how long to try a store that is away before results are kept on this host."
+    ),
     log_level: str = typer.Option(None, help="debug, info, warning or error."),
     log_format: str = typer.Option(None, help="auto, json or console."),
 ) -> None:

@@ -20,8 +20,14 @@ from pydantic_settings import EnvSettingsSource
 from nodeservice.config.settings import CREDENTIALS, PREFIX, NodeConfig
 from nodeservice.errors import ConfigError
 
-OTHER_VARIABLES = frozenset({"NODESERVICE_CONFIG"})
-"""Variables with our prefix that are no settings: the path of the file itself, which the command line reads."""
+OTHER_VARIABLES = frozenset(
+    PREFIX + name
+    for name in (
+        "CONFIG", "NODE", "DATABASE_URL", "GONE_AFTER", "HEARTBEAT_TIMEOUT", "HTTP_LIMIT", "HTTP_LISTEN",
+        "NODE_LOSS_RETRIES", "TASK_ID", "ATTEMPT",
+    )
+)  # fmt: skip
+"""Variables with our prefix that are no settings of a node: options of other commands, and what a task finds set."""
 
 _PASSWORD = re.compile(r"//[^/]*:[^/]*@")
 

@@ -107,7 +107,7 @@ class NodeConfig(BaseSettings):
     state_dir: Folder = Field(
         Path("/var/lib/nodeservice"), description="a directory on a local disk, of this node alone"
     )
-    docker_host: Annotated[str, _url("unix", "tcp", "http", "https", "ssh")] | None = Field(
+    docker_host: Annotated[str, _url("unix", "tcp", "http")] | None = Field(
         None,
         description="the engine's address, such as unix:///var/run/docker.sock; default DOCKER_HOST or that socket",
     )
@@ -255,9 +255,9 @@ class NodeConfig(BaseSettings):
             )
         ours = (self.state_dir / name for name in ("tasks", "logs", "salvage"))
         below = [place for place in ours if self.results_dir.is_relative_to(place)]
-        if below:
+        if below or self.results_dir == self.state_dir:  # where a task may be called as a file of ours
             raise ConfigError(
-                f"results_dir = {self.results_dir} lies where this node removes what is not its own: {below[0]}",
+                f"results_dir = {self.results_dir} lies among this node's own files: {[*below, self.state_dir][0]}",
                 field="results_dir",
                 hint="give a directory beside it, such as the default, results in the state_dir",
             )

@@ -22,9 +22,7 @@ def deadlines(record: TaskRecord) -> list[Deadline]:
     spec = record.spec
     found: list[Deadline] = []
     if record.phase is Phase.RUNNING and record.deadline_at is not None:
-        found.append(
-            _deadline(record.deadline_at, StopCause.DEADLINE, "Ran longer than its time limit", spec.timeout_seconds)
-        )
+        found.append(of_run(record.deadline_at, spec.timeout_seconds))
     if record.expires_at is not None:
         message = "Had not ended by its absolute deadline"
         found.append(_deadline(record.expires_at, StopCause.DEADLINE, message, spec.total_timeout_seconds))
@@ -37,6 +35,11 @@ def deadlines(record: TaskRecord) -> list[Deadline]:
         message = "The image was not pulled within its time limit"
         found.append(_deadline(at, StopCause.PULL_TIMEOUT, message, spec.pull_timeout_seconds))
     return found
+
+
+def of_run(at: datetime, limit_seconds: float | None) -> Deadline:
+    """The end of its running time."""
+    return _deadline(at, StopCause.DEADLINE, "Ran longer than its time limit", limit_seconds)
 
 
 def _deadline(at: datetime, cause: StopCause, message: str, limit_seconds: float | None) -> Deadline:

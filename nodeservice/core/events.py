@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from nodeservice.core.model import Collected, Reason, StopRequest, Usage, Verdict
 
@@ -63,7 +63,9 @@ class ContainerExited(Event):
     error: str = ""
     """The engine's error, when the process could not be run at all."""
     finished_at: datetime | None = None
-    """The engine's own instant of the end."""
+    """The engine's own instant of the end; None where the host's clock was set while it ran, so that it tells no order."""
+    ran: timedelta | None = None
+    """From its start to its end."""
     observed: Usage = field(default_factory=Usage)
     """What could only be seen while it ran."""
     gpu_fault: str = ""

@@ -120,10 +120,21 @@ def resume(record: TaskRecord, *, at: datetime) -> Step:
 # ---- moves ------------------------------------------------------------------------------------------------------------
 
 
-def _enter(record: TaskRecord, phase: Phase, at: datetime, *before: fx.Effect, **changes: Any) -> Step:
-    """Rise to `phase`: close the running timing, open the next, and look up what to do. `changes` are to the record."""
+def _enter(
+    record: TaskRecord,
+    phase: Phase,
+    at: datetime,
+    *before: fx.Effect,
+    lasted: timedelta | None = None,
+    **changes: Any,
+) -> Step:
+    """Rise to `phase`: close the running timing, open the next, and look up what to do. `changes` are to the record.
+
+    `lasted`: how long the phase lasted that is over, where that is known better than from `at`.
+    """
     *earlier, running = record.timings
-    timings = (*earlier, replace(running, ended_at=max(at, running.started_at)))
+    ended_at = max(at, running.started_at) if lasted is None else running.started_at + lasted
+    timings = (*earlier, replace(running, ended_at=ended_at))
     if phase is not Phase.FINISHED:
         timings = (*timings, PhaseTiming(name=PHASE_NAMES[phase], started_at=max(at, running.started_at)))
     return Step(replace(record, phase=phase, timings=timings, **changes), (*before, *ENTRY[phase]))
@@ -219,6 +230,7 @@ def _exited(record: TaskRecord, event: ev.ContainerExited) -> Step:
         record,
         Phase.COLLECTING,
         min(event.at, event.finished_at or event.at),
+        lasted=event.ran,
         verdict=verdicts.of_exit(event, record.stop),
         remarks=remarks,
         usage=event.observed,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -18,6 +19,8 @@ from nodeservice.core.retry import Backoff
 from nodeservice.daemon.fault_points import armed
 from nodeservice.daemon.host_policy import check_reserve, doubts, reserve, sharing_policy
 from nodeservice.daemon.host_stops import HostStops
+from nodeservice.daemon.settings import open_results_dir, results_mount
+from nodeservice.errors import TransientError
 from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.nvml import NvmlGpuProvider
@@ -40,7 +43,6 @@ from nodeservice.limits.free_space import DirectoriesFreeSpace
 from nodeservice.limits.owners import ProcOwners
 from nodeservice.limits.process import ProcReader
 from nodeservice.ports import EngineFacts, PullProgress, ResultStore, TraceSink, Uplink
-from nodeservice.results.choose import open_result_store
 from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
@@ -83,12 +85,15 @@ class Node:
 
 async def build(config: NodeConfig) -> Node:
     """Lock the state directory, open the journal, look at the host. Raises ConfigError and NodeServiceError."""
-    places = (("state_dir", config.state_dir, 0o755), ("results_dir", config.results_dir, 0o750))
-    for field, directory, rights in places:
-        try:
-            directory.mkdir(mode=rights, parents=True, exist_ok=True)
-        except OSError as error:
-            raise not_writable(field, directory, error) from error
+    _make("state_dir", config.state_dir, 0o755)
+    try:
+        results_mount(config).check()
+    except (
+        TransientError
+    ) as error:  # nothing is to be made in its place, and it is waited for as any store that is away
+        log.error("results_dir.away", error=str(error))
+    else:
+        _make("results_dir", config.results_dir, 0o750)
     lock = StateDirLock(config.state_dir)
     lock.acquire()
     clock = SystemClock()
@@ -148,6 +153,13 @@ async def build(config: NodeConfig) -> Node:
     )  # fmt: skip
 
 
+def _make(field: str, directory: Path, rights: int) -> None:
+    try:
+        directory.mkdir(mode=rights, parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(field, directory, error) from error
+
+
 @contextlib.asynccontextmanager
 async def working(
     node: Node,
@@ -170,7 +182,7 @@ async def working(
         processes=cgroups.processes,
     )
     free_space = DirectoriesFreeSpace([*directories, facts.root_dir])
-    fallback = open_result_store(config.results_dir.absolute().as_uri())
+    fallback = open_results_dir(config)
     context = Context(
         runtime=armed(node.runtime, "runtime"),
         cgroups=armed(cgroups, "cgroups"),
@@ -183,7 +195,9 @@ async def working(
         clock=node.clock,
         logs=node.logs,
         dirs=node.dirs,
-        bundles=armed(Bundles(worker_id=config.worker_id, results_dir=config.results_dir), "bundles"),
+        bundles=armed(
+            Bundles(worker_id=config.worker_id, results_dir=config.results_dir, mount=results_mount(config)), "bundles"
+        ),
         settings=Settings(
             worker_id=config.worker_id,
             log_max_bytes=config.log_max_bytes,

@@ -8,6 +8,7 @@ from nodeservice.errors import InvariantError
 from nodeservice.ports import ResultStore
 from nodeservice.results.access import S3Access
 from nodeservice.results.choose import open_result_store
+from nodeservice.results.mount import ResultsMount
 from nodeservice.rpc.convert import TaskDefaults
 
 DEFAULT_REGION = "us-east-1"
@@ -38,7 +39,15 @@ def open_store(config: NodeConfig) -> ResultStore:
                 certificate=(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None,
             )
         case _:
-            return open_result_store(config.results_dir.absolute().as_uri())
+            return open_results_dir(config)
+
+
+def open_results_dir(config: NodeConfig) -> ResultStore:
+    return open_result_store(config.results_dir.absolute().as_uri(), mount=results_mount(config))
+
+
+def results_mount(config: NodeConfig) -> ResultsMount:
+    return ResultsMount(config.results_dir, config.state_dir)
 
 
 def task_defaults(config: NodeConfig) -> TaskDefaults:

@@ -123,6 +123,8 @@ class Context:
     """Results that were collected here and are not uploaded yet: they need not be read from their manifest again."""
     in_doubt: frozenset[AttemptId] = frozenset()
     """Those that had been started when the host fell: what they wrote last may not have come to the disk."""
+    taken_up: set[AttemptId] = field(default_factory=set)
+    """Those that another process began: they may have come further than their records say."""
     unbound: set[AttemptId] = field(default_factory=set)
     """Those that were taken up after a restart and whose disk is not bound again yet."""
     store_in_doubt: asyncio.Event = field(default_factory=asyncio.Event)

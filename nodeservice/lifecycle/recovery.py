@@ -64,6 +64,7 @@ async def _take_up(context: Context, driver: Driver, decode: Decode, container: 
             log.warning(
                 "recovery.adopted", task_id=record.id.task_id, attempt=record.id.attempt, container=container.name
             )
+            context.taken_up.add(record.id)
             driver.adopt(record)
             return record.id
     log.warning("recovery.orphan_removed", container=container.name, id=container.id)

@@ -128,7 +128,7 @@ class Runner:
         context = self._context
         steps: dict[type[fx.Effect], Callable[[TaskRecord], Awaitable[ev.Event]]] = {
             fx.PullImage: lambda record: pull.pull(context, record),
-            fx.CreateContainer: lambda record: run.create(context, record),
+            fx.CreateContainer: lambda record: run.create(context, self._driver, record),
             fx.StartContainer: lambda record: run.start(context, record),
             fx.WatchContainer: lambda record: run.watch(context, self._driver, record),
             fx.CollectResults: lambda record: collect.collect(context, self._driver, record),

@@ -3,6 +3,9 @@
 One sleeper per attempt that has a deadline. The time that is left of each deadline is taken when that becomes known, and
 counted on a clock that nobody sets, so a jump of the host's clock ends nothing early and lets nothing last longer; after a
 restart the host's clock is all there is.
+
+Of a task that is being started the engine may be silent, or the journal may hang, though it runs already. Then the kernel
+tells, and its running time counts from when it was seen.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nodeservice.core.deadlines import Deadline, deadlines
-from nodeservice.core.model import AttemptId, TaskRecord
+from nodeservice.core.deadlines import Deadline, deadlines, of_run
+from nodeservice.core.model import AttemptId, Phase, TaskRecord
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.ports import Clock
+from nodeservice.ports import Clock, TaskCgroups
+
+_START_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +33,12 @@ class _Held:
 class Timekeeper:
     """Listens to the driver from its creation; `open` takes up what the journal held."""
 
-    def __init__(self, driver: Driver, clock: Clock) -> None:
+    def __init__(self, driver: Driver, clock: Clock, cgroups: TaskCgroups) -> None:
         self._driver = driver
         self._clock = clock
+        self._cgroups = cgroups
         self._held: dict[AttemptId, _Held] = {}
+        self._starting: dict[AttemptId, asyncio.Task[None]] = {}
         self._open = False
         driver.on_change(self._note)
 
@@ -43,7 +50,7 @@ class Timekeeper:
 
     async def close(self) -> None:
         self._open = False
-        sleepers = [held.sleeper for held in self._held.values()]
+        sleepers = [*(held.sleeper for held in self._held.values()), *self._starting.values()]
         for task in sleepers:
             task.cancel()
         await asyncio.gather(*sleepers, return_exceptions=True)
@@ -51,6 +58,7 @@ class Timekeeper:
     def _note(self, record: TaskRecord) -> None:
         if not self._open:
             return
+        self._note_start(record)
         found = deadlines(record)
         held = self._held.get(record.id)
         if held is not None:
@@ -70,3 +78,23 @@ class Timekeeper:
         first = min(due, key=lambda deadline: due[deadline])
         await self._clock.sleep(due[first] - self._clock.elapsed())
         self._driver.end(id_, first.cause, first.message)
+
+    def _note_start(self, record: TaskRecord) -> None:
+        looking = self._starting.pop(record.id, None)
+        if looking is not None:
+            looking.cancel()
+        limit = record.spec.timeout_seconds
+        if record.phase is Phase.STARTING and record.stop is None and limit is not None:
+            task = asyncio.create_task(self._keep_start(record.id, limit), name=f"start {record.id}")
+            self._starting[record.id] = task
+
+    async def _keep_start(self, id_: AttemptId, limit_seconds: float) -> None:
+        due: float | None = None
+        while due is None or self._clock.elapsed() < due:
+            await self._clock.sleep(_START_LOOK_SECONDS)
+            if not (await self._cgroups.processes([id_])).get(id_):
+                due = None
+            elif due is None:
+                due = self._clock.elapsed() + limit_seconds
+        over = of_run(self._clock.now(), limit_seconds)
+        self._driver.end(id_, over.cause, over.message)

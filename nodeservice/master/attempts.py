@@ -17,9 +17,7 @@ from nodeservice.master.rows import State, TaskRow
 from nodeservice.wire import master_worker_pb2 as pb
 
 NODE_GONE = "NODE_GONE"
-SURROUNDINGS = frozenset(
-    {"COLLECT_FAILED", "IMAGE_PULL_FAILED", "IMAGE_PULL_TIMEOUT", "RESULTS_NOT_STORED", "WAIT_TIMEOUT"}
-)
+SURROUNDINGS = frozenset({"IMAGE_PULL_FAILED", "IMAGE_PULL_TIMEOUT", "RESULTS_NOT_STORED", "WAIT_TIMEOUT"})
 """Retryable reasons that another node need not change: a registry, the store, time. Whether to go on is the user's to say.
 
 All other retryable ones are faults of the node.

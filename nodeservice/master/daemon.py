@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 _WILDCARDS = ("0.0.0.0", "[::]", "::", "*", "")  # noqa: S104
 _CALLS_GRACE_SECONDS = 2.0
+_USABLE = "choose a directory that this user may write to"
 _SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
 """Without this, two masters could listen on one port, and each would get some of the calls."""
 
@@ -113,9 +114,8 @@ class Master:
             self._state_dir.mkdir(parents=True, exist_ok=True)
             fd = os.open(self._state_dir / "master.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise ConfigError(
-                f"state_dir {self._state_dir} cannot be used: {error.strerror}", field="state_dir"
-            ) from error
+            words = f"state_dir {self._state_dir} cannot be used: {error.strerror}"
+            raise ConfigError(words, field="state_dir", hint=_USABLE) from error
         opened.callback(os.close, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,9 +131,8 @@ class Master:
         try:
             await self._uploads.open()
         except OSError as error:
-            raise ConfigError(
-                f"results_dir {self._results_dir} cannot be used: {error.strerror}", field="results_dir"
-            ) from error
+            words = f"results_dir {self._results_dir} cannot be used: {error.strerror}"
+            raise ConfigError(words, field="results_dir", hint=_USABLE) from error
 
     async def _listen(self, opened: contextlib.AsyncExitStack) -> None:
         host, _ = _split(self.settings.listen, "listen")

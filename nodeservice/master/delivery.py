@@ -146,6 +146,10 @@ class Delivery:
             log.error("store.unavailable", task_id=key[0], error=str(error))
 
     async def _assign(self, stub: Any, row: TaskRow) -> None:
+        if row.cancel_requested and await self._is_unknown(stub, row):
+            await self._book.refused(row.key, row.worker_id, reason="NOT_FOUND", message="", final=False)
+            self._on_room()
+            return
         task = pb.Task()
         task.CopyFrom(row.task)
         task.attempt = row.attempt
@@ -188,6 +192,12 @@ class Delivery:
         self._cancelled.add(key)
         name = (key, worker_id, "cancel")
         self._next_try[name] = self._clock.monotonic() + _CANCELS_APART * self._retry_seconds
+
+    async def _is_unknown(self, stub: Any, row: TaskRow) -> bool:
+        """Only who has it is offered what is cancelled, to tell of its end again: who has lost it would start it anew."""
+        request = pb.TaskID(task_id=row.task_id, attempt=row.attempt)
+        ack: pb.TaskAck = await stub.CancelTask(request, timeout=CANCEL_DEADLINE_SECONDS)
+        return not ack.success and ack.reason == "NOT_FOUND"
 
     def _note_refusal(self, row: TaskRow) -> None:
         refusals = self._refusals.setdefault(row.key, {})

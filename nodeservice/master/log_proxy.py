@@ -47,27 +47,28 @@ class LogProxy:
         self._book = book
         self._nodes = nodes
 
-    async def stream(self, row: TaskRow, *, follow: bool) -> AsyncIterator[pb.LogChunk]:
+    async def stream(self, row: TaskRow, *, follow: bool, only_this: bool) -> AsyncIterator[pb.LogChunk]:
         """Lines, then one chunk with `is_complete` once the task has ended.
 
         Without `follow`, a task that has not ended gives what is there and no such chunk. While following, a node that
         does not answer is waited for, which a notice says once, and lines already given are not given again; where an
-        attempt is followed by another, a notice says so and the log of that one begins. Raises TransientError where a node
-        that does not answer has more than was given.
+        attempt is followed by another, a notice says so and the log of that one begins, unless it is `only_this` that is
+        wanted. Raises TransientError where a node that does not answer has more than was given.
         """
         heard = _Heard()
+        goes_on = follow and not only_this
         while True:
             event = self._book.changed()
             row = await self._book.find(*row.key) or row
-            if follow and row.state.is_final and (following := await self._following(row)) is not None:
+            if goes_on and row.state.is_final and (following := await self._following(row)) is not None:
                 yield _notice(row, f"attempt {row.attempt} is over: {row.reason}; attempt {following.attempt} follows")
                 row, heard = following, _Heard()
                 continue
             if row.worker_id and row.state is not State.REJECTED:
                 async for chunk in self._from_node(row, heard, follow=follow):
                     yield chunk
-                row = await self._settled(row, heard, follow=follow)
-                if follow and row.state.is_final and await self._following(row) is not None:
+                row = await self._settled(row, heard, follow=goes_on)
+                if goes_on and row.state.is_final and await self._following(row) is not None:
                     continue
                 # A node that has cleaned up gives an empty log; the report remembers the end of it.
                 if heard.end is not None and (heard.sent or not _tail(row)):
@@ -98,7 +99,7 @@ class LogProxy:
             heard.unanswered = _unanswered(row, "does not answer")
             return
         skip = heard.sent
-        request = pb.TaskLogRequest(task_id=row.task_id, user_id=row.task.user_id, follow=follow)
+        request = pb.TaskLogRequest(task_id=row.task_id, user_id=row.task.user_id, follow=follow, attempt=row.attempt)
         call = stub.StreamTaskLogs(request)
         try:
             while True:

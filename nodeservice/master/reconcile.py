@@ -17,7 +17,7 @@ MISSES = 3
 """An attempt that so many heartbeats in a row do not list is offered to its node again.
 
 Offering is safe: a node that has it answers the same; one that has ended it is still reporting, or reports again, where our
-database was set back; only one that has lost it starts it.
+database was set back; only one that has lost it starts it. So what was cancelled is asked for first.
 """
 
 

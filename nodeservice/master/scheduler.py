@@ -47,6 +47,8 @@ class Scheduler:
         self._settings = settings or SchedulerSettings()
         self._wake = asyncio.Event()
         self._queued_at: dict[Key, float] = {}
+        self._waits_since: dict[Key, float] = {}
+        """Since when (monotonic) each that may not wait for ever has waited."""
         self._impossible_since: dict[Key, float] = {}
         self.delivery = Delivery(book, nodes, clock, retry_seconds=self._settings.retry_seconds, on_room=self.wake)
 
@@ -72,7 +74,7 @@ class Scheduler:
 
     async def _pass(self) -> None:
         now = self._clock.monotonic()
-        await self._give_up_waiting()
+        await self._give_up_waiting(now)
         self._nodes.notice_silence()
         await self._give_up_gone_nodes()
         await self._give_up_unanswered(now)
@@ -94,13 +96,17 @@ class Scheduler:
             await self._book.assign(plan.assign)
         self.delivery.due()
 
-    async def _give_up_waiting(self) -> None:
+    async def _give_up_waiting(self, now: float) -> None:
         """A queued task that has waited as long as it was willing to. On a node, the node keeps that time."""
-        now_ms = self._clock.unix_ms()
+        now_ms, since = self._clock.unix_ms(), self._waits_since
+        limited = [row for row in self._book.open_rows() if row.task.wait_timeout_seconds > 0]
+        self._waits_since = {
+            row.key: since.get(row.key, now - max(0, now_ms - row.queued_at_ms) / 1000) for row in limited
+        }
         refusals: dict[Key, tuple[str, str]] = {}
-        for row in self._book.open_rows():
+        for row in limited:
             limit = row.task.wait_timeout_seconds
-            if row.state is State.QUEUED and limit > 0 and now_ms - row.queued_at_ms >= limit * 1000:
+            if row.state is State.QUEUED and now - self._waits_since[row.key] >= limit:
                 why = f"waited {limit:g} s for a node, its wait_timeout_seconds; the last obstacle: {row.message or 'none'}"
                 refusals[row.key] = (_WAITED, why)
         if refusals:

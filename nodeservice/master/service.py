@@ -171,9 +171,9 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
     async def StreamTaskLogs(  # noqa: N802
         self, request: pb.TaskLogRequest, context: Context
     ) -> AsyncIterator[pb.LogChunk]:
-        row = await self._find(request.task_id, 0, context)
+        row = await self._find(request.task_id, request.attempt, context)
         try:
-            async for chunk in self._logs.stream(row, follow=request.follow):
+            async for chunk in self._logs.stream(row, follow=request.follow, only_this=request.attempt != 0):
                 yield chunk
         except NodeServiceError as error:
             await _abort(context, error)

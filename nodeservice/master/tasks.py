@@ -190,7 +190,7 @@ class TaskBook:
             if row is None:
                 return
             if row.cancel_requested:
-                changed = self._ended(row, State.CANCELLED, "CANCELLED", "cancelled; the node had not taken it")
+                changed = self._ended(row, State.CANCELLED, "CANCELLED", "cancelled; its node does not have it")
             elif final:
                 changed = course.rejected(row, reason, message, now_ms=self._clock.unix_ms())
             else:

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from nodeservice.errors import ConfigError
 from nodeservice.ports import ResultStore
 from nodeservice.results.access import S3Access
+from nodeservice.results.mount import ResultsMount
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 """S3's rule for new buckets (Amazon S3 user guide, bucket naming rules), which MinIO follows."""
@@ -22,6 +23,7 @@ def open_result_store(
     http_limit_bytes: int | None = None,
     ca_file: Path | None = None,
     certificate: tuple[Path, Path] | None = None,
+    mount: ResultsMount | None = None,
 ) -> ResultStore:
     """`file:///dir`, `s3://bucket[/prefix]`, `http(s)://host/upload`.
 
@@ -31,7 +33,7 @@ def open_result_store(
     parts = urlsplit(url)
     match parts.scheme:
         case "file":
-            return _open_directory(url, parts.netloc, unquote(parts.path))
+            return _open_directory(url, parts.netloc, unquote(parts.path), mount)
         case "s3":
             return _open_bucket(url, parts.netloc, unquote(parts.path).strip("/"), s3)
         case "http" | "https":
@@ -45,12 +47,12 @@ def open_result_store(
             raise _refused(url, "the scheme is unknown", "file:///DIR, s3://BUCKET/PREFIX or http://HOST:PORT/upload")
 
 
-def _open_directory(url: str, host: str, path: str) -> ResultStore:
+def _open_directory(url: str, host: str, path: str, mount: ResultsMount | None) -> ResultStore:
     from nodeservice.results.file import FileResultStore
 
     if host not in ("", "localhost") or not path.startswith("/"):
         raise _refused(url, "it is not an absolute path on this host", "file:///DIR, with three slashes")
-    return FileResultStore(Path(path))
+    return FileResultStore(Path(path), mount=mount)
 
 
 def _open_bucket(url: str, bucket: str, prefix: str, s3: S3Access | None) -> ResultStore:

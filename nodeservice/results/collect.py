@@ -50,7 +50,7 @@ def collect(
     `limit_bytes` bounds what the task's own files may have in sum; a file that would pass it is skipped with the reason.
     Sparse files count with their apparent size, since that is what a store would hold: without a limit a file of 8 EiB
     that occupies nothing would be read for years. The log is never skipped. Past `layout.MAX_ENTRY_COUNT` entries the rest
-    is left out, with one line that says so.
+    is left out, with one line that says so; so it is past `layout.MAX_NAMES_LENGTH` of their names.
 
     Files come sorted by stored path. Raises NodeFaultError (COLLECT_FAILED) when the disk cannot be read, and TransientError
     (STOPPING) soon after `stopping` is set.
@@ -85,6 +85,7 @@ class _Walk:
         self._left_bytes = limit_bytes
         self._limit_bytes = limit_bytes
         self._left_count = layout.MAX_ENTRY_COUNT
+        self._left_length = layout.MAX_NAMES_LENGTH
         self._is_full = False
         self.files: list[ResultFile] = []
         self.skipped: list[str] = []
@@ -132,12 +133,22 @@ class _Walk:
         with os.scandir(fd) as entries:
             names = [entry.name for entry in islice(entries, self._left_count + 1)]
         if len(names) > self._left_count:
-            if not self._is_full:
-                self._skip(directory or ".", f"more than {layout.MAX_ENTRY_COUNT} entries in all: the rest is left out")
-            self._is_full = True
+            self._leave_out(directory, f"more than {layout.MAX_ENTRY_COUNT} entries")
             del names[self._left_count :]
+        above = len(ascii(directory))
+        for count, name in enumerate(names):
+            self._left_length -= above + len(ascii(name))
+            if self._left_length < 0:
+                self._leave_out(directory, f"names of more than {layout.MAX_NAMES_LENGTH} characters")
+                del names[count:]
+                break
         self._left_count -= len(names)
         return sorted(names, key=os.fsencode)
+
+    def _leave_out(self, directory: str, why: str) -> None:
+        if not self._is_full:
+            self._skip(directory or ".", f"{why} in all: the rest is left out")
+        self._is_full = True
 
     def _open_directory(self, path: str) -> int:
         """Open from the root, one component at a time: `O_NOFOLLOW` guards the last component of a path only."""

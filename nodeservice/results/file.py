@@ -23,6 +23,7 @@ from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
 from nodeservice.results.layout import MANIFEST_NAME
+from nodeservice.results.mount import ResultsMount
 from nodeservice.results.source import VerifiedReader
 from nodeservice.threads import Threads
 
@@ -39,8 +40,9 @@ class FileResultStore:
     STORE_FULL, STORE_UNREACHABLE. NodeFaultError: STORE_REFUSED (permissions, read-only), RESULT_CHANGED.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, mount: ResultsMount | None = None) -> None:
         self._root = root.absolute()
+        self._mount = mount
         self._pool = Threads(4, name="results-file")
         self._building: set[Path] = set()
         self._lock = threading.Lock()
@@ -64,12 +66,16 @@ class FileResultStore:
         await self._pool.ended()
 
     def _check(self) -> None:
+        if self._mount is not None:
+            self._mount.check()
         with self._translated(self._root):
             self._make_directory(self._root)
             if not os.access(self._root, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def _put(self, bundle: ResultBundle, stop: threading.Event) -> str:
+        if self._mount is not None:
+            self._mount.check()
         target = self._root.joinpath(*bundle.prefix.split("/"))
         with self._translated(target):
             if not self._is_stored(target, bundle):

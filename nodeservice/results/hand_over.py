@@ -13,14 +13,19 @@ from nodeservice.errors import NodeFaultError
 from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest
 from nodeservice.results.layout import LOG_NAME, MOVED_NAME, RESULTS_DIR
+from nodeservice.results.mount import ResultsMount
 
 
 class Bundles:
-    """Bundles of one node. All methods block; call them from a thread."""
+    """Bundles of one node. All methods block; call them from a thread.
 
-    def __init__(self, *, worker_id: str, results_dir: Path) -> None:
+    Those about what is kept raise TransientError (STORE_UNREACHABLE) while its mount is away.
+    """
+
+    def __init__(self, *, worker_id: str, results_dir: Path, mount: ResultsMount | None = None) -> None:
         self._worker_id = worker_id
         self._results_dir = results_dir
+        self._mount = mount
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -77,6 +82,8 @@ class Bundles:
         return manifest.sha256_of(bundle.manifest_bytes)
 
     def _kept_dir(self, spec: TaskSpec) -> Path:
+        if self._mount is not None:
+            self._mount.check()
         return self._results_dir / spec.id.task_id / str(spec.id.attempt)
 
 

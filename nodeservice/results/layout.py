@@ -28,6 +28,9 @@ MAX_ENTRY_COUNT = 100_000
 """Files, directories and all else in the results of one attempt. Each costs this service memory (1.6 KB, measured) and the
 store a request, and a task may make as many as its disk limit has blocks."""
 
+MAX_NAMES_LENGTH = 16 * 1024**2
+"""Of all their paths together, written in ASCII: what costs memory with long names, most of all with some outside of it."""
+
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 

@@ -50,6 +50,7 @@ _TRANSIENT_CODES = frozenset(
         "OperationAborted",
         "RequestTimeout",
         "SlowDown",
+        "TemporaryRedirect",
         "XAmzContentSHA256Mismatch",
         "XMinioServerNotInitialized",
     }
@@ -261,7 +262,7 @@ class BucketClient:
     ) -> tuple[str, Standing]:
         """The ETag. The body's integrity is guarded by its sha256 in the signature (plain HTTP) or by Content-MD5 (TLS)."""
         stream = cast(BinaryIO, data)
-        with stopped_by(stop), self._translated(f"upload {key}"):
+        with stopped_by(stop), self._translated(f"upload {key}", only_new="If-None-Match" in headers):
             if part_bytes is not None and size_bytes > part_bytes:
                 return self._parts.send(key, stream, size_bytes, headers, part_bytes=part_bytes), Standing.TAKEN
             body = stream.read(size_bytes)
@@ -272,14 +273,14 @@ class BucketClient:
         return etag, Standing.PROVEN if is_proven else Standing.TAKEN
 
     @contextlib.contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
+    def _translated(self, action: str, *, only_new: bool = False) -> Iterator[None]:
         where = f"{self._access.endpoint}/{self._bucket}"
         try:
             yield
         except S3Error as error:
             if error.code == "NoSuchBucket":
                 raise BucketMissing from error
-            if error.code == "PreconditionFailed":
+            if error.code == "PreconditionFailed" and only_new:  # else it refuses what was asked under no condition
                 raise AlreadyThere from error
             raise _sorted_out(
                 error.code or "", error.response.status, f"{where}: cannot {action}: {error.code}"

@@ -130,7 +130,7 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         self, request: pb.TaskLogRequest, context: RpcContext
     ) -> AsyncIterator[pb.LogChunk]:
         try:
-            record = self._find(request.task_id, 0)
+            record = self._find(request.task_id, request.attempt)
         except RequestError as error:
             code = grpc.StatusCode.NOT_FOUND if error.reason == "NOT_FOUND" else grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(code, str(error))

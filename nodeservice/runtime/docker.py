@@ -294,8 +294,10 @@ class DockerRuntime:
             log.info("gpu.access", name=spec.name, how=access.words, passed_over=list(access.passed_over))
         if profile.makes_mount_sources:
             await asyncio.to_thread(check_mount_sources, spec)
+        volumes = self._pulls.volumes.get(spec.image, ())
         return await self._connection.call_to_end(
-            lambda client: calls.create(client, spec, body, native=is_native), doing=f"create {spec.name}"
+            lambda client: calls.create(client, spec, body, native=is_native, volumes=volumes),
+            doing=f"create {spec.name}",
         )
 
     async def _profile(self, *, fresh: bool = False) -> EngineProfile:

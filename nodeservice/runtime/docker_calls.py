@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from nodeservice.runtime.docker_state import read_listed, read_state
 from nodeservice.runtime.endpoint import Endpoint
 from nodeservice.runtime.engine_process import read_engine_process
 from nodeservice.runtime.errors import create_error, is_status, start_error, translate
+from nodeservice.runtime.hidden_results import refuse_hidden
 from nodeservice.runtime.libpod import create_natively
 from nodeservice.runtime.profile import EngineProfile, read_profile
 
@@ -107,10 +108,18 @@ def log_bound(body: bytes) -> int | None:
         return None
 
 
-def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any], *, native: bool = False) -> tuple[str, bool]:
+def create(
+    client: APIClient,
+    spec: ContainerSpec,
+    body: dict[str, Any],
+    *,
+    native: bool = False,
+    volumes: Sequence[str] = (),
+) -> tuple[str, bool]:
     """Create, or find one of the same request: the id, and whether it is new.
 
-    Whatever goes wrong on the way, the name tells whether it is there. `native` is for the body of a Podman specification.
+    Whatever goes wrong on the way, the name tells whether it is there. `native` is for the body of a Podman specification,
+    `volumes` are those that the image declares: see `refuse_hidden`.
     """
     from docker.errors import APIError
 
@@ -131,9 +140,11 @@ def create(client: APIClient, spec: ContainerSpec, body: dict[str, Any], *, nati
                 reason="CREATE_FAILED",
                 field="name",
             ) from error
+        refuse_hidden(client, existing.id, spec, volumes)
         return existing.id, False
     for warning in answer.get("Warnings") or ():
         log.warning("container.created_with_warning", name=spec.name, warning=warning)
+    refuse_hidden(client, str(answer["Id"]), spec, volumes)
     return str(answer["Id"]), True
 
 

@@ -39,6 +39,8 @@ class ImagePulls:
         self._inactivity_timeout_seconds = inactivity_timeout_seconds
         self._threads = Threads(_PULL_THREADS, name="image-pull")
         self._shared: dict[str, _SharedPull] = {}
+        self.volumes: dict[str, tuple[str, ...]] = {}
+        """By digest, of the images that declare any."""
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None) -> PulledImage:
         name = parse_image(image)
@@ -144,13 +146,15 @@ class ImagePulls:
         digest = choose_digest(
             name, image_id=image_id, repo_digests=found.get("RepoDigests") or (), announced=announced
         )
+        if volumes := tuple((found.get("Config") or {}).get("Volumes") or ()):
+            self.volumes[digest] = volumes
         size_bytes = int(found.get("Size") or 0)
         return PulledImage(
             digest=digest,
             image_id=image_id,
             size_bytes=size_bytes,
             name=name.full_name,
-            volumes=tuple((found.get("Config") or {}).get("Volumes") or ()),
+            volumes=volumes,
         )
 
     def _forget(self, shared: _SharedPull) -> None:

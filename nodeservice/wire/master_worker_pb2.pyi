@@ -469,14 +469,16 @@ class TaskID(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class TaskLogRequest(_message.Message):
-    __slots__ = ("task_id", "user_id", "follow")
+    __slots__ = ("task_id", "user_id", "follow", "attempt")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     user_id: str
     follow: bool
-    def __init__(self, task_id: _Optional[str] = ..., user_id: _Optional[str] = ..., follow: _Optional[bool] = ...) -> None: ...
+    attempt: int
+    def __init__(self, task_id: _Optional[str] = ..., user_id: _Optional[str] = ..., follow: _Optional[bool] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class LogChunk(_message.Message):
     __slots__ = ("task_id", "content", "timestamp", "is_complete", "status", "notice")

@@ -111,6 +111,13 @@ def test_the_run_took_as_long_as_the_container_lived_however_late_start_and_end_
     assert [timing.started_at for timing in record.timings[1:]] == [timing.ended_at for timing in record.timings[:-1]]
 
 
+def test_a_run_lasted_as_long_as_is_told_though_the_clock_was_set_back_since() -> None:
+    exited = ev.ContainerExited(at=at(-60), exit_code=0, oom_killed=False, finished_at=at(8), ran=timedelta(seconds=5))
+    record = after(*HAPPY[:2], ev.ContainerStarted(at=at(3), started_at=at(3)), exited).record
+    run = next(timing for timing in record.timings if timing.name == "run")
+    assert (run.started_at, run.ended_at) == (at(3), at(8))
+
+
 def test_a_task_that_goes_well_passes_every_phase_and_ends_succeeded() -> None:
     record = after(*HAPPY).record
     assert record.phase is Phase.FINISHED

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 _BLOCK = 64 * 1024
 _REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP/1\.1\r\n")
-_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
+_SLOW_DOWN = (503, "SlowDown")
 
 
 class FaultProxy:
@@ -47,6 +47,8 @@ class FaultProxy:
         """No faults from now on."""
         self._bytes_per_second = 0.0
         self._reject_left = 0
+        self._rejection = _SLOW_DOWN
+        self._rejects_puts = False
         self._reset_at = 0
         self._reset_left = 0
         self._corrupt_at = 0
@@ -64,6 +66,10 @@ class FaultProxy:
     def reject_first(self, count: int) -> None:
         """Answer the next `count` requests with 503 SlowDown; each ends its connection."""
         self._reject_left = count
+
+    def reject_puts(self, rejection: tuple[int, str]) -> None:
+        """Answer each PUT that begins a connection with this status and code of S3's, and end it."""
+        self._rejects_puts, self._rejection = True, rejection
 
     def reset_at(self, byte_count: int, *, times: int = 1) -> None:
         """Reset the next `times` connections that carry more than `byte_count` bytes, at that byte."""
@@ -123,7 +129,7 @@ class FaultProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with self._tracked(client):
-            if self._take("_reject_left"):
+            if (self._rejects_puts and client.recv(3, socket.MSG_PEEK) == b"PUT") or self._take("_reject_left"):
                 self._reject(client)
                 return
             if self._silent:
@@ -184,10 +190,11 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while left > 0 and (block := client.recv(min(left, _BLOCK))):
                 left -= len(block)
-            answer = b"" if head.startswith(b"HEAD") else _SLOW_DOWN
+            status, code = self._rejection
+            answer = b"" if head.startswith(b"HEAD") else f"<Error><Code>{code}</Code></Error>".encode()
             client.sendall(
-                b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(answer), answer)
+                b"HTTP/1.1 %d No\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (status, len(answer), answer)
             )
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
         self.cancelled: list[pb.TaskID] = []
         self.announced: list[str] = []
         self.refuse_with: str | None = None
+        self.cancel_answer = pb.TaskAck(success=True, message="cancelling")
         self.hang = False
         self.lines: dict[str, list[str]] = {}
         self.log_ended: dict[str, str] = {}
@@ -84,6 +86,21 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
         beat = pb.Heartbeat(worker_id=self.worker_id, running_tasks=running, **fields)
         return (await self.stub.SendHeartbeat(beat, timeout=10)).success
 
+    @contextlib.asynccontextmanager
+    async def beating(self) -> AsyncIterator[None]:
+        """It is heard of all the time, with what was assigned to it."""
+
+        async def beat_on() -> None:
+            while await self.beat(*(pb.RunningTask(task_id=t.task_id, attempt=t.attempt) for t in self.assigned)):
+                await asyncio.sleep(0.05)
+
+        beats = asyncio.create_task(beat_on())
+        try:
+            yield
+        finally:
+            beats.cancel()
+            await asyncio.wait({beats})
+
     async def report(self, task_id: str, *, attempt: int = 1, status: str = "success", **fields: Any) -> pb.Ack:
         result = pb.TaskResult(task_id=task_id, worker_id=self.worker_id, status=status, attempt=attempt, **fields)
         return await self.stub.ReportTaskCompletion(result, timeout=10)
@@ -113,13 +130,13 @@ class ScriptedNode(pb_grpc.MasterWorkerServicer):
 
     async def CancelTask(self, request: pb.TaskID, context: Any) -> pb.TaskAck:  # noqa: N802
         self.cancelled.append(request)
-        return pb.TaskAck(success=True, message="cancelling")
+        return self.cancel_answer
 
     async def StreamTaskLogs(  # noqa: N802
         self, request: pb.TaskLogRequest, context: Any
     ) -> AsyncIterator[pb.LogChunk]:
         self.log_calls += 1
-        lines = self.lines.get(request.task_id)
+        lines = self.lines.get(f"{request.task_id}.{request.attempt}", self.lines.get(request.task_id))
         if lines is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown task")
             return

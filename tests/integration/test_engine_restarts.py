@@ -295,6 +295,26 @@ async def test_a_task_whose_engine_was_killed_in_the_middle_of_its_start_is_not_
             assert not client.containers(all=True)
 
 
+async def test_a_task_whose_start_is_not_answered_has_no_more_time_than_others(tmp_path: Path) -> None:
+    async with bench(tmp_path, env={"NODESERVICE_DEFAULT_TIMEOUT_SECONDS": "2"}) as on:
+        goes_on = tmp_path / "goes-on"
+        on.engine.programs.mkdir()
+        slow = on.engine.programs / "runc"
+        slow.write_text(SLOW_RUNC.format(goes_on=goes_on, runc=shutil.which("runc")))
+        slow.chmod(0o755)
+        await on.assign(begun="while echo tick >> /results/ticks; do sleep 0.05; done")
+        ticks = tmp_path / "node/state/tasks/begun.1/results/ticks"
+        async with asyncio.timeout(30):
+            while not ticks.exists():
+                await asyncio.sleep(0.02)
+        async with asyncio.timeout(25):
+            size = -1
+            while size != (size := ticks.stat().st_size):
+                await asyncio.sleep(0.5)
+        goes_on.touch()
+        assert (await on.ended("begun"))["begun"][:2] == ("failed", "DEADLINE")
+
+
 async def test_while_the_engine_hangs_the_node_beats_takes_work_and_loses_nothing(tmp_path: Path) -> None:
     async with bench(tmp_path, env={"NODESERVICE_DEFAULT_TIMEOUT_SECONDS": "60"}) as on:
         await on.begin(counts=COUNTS, cancelled=SLEEPS)

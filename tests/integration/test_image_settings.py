@@ -25,10 +25,12 @@ def make(docker_client: docker.APIClient, demo_image: str) -> Iterator[Make]:
     """Makes an image from the demo's with lines as in a Dockerfile; gone at the end."""
     made = []
 
-    def image(*lines: str, shell: bytes = b"") -> str:
+    def image(*lines: str, shell: bytes = b"", link: tuple[str, str] | None = None) -> str:
         container = docker_client.create_container(demo_image, ["true"])["Id"]
         if shell:
             assert docker_client.put_archive(container, "/bin", packed("sh", shell))
+        if link:
+            assert docker_client.put_archive(container, "/", packed(link[0], b"", link_to=link[1]))
         name = f"nodeservice/it-{uuid.uuid4().hex[:8]}"
         docker_client.commit(container, name, tag="1", changes=list(lines))
         docker_client.remove_container(container)
@@ -41,11 +43,13 @@ def make(docker_client: docker.APIClient, demo_image: str) -> Iterator[Make]:
             docker_client.remove_image(name, force=True)
 
 
-def packed(name: str, program: bytes) -> bytes:
+def packed(name: str, program: bytes, *, link_to: str = "") -> bytes:
     with io.BytesIO() as buffer:
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(program), 0o755
+            if link_to:
+                entry.type, entry.linkname = tarfile.SYMTYPE, link_to
             archive.addfile(entry, io.BytesIO(program))
         return buffer.getvalue()
 
@@ -63,6 +67,36 @@ async def test_a_volume_that_an_image_declares_hides_no_results(
     else:
         assert (result.reason, result.retryable) == ("CREATE_FAILED", False)
         assert place in result.message
+    await nothing_left(docker_client, bench.node)
+
+
+@pytest.mark.parametrize(
+    ("link", "volume", "is_refused"),
+    [
+        (("results", "/data"), "/data", True),
+        (("results", "/data"), "/data/sub", True),
+        (("output", "../data/sub"), "/data", True),
+        (("data", "/results"), "/data/sub", True),
+        (("results", "/data"), "/database", False),
+        (("results", "/data"), "/results", False),
+    ],
+)
+async def test_a_volume_that_meets_the_results_by_way_of_a_link_hides_none(
+    bench: Bench,
+    docker_client: docker.APIClient,
+    make: Make,
+    link: tuple[str, str],
+    volume: str,
+    is_refused: bool,
+) -> None:
+    """However short the task is."""
+    image = make(f"VOLUME {volume}", link=link)
+    result = await bench.run("mkdir -p /results/sub; echo it ran > /results/sub/a.txt", docker_image=image)
+    if is_refused:
+        assert (result.reason, result.retryable) == ("CREATE_FAILED", False)
+        assert volume in result.message
+    else:
+        assert (result.reason, set(result.output_files)) == ("COMPLETED", {"stdout.log", "sub/a.txt"})
     await nothing_left(docker_client, bench.node)
 
 

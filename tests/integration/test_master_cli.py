@@ -15,6 +15,7 @@ import pytest
 
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.master_process import MasterProcess, environment
+from tests.integration.node_process import NodeProcess
 from tests.integration.scripted_node import ScriptedNode
 
 
@@ -130,6 +131,27 @@ async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empt
         ]  # fmt: skip
 
 
+@pytest.mark.engine
+async def test_each_attempt_of_a_task_has_its_own_log(
+    master: MasterProcess, tmp_path: Path, node_id: str, demo_image: str
+) -> None:
+    at = ("--master", master.address, "--insecure")
+    node = await NodeProcess(tmp_path / "node", node_id, ("--master", master.address)).start()
+    try:
+        submitted = await run(
+            "submit", *at, "--task-id", "t1", "--memory", "32m", "--cpus", "0.1", "--max-retries", "1",
+            "--retry-own-failures", "--shell", "echo attempt $NODESERVICE_ATTEMPT; exit 3", demo_image,
+        )  # fmt: skip
+        assert submitted.code == 0, submitted.err
+        assert (await run("wait", *at, "t1")).code == 3
+        for options, attempt in ((("--attempt", "1"), 1), (("--attempt", "2"), 2), ((), 2)):
+            assert (await run("logs", *at, "t1", *options)).out == f"attempt {attempt}\n"
+        unknown = await run("logs", *at, "t1", "--attempt", "3")
+        assert (unknown.code, unknown.out, unknown.err) == (66, "", "nodeservice: there is no attempt 3 of task t1\n")
+    finally:
+        await node.stop()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -139,7 +161,9 @@ async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empt
         (("--heartbeat-timeout", "x"), "--heartbeat-timeout is 'x' (give a duration"),
         (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
         (("--heartbeat-timeout", "0"), "--heartbeat-timeout is 0: every node would be silent"),
+        (("--gone-after", "29s"), "--gone-after is 29s: nodes would be given up before they are silent"),
         (("--log-level", "loud"), "--log-level is 'loud' (use one of debug"),
+        (("--results-dir", ""), "--results-dir is empty"),
     ],
 )
 async def test_a_master_that_is_configured_wrongly_says_what_to_give_and_ends_with_78(
@@ -229,10 +253,15 @@ async def test_every_option_is_a_key_of_the_file_and_an_unknown_key_is_an_error(
         assert master.ready["http_address"]
     finally:
         assert await master.end() == 0
-    config.write_text("colour = 3\n")
-    done = await run("master", "--config", str(config), "--insecure")
-    assert done.code == 78
-    assert "unknown key 'colour'" in done.err
+    for wrong, words in (
+        ("colour = 3", f"{config} has an unknown key 'colour'"),
+        ('node_loss_retries = "x"', f"{config}: node_loss_retries is 'x'"),
+        ('node = "gpu1:50052"', f"{config}: node is 'gpu1:50052'"),
+    ):
+        config.write_text(f"{wrong}\n")
+        done = await run("master", "--config", str(config), "--insecure")
+        assert done.code == 78
+        assert f"nodeservice: {words}" in done.err
 
 
 @pytest.fixture

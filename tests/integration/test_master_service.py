@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import grpc.aio
 import pytest
 
 from nodeservice.errors import ConfigError, TransientError
+from nodeservice.master.clock import MasterClock
 from nodeservice.master.daemon import Master
 from nodeservice.master.scheduler import SchedulerSettings
 from nodeservice.master.settings import MasterSettings
@@ -47,8 +49,9 @@ class Client:
         await eventually(reached)
         return await self.get(task_id)
 
-    async def log(self, task_id: str, *, follow: bool) -> list[pb.LogChunk]:
-        return [c async for c in self.stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow))]
+    async def log(self, task_id: str, *, follow: bool, attempt: int = 0) -> list[pb.LogChunk]:
+        request = pb.TaskLogRequest(task_id=task_id, follow=follow, attempt=attempt)
+        return [c async for c in self.stub.StreamTaskLogs(request)]
 
 
 FAST = SchedulerSettings(retry_seconds=0.1, tick_seconds=0.05, least_pause_seconds=0.001)
@@ -265,6 +268,24 @@ async def test_a_task_that_waited_as_long_as_it_was_willing_to_is_given_up(clien
     assert node.ids() == ["first"]
 
 
+@pytest.mark.parametrize("jump_ms", [3_600_000, -3_600_000])
+async def test_a_clock_that_is_set_neither_shortens_nor_prolongs_a_wait(
+    client: Client, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch, jump_ms: int
+) -> None:
+    await client.submit("first", req_cpu=3.0)
+    await node.got("first")
+    await client.submit("patient", req_cpu=3.0, wait_timeout_seconds=1800.0)
+    await client.submit("second", req_cpu=3.0, wait_timeout_seconds=0.5)
+
+    async def seen() -> bool:
+        return bool((await client.get("second")).reason and (await client.get("patient")).reason)
+
+    await eventually(seen)
+    monkeypatch.setattr(MasterClock, "unix_ms", lambda _self: time.time_ns() // 1_000_000 + jump_ms)
+    assert (await client.until("second", "REJECTED")).reason == "WAIT_TIMEOUT"
+    assert (await client.get("patient")).state == "QUEUED"
+
+
 async def test_hundreds_of_submissions_at_once_are_all_kept_and_none_overcommits(
     client: Client, node: ScriptedNode
 ) -> None:
@@ -408,17 +429,10 @@ async def deaf(settings: MasterSettings) -> AsyncIterator[tuple[Client, Scripted
     async with ScriptedNode(master.address, cpu=4) as node:
         await node.register()
         await node.deaf()
-
-        async def beat_on() -> None:
-            while await node.beat():
-                await asyncio.sleep(0.05)
-
-        beating = asyncio.create_task(beat_on())
-        await client.submit("t1")
-        await eventually(lambda: _reason(client, "t1", "NODE_UNREACHABLE"))
-        yield client, node
-        beating.cancel()
-        await asyncio.wait({beating})
+        async with node.beating():
+            await client.submit("t1")
+            await eventually(lambda: _reason(client, "t1", "NODE_UNREACHABLE"))
+            yield client, node
     await client.channel.close(None)
     await master.stop()
 
@@ -431,7 +445,8 @@ async def test_a_node_that_beats_and_answers_no_call_keeps_no_task_from_the_othe
     await eventually(lambda: _reason(client, "t2", "NODE_UNAVAILABLE"))
     async with ScriptedNode(node.master, "w2", cpu=16) as other:
         await other.register()
-        await other.got("t1", "t2")
+        async with other.beating():
+            await other.got("t1", "t2")
         assert sorted((task.task_id, task.attempt) for task in other.assigned) == [("t1", 2), ("t2", 1)]
 
 
@@ -581,6 +596,25 @@ async def test_a_follower_of_the_log_is_told_of_the_next_attempt_and_hears_it(
     assert [one.content for one in chunks] == ["one", words, "one", ""]
 
 
+@pytest.mark.parametrize("follow", [False, True])
+async def test_the_log_of_an_earlier_attempt_is_asked_for_by_its_number_and_ends_with_it(
+    client: Client, node: ScriptedNode, follow: bool
+) -> None:
+    node.lines |= {"t1.1": ["of the first"], "t1.2": ["of the second"]}
+    node.log_ended["t1"] = "failed"
+    await client.submit("t1", max_retries=1, retry_own_failures=True)
+    await node.got("t1")
+    await node.report("t1", status="failed", outcome="FAILED", reason="EXIT_NONZERO")
+    await eventually(lambda: [task.attempt for task in node.assigned] == [1, 2])
+    first = await client.log("t1", follow=follow, attempt=1)
+    assert [(one.content, one.status) for one in first] == [("of the first", ""), ("", "failed")]
+    newest = await client.log("t1", follow=False)
+    assert newest[0].content == "of the second"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.log("t1", follow=follow, attempt=3)
+    assert caught.value.details() == "there is no attempt 3 of task t1"
+
+
 async def test_a_task_that_its_node_has_lost_is_offered_to_it_again(
     client: Client, master: Master, node: ScriptedNode
 ) -> None:
@@ -647,6 +681,32 @@ async def test_a_cancellation_that_the_node_cannot_hear_is_kept_and_passed_on_la
     assert (await client.get("t1")).reason == "CANCELLING"
     await node.listen()
     await eventually(lambda: bool(node.cancelled))
+
+
+async def test_a_cancelled_task_that_its_node_has_lost_is_not_started_anew(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    await client.submit("t1")
+    await eventually(lambda: _answered(master, "t1"))
+    node.cancel_answer = pb.TaskAck(success=False, message="not known here", reason="NOT_FOUND")
+    assert (await client.cancel("t1")).success
+    for _ in range(3):
+        await node.beat()
+    assert (await client.until("t1", "CANCELLED")).reason == "CANCELLED"
+    assert node.ids() == ["t1"]
+
+
+async def test_a_cancelled_task_whose_end_its_node_has_told_before_is_told_again(
+    client: Client, master: Master, node: ScriptedNode
+) -> None:
+    await client.submit("t1")
+    await eventually(lambda: _answered(master, "t1"))
+    node.cancel_answer = pb.TaskAck(success=False, message="ended", reason="ALREADY_ENDED")
+    assert (await client.cancel("t1")).success
+    for _ in range(3):
+        await node.beat()
+    await eventually(lambda: node.ids() == ["t1", "t1"])
+    assert node.metadata[-1]["nodeservice-report-again"] == "1"
 
 
 async def test_a_task_cancelled_before_its_node_refused_it_is_cancelled(client: Client, node: ScriptedNode) -> None:

@@ -90,6 +90,8 @@ def test_words_that_nobody_reads_do_not_stop_the_task(
         (["--results", "s3://b"], {}, ExitCode.CONFIG, "CONFIG"),
         (["--memory", "much"], {}, ExitCode.REJECTED, "INVALID_REQUEST"),
         (["--results", "ftp://host/path"], {}, ExitCode.CONFIG, "CONFIG"),
+        ([], {"XDG_STATE_HOME": "~no-such-user"}, ExitCode.CONFIG, "CONFIG"),
+        ([], {"XDG_STATE_HOME": "/dev/null"}, ExitCode.CONFIG, "CONFIG"),
         (["--no-such-option"], {}, ExitCode.USAGE, "USAGE"),
         (["--name", os.fsdecode(b"\xff")], {}, ExitCode.USAGE, "USAGE"),
         (["--env", "BYTES"], {"BYTES": os.fsdecode(b"\xff")}, ExitCode.REJECTED, "INVALID_REQUEST"),
@@ -293,6 +295,7 @@ def test_a_client_that_reaches_nobody_says_so_as_json_too() -> None:
     ("arguments", "code", "reason"),
     [
         (["ps", "--json", "--insecure", "--master", "no address"], ExitCode.CONFIG, "CONFIG"),
+        (["ps", "--json", "--insecure", "--master", "http://127.0.0.1:50051"], ExitCode.CONFIG, "CONFIG"),
         (["wait", "--json", "--insecure", "--timeout", "soon", "x"], ExitCode.REJECTED, "INVALID_REQUEST"),
         (["nodes", "--json", "--no-such-option"], ExitCode.USAGE, "USAGE"),
         (["submit", "--json", "--insecure", os.fsdecode(b"\xff")], ExitCode.USAGE, "USAGE"),
@@ -313,6 +316,20 @@ def test_a_command_whose_output_takes_nothing_ends_without_a_traceback(tmp_path:
         ["sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable, "-m", "nodeservice", "inspect", *options],
         env=environment(tmp_path), stderr=subprocess.PIPE, text=True, timeout=60, check=False,
     )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (ExitCode.OUTPUT_CLOSED, "")
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_reader_who_went_away_is_told_apart_from_a_failure(tmp_path: Path, options: list[str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "nodeservice", "inspect", *options],
+            env=environment(tmp_path), stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write_end)
     assert (ended.returncode, ended.stderr) == (ExitCode.OUTPUT_CLOSED, "")
 
 

@@ -21,7 +21,7 @@ import pytest
 from minio import Minio
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec
-from nodeservice.errors import NodeFaultError, TransientError
+from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest, s3_archive, s3_client
 from nodeservice.results.access import MIB, S3Access
@@ -346,6 +346,43 @@ async def test_a_store_that_fails_at_first_takes_the_results_later(
     assert proxy.rejected_count == 3
     assert 1 <= len(failures) <= 3
     assert set(failures) == {"STORE_UNREACHABLE"}
+    assert_complete(client, bucket, bundle)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "reason"),
+    [
+        ((412, "PreconditionFailed"), NodeFaultError, "STORE_REFUSED"),
+        ((301, "PermanentRedirect"), NodeFaultError, "STORE_REFUSED"),
+        ((307, "TemporaryRedirect"), TransientError, "STORE_UNREACHABLE"),
+        ((403, "AccessDenied"), NodeFaultError, "STORE_REFUSED"),
+        ((403, "RequestTimeTooSkewed"), NodeFaultError, "STORE_CREDENTIALS"),
+        ((400, "XMinioAdminBucketQuotaExceeded"), TransientError, "STORE_FULL"),
+        ((507, "XMinioStorageFull"), TransientError, "STORE_FULL"),
+        ((400, "EntityTooLarge"), RequestError, "RESULT_TOO_LARGE"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 9])
+async def test_each_answer_of_a_store_says_whose_move_is_next(
+    open_store: OpenStore,
+    proxy: FaultProxy,
+    client: Minio,
+    bucket: str,
+    tmp_path: Path,
+    answer: tuple[int, str],
+    error: type[NodeServiceError],
+    reason: str,
+    count: int,
+) -> None:
+    """No condition was asked for, so that it isn't kept is an answer like any other."""
+    client.make_bucket(bucket)
+    store, bundle = open_store(), bundle_of(tmp_path, {f"{n}": b"1" for n in range(count)})
+    proxy.reject_puts(answer)
+    with pytest.raises(error) as told:
+        await store.put(bundle)
+    assert told.value.reason == reason
+    proxy.heal()
+    await store.put(bundle)
     assert_complete(client, bucket, bundle)
 
 

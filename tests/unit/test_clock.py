@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
+from nodeservice import clock as clock_module
 from nodeservice.clock import SystemClock
 from nodeservice.testing.manual_clock import ManualClock
 
@@ -17,6 +20,16 @@ async def test_the_host_s_clock_is_aware_utc_and_takes_any_length() -> None:
     await clock.sleep(0)
     await clock.sleep(0.01)
     assert clock.now() > before
+
+
+async def test_a_sleep_is_over_when_its_host_was_suspended_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock_module, "_LONGEST_SLEEP_SECONDS", 0.001)
+    clock, before = SystemClock(), SystemClock().elapsed()
+    sleeper = asyncio.create_task(clock.sleep(3600.0))
+    await asyncio.sleep(0.01)
+    assert not sleeper.done()
+    monkeypatch.setattr(SystemClock, "elapsed", lambda _self: before + 3601.0)
+    await sleeper
 
 
 async def test_a_manual_clock_wakes_sleepers_at_their_instants_and_not_before() -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import structlog
+from typer.main import get_command
 
+from nodeservice.cli import build_app
 from nodeservice.config import NodeConfig, load_config
 from nodeservice.errors import ConfigError
 from nodeservice.telemetry.logs import configure_logging
@@ -119,6 +121,15 @@ def test_an_unknown_variable_is_named_with_the_nearest_known_one() -> None:
         load_config(None, PLAIN, {"NODESERVICE_STATE_DIRECTORY": "/x"})
 
 
+def test_what_other_commands_and_tasks_have_in_their_environment_is_left_alone() -> None:
+    commands = get_command(build_app()).commands.values()  # type: ignore[attr-defined]
+    named = {parameter.envvar for command in commands for parameter in command.params} - {None}
+    settings = {f"NODESERVICE_{key.upper()}" for key in NodeConfig.model_fields}
+    others = dict.fromkeys((named - settings) | {"NODESERVICE_TASK_ID", "NODESERVICE_ATTEMPT"}, "1")
+    assert {"NODESERVICE_NODE", "NODESERVICE_HTTP_LISTEN"} <= others.keys()
+    assert load_config(None, PLAIN, others) == load_config(None, PLAIN, {})
+
+
 def test_other_variables_and_the_path_of_the_file_are_left_alone() -> None:
     others = {"NODESERVICES": "1", "PATH": "/bin", "NODESERVICE_CONFIG": "/etc/node.toml"}
     assert load_config(None, PLAIN, others) == load_config(None, PLAIN, {})
@@ -172,6 +183,7 @@ WRONG = [
     ("default_memory_bytes", 1000),
     ("default_memory_bytes", "64m"),
     ("docker_host", "/var/run/docker.sock"),
+    ("docker_host", "ssh://user@host"),
     ("http_upload_url", "ftp://host/upload"),
     ("otlp_endpoint", "not an endpoint"),
     ("log_max_bytes", [1]),
@@ -212,7 +224,7 @@ def test_a_wrong_value_is_told_with_field_value_source_and_remedy(field: str, va
         ("advertise", "10.0.0.1"),
         ("advertise", "node.example:50052"),
         ("docker_host", "unix:///run/podman/podman.sock"),
-        ("docker_host", "ssh://user@host"),
+        ("docker_host", "tcp://127.0.0.1:2375"),
         ("log_level", "DEBUG"),
         ("otlp_endpoint", "https://collector.example"),
         ("upload_give_up_seconds", "0"),
@@ -237,8 +249,8 @@ def test_all_wrong_values_are_told_at_once() -> None:
     assert "heartbeat_seconds = 'y'" in caught.value.message
 
 
-@pytest.mark.parametrize("below", ["tasks", "logs/a", "salvage"])
-def test_results_are_not_put_where_the_node_tidies_up(below: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["tasks", "logs/a", "salvage", "."])
+def test_results_are_not_put_among_the_node_s_own_files(below: str, tmp_path: Path) -> None:
     """`tasks/job.7` is a work directory of nobody, though the results of a task named job.7 may lie there."""
     with pytest.raises(ConfigError, match="results_dir = ") as caught:
         load_config(None, {**PLAIN, "state_dir": str(tmp_path), "results_dir": str(tmp_path / below)}, {})

@@ -168,6 +168,7 @@ def test_a_disk_is_hard_where_writing_fails_and_watched_where_the_task_is_ended(
 
     assert finding.state is expected
     assert bool(finding.remedy) is (expected is not State.HARD)
+    assert "btrfs" not in finding.remedy  # it has no project quotas
 
 
 def test_what_outlives_the_deadline_is_a_failure() -> None:

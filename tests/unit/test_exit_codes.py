@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from nodeservice.cli.exit_codes import ExitCode, exit_code_of
@@ -29,3 +35,19 @@ def test_the_code_for_a_fault_of_the_node_is_for_that_alone(reason: Reason) -> N
 
 def test_a_reason_of_a_newer_node_is_not_taken_for_a_success() -> None:
     assert exit_code_of(outcome="FAILED", reason="NEVER_HEARD_OF", exit_code=0) == ExitCode.NODE_FAULT
+
+
+def test_ctrl_c_while_the_program_is_still_read_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    # The command line begins with this module, which in its place interrupts the process.
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, "-m", "nodeservice", "ps"],
+        env=os.environ | {"PYTHONPATH": path},
+        # A shell lets what it runs in the background ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +25,15 @@ from nodeservice.core.model import (
     TaskRecord,
     TaskSpec,
 )
+from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
 from nodeservice.journal.memory import MemoryJournal
-from nodeservice.lifecycle import driver, workdir
+from nodeservice.lifecycle import driver, timekeeper, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.limits.cgroup import NoTaskCgroups
-from nodeservice.ports import ContainerState, labels
+from nodeservice.ports import ContainerState, ResultBundle, labels
 from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
@@ -119,6 +121,31 @@ async def test_a_task_whose_results_are_gone_from_this_host_is_no_success(world:
         assert f"{node.dirs.results(T)} is gone" in record.remarks[-1]
     assert world.store.stored == {}
     assert len(world.uplink.reports) == 1
+
+
+@pytest.mark.parametrize("give_up_seconds", [3600.0, 0.0])
+async def test_results_that_wait_for_a_store_take_no_memory_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch, give_up_seconds: float
+) -> None:
+    """In the upload, and later, when they were kept on this host."""
+    world.runtime.images["demo"] = FakeImage(output=b"hello")
+    world.give_up_seconds = give_up_seconds
+    world.store_backoff = Backoff(first_seconds=600, max_seconds=600)
+    world.kept = FileResultStore(world.path / "results")  # type: ignore[assignment]
+    tries = []
+
+    async def away(bundle: ResultBundle) -> str:
+        tries.append(bundle.prefix)
+        raise TransientError("away", reason="STORE_UNREACHABLE")
+
+    monkeypatch.setattr(world.store, "put", away)
+    async with living(world) as node:
+        await node.assign(spec("waits"))
+        await node.until(lambda: len(tries) == (1 if give_up_seconds else 2))
+        await node.driver.settled()
+        gc.collect()
+        assert [one for one in gc.get_objects() if isinstance(one, ResultBundle) and one.prefix == "waits/1"] == []
+    await world.kept.close()
 
 
 @pytest.mark.parametrize("was_frozen", [False, True])
@@ -416,6 +443,9 @@ class CgroupsOfARuntime(NoTaskCgroups):
         for container_id in self._runtime.running:
             self._runtime.finish(container_id, 137)
 
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        return {id_: [1] * len(self._runtime.running) for id_ in ids}
+
 
 @pytest.mark.parametrize("is_restarted", [False, True])
 async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_while_it_is_away(
@@ -444,6 +474,86 @@ async def test_what_was_started_by_an_engine_that_then_went_away_is_stopped_whil
     assert record.verdict is not None
     assert record.verdict.reason is Reason.CANCELLED
     assert [report.id for report in world.uplink.reports] == [T]
+
+
+@pytest.mark.parametrize("away", ["engine", "journal"])
+async def test_what_runs_while_its_start_is_not_on_record_has_no_more_time(
+    world: World, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    monkeypatch.setattr(timekeeper, "_START_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(driver, "_UNWRITTEN_SECONDS", 0.01)
+    world.journal = journal = HeldJournal()
+    journal.from_phase = Phase.RUNNING
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    if away == "engine":
+        world.runtime = RuntimeLostAtTheStart()
+    else:
+        journal.free.clear()
+    world.cgroups = CgroupsOfARuntime(world.runtime)
+    async with living(world) as node:
+        await node.assign(spec(timeout_seconds=0.05, grace_seconds=0.0))
+        await node.until(lambda: bool(world.runtime.running))
+        await node.until(lambda: not world.runtime.running)
+        assert node.phase(T) is Phase.STARTING
+        world.runtime.unavailable = False
+        journal.free.set()
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.DEADLINE
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_what_was_never_made_is_reported_while_the_engine_is_away_unless_another_process_may_have_made_it(
+    world: World, is_restarted: bool
+) -> None:
+    world.runtime = FakeRuntime(images={"demo": FakeImage(is_local=False, pull_holds=True)})
+    async with contextlib.AsyncExitStack() as lives:
+        node = await lives.enter_async_context(living(world))
+        await node.assign(spec(wait_timeout_seconds=None if is_restarted else 0.05))
+        if is_restarted:
+            await lives.aclose()
+            world.runtime.unavailable = True
+            node = await lives.enter_async_context(living(world))
+            await cancel(node)
+            await node.until(lambda: ("find", "nodeservice.t.1") in world.runtime.calls)
+            assert not world.uplink.reports
+            world.runtime.unavailable = False
+        world.runtime.unavailable = not is_restarted
+        await node.until(lambda: bool(world.uplink.reports))
+        assert world.runtime.unavailable is not is_restarted
+        world.runtime.unavailable = False
+        await node.until_finished(T)
+        assert not node.context.taken_up
+    assert len(world.uplink.reports) == 1
+
+
+async def test_what_is_to_end_is_not_made_for_as_long_as_an_engine_that_is_away_is_waited_for(world: World) -> None:
+    for _ in range(1000):
+        world.runtime.fail_next("create", TransientError("it is away", reason="ENGINE_UNAVAILABLE"))
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: [name for name, _ in world.runtime.calls].count("create") > 2)
+        await cancel(node)
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.CANCELLED
+    assert [name for name, _ in world.runtime.calls].count("create") < 1000
+
+
+async def test_what_came_further_than_its_record_says_is_ended_before_its_end_is_told(world: World) -> None:
+    """The note that it runs went with the crash; its deadline has passed when the next process begins."""
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    async with living(world) as node:
+        await running(node, spec(total_timeout_seconds=0.3))
+        record = node.driver.get(T)
+        assert record is not None
+    as_noted = replace(record, phase=Phase.PULLING, container_id=None, started_at=None, timings=record.timings[:2])
+    await world.journal.save([as_noted])
+    await asyncio.sleep(0.3)
+    world.uplink.down = True
+    async with living(world) as node:
+        await node.until(lambda: node.phase(T) is Phase.REPORTING)
+        assert not world.runtime.running
 
 
 async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_later(world: World) -> None:

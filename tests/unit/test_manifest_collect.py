@@ -43,6 +43,22 @@ def test_more_entries_than_the_bound_are_left_out_and_that_is_told(
     assert manifest.skipped == ("a: more than 10 entries in all: the rest is left out",)
 
 
+def test_names_of_more_than_the_bound_are_left_out_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of ASCII each character counts for what it may take in memory."""
+    monkeypatch.setattr("nodeservice.results.layout.MAX_NAMES_LENGTH", 1000)
+    results = tmp_path / "results"
+    (results / ("d" * 100)).mkdir(parents=True)
+    for n in range(30):
+        (results / ("d" * 100) / f"{n}\U0001f600").touch()
+    (results / "z").mkdir()
+    (results / "z" / "file").touch()
+    manifest, files = collect(results, tmp_path / "no-log", task_id="t", attempt=1)
+    assert len(files) == 7
+    assert manifest.skipped == (f"{'d' * 100}: names of more than 1000 characters in all: the rest is left out",)
+
+
 def test_every_regular_file_is_listed_with_size_and_sha256(results: Path) -> None:
     (results / "deep" / "er").mkdir(parents=True)
     (results / "deep" / "er" / "x.bin").write_bytes(b"x" * 3_000_000)

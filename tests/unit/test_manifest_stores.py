@@ -17,11 +17,14 @@ from nodeservice.results import file, manifest
 from nodeservice.results.access import S3Access
 from nodeservice.results.choose import open_result_store
 from nodeservice.results.file import FileResultStore
+from nodeservice.results.hand_over import Bundles
 from nodeservice.results.http import HttpResultStore
+from nodeservice.results.mount import ResultsMount
 from nodeservice.results.s3 import S3ResultStore
 
 ACCESS = S3Access(endpoint="127.0.0.1:9000", bucket="", access_key="the-key", secret_key="the-secret")
 
+SPEC = TaskSpec(id=AttemptId("t"), image="i", request=Resources(), pids_limit=1, fingerprint="f")
 IN_A_FULL_DIRECTORY = """
 import asyncio, sys
 from pathlib import Path
@@ -132,3 +135,30 @@ async def test_results_that_are_there_already_are_made_durable_too(
     assert await store.put(bundle) == (root / "t" / "1").as_uri()
     await store.close()
     assert {root / "t", root} <= set(synced)
+
+
+async def test_a_mount_that_is_away_is_no_place_for_results_nor_without_those_that_are_kept_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = {tmp_path / "share", Path("/")}
+    monkeypatch.setattr(os.path, "ismount", lambda place: Path(place) in mounts)
+    state, results = tmp_path / "state", tmp_path / "share" / "results"
+    state.mkdir()
+    ResultsMount(results, state).check()
+    store = FileResultStore(results, mount=ResultsMount(results, state))
+    kept = Bundles(worker_id="w", results_dir=results, mount=ResultsMount(results, state))
+    mounts.remove(tmp_path / "share")
+    try:
+        with pytest.raises(TransientError, match="nothing is mounted"):
+            await store.check()
+    finally:
+        await store.close()
+    with pytest.raises(TransientError, match="nothing is mounted"):
+        kept.moved_to(SPEC)
+    assert not results.exists()
+    for elsewhere in (tmp_path / "elsewhere", state / "results"):
+        ResultsMount(elsewhere, state).check()
+    mounts.add(tmp_path)  # the state directory lies on it too
+    ResultsMount(tmp_path / "other", state).check()
+    mounts.remove(tmp_path)
+    ResultsMount(tmp_path / "other", state).check()

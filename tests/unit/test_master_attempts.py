@@ -283,7 +283,7 @@ def result(reason: str, *, retryable: bool | None, outcome: str = "FAILED") -> p
 
 
 def test_faults_of_a_node_never_use_up_what_the_user_allows() -> None:
-    for reason in ("NODE_DRAINED", "MASTER_LOST", "GPU_FAULT", "ENGINE_FAULT", "SOMETHING_NEW"):
+    for reason in ("NODE_DRAINED", "MASTER_LOST", "GPU_FAULT", "ENGINE_FAULT", "COLLECT_FAILED", "SOMETHING_NEW"):
         told = result(reason, retryable=True)
         assert retry_of(attempt(max_retries=5), told, node_retries=1) is Budget.NODE
         assert retry_of(attempt(max_retries=5, node_retries=1), told, node_retries=1) is None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
+from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, TaskSpec, TraceIds
 from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.timekeeper import Timekeeper
+from nodeservice.limits.cgroup import NoTaskCgroups
+from nodeservice.ports import TaskCgroups
 from nodeservice.telemetry.tracing import NoTraceSink
 from nodeservice.testing.manual_clock import ManualClock
 from tests.unit.node_harness import spec
@@ -27,11 +30,13 @@ NODE = Resources(cpu_milli=4000, memory_bytes=2**32, disk_bytes=2**40)
 class Room:
     """A driver that decides and journals while nobody acts."""
 
-    def __init__(self, clock: ManualClock, journal: MemoryJournal | None = None) -> None:
+    def __init__(
+        self, clock: ManualClock, journal: MemoryJournal | None = None, cgroups: TaskCgroups | None = None
+    ) -> None:
         self.clock = clock
         self.journal = journal or MemoryJournal()
         self.driver = Driver(journal=self.journal, ledger=Ledger(NODE), clock=clock, traces=NoTraceSink())
-        self.keeper = Timekeeper(self.driver, clock)
+        self.keeper = Timekeeper(self.driver, clock, cgroups or NoTaskCgroups())
 
     async def assign(self, task: TaskSpec) -> None:
         await self.driver.assign(task, trace=TRACE, received_at=self.clock.now())
@@ -94,6 +99,47 @@ async def test_a_task_that_ended_leaves_no_sleeper() -> None:
         room.keeper._note(replace(record, phase=Phase.COLLECTING))
         await room.clock.settle()
         assert room.clock.sleeper_count == 0
+
+
+class Processes(NoTaskCgroups):
+    """As the kernel lists them."""
+
+    alive = False
+
+    async def processes(self, ids: Collection[AttemptId]) -> Mapping[AttemptId, Sequence[int]]:
+        return {id_: [4711] if self.alive else [] for id_ in ids}
+
+
+async def test_what_is_seen_to_run_while_its_start_is_not_answered_has_its_time_and_no_more() -> None:
+    clock, cgroups = ManualClock(), Processes()
+    async with opened(Room(clock, cgroups=cgroups)) as room:
+        await room.assign(spec(timeout_seconds=60.0))
+        at = clock.now()
+        room.driver.post(T, ev.ImagePulled(at=at, digest="d"))
+        room.driver.post(T, ev.ContainerCreated(at=at, container_id="c"))
+        await clock.advance(300.0)
+        cgroups.alive = True
+        await clock.advance(59.0)
+        assert room.cause is None
+        await clock.advance(3.0)
+        assert room.cause is StopCause.DEADLINE
+        assert clock.sleeper_count == 0
+
+
+async def test_from_the_answer_to_its_start_its_time_counts_from_there() -> None:
+    clock, cgroups = ManualClock(), Processes()
+    cgroups.alive = True
+    async with opened(Room(clock, cgroups=cgroups)) as room:
+        await room.assign(spec(timeout_seconds=60.0))
+        at = clock.now()
+        room.driver.post(T, ev.ImagePulled(at=at, digest="d"))
+        room.driver.post(T, ev.ContainerCreated(at=at, container_id="c"))
+        await clock.advance(30.0)
+        room.driver.post(T, ev.ContainerStarted(at=clock.now(), started_at=clock.now()))
+        await clock.advance(59.0)
+        assert room.cause is None
+        await clock.advance(2.0)
+        assert room.cause is StopCause.DEADLINE
 
 
 class JumpingClock(ManualClock):

@@ -13,7 +13,7 @@ _LIMIT_BYTES = 6 * MIB
 _TRIED_BYTES = 12 * MIB
 _WRITTEN = "all written"
 _REMEDY = (
-    "put it on xfs mounted with pquota, on ext4 with the project quota feature mounted with prjquota, or on btrfs;"
+    "put it on xfs mounted with pquota, or on ext4 with the project quota feature mounted with prjquota;"
     " until then a task is ended within two seconds of crossing its limit"
 )
 _PLACES = {

@@ -21,6 +21,7 @@ async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
     await context.disk.remove(record.id, work=context.dirs.results(record.id))
     context.gpus.forget(record.id)
     context.images.forget(record.id)
+    context.taken_up.discard(record.id)
     if record.collected is None:  # what could not be collected is not thrown away either
         await context.filing.run(lambda: context.dirs.salvage(record.id))
     else:

@@ -25,7 +25,7 @@ _FELL = (
 
 async def collect(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make sure that nothing runs any more, then drain, read and freeze. Safe to repeat."""
-    container, counted = await make_sure_it_ended(context, driver, record.id)
+    container, counted = await make_sure_it_ended(context, driver, record)
     has_run = record.started_at is not None or (container is not None and container.has_run)
     if not has_run:  # it may have come to its end before they were made
         await context.filing.run(lambda: context.dirs.prepare(record.id))

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import structlog
 
-from nodeservice.core.model import AttemptId, Reason
+from nodeservice.core.model import AttemptId, Reason, TaskRecord
 from nodeservice.errors import NodeFaultError, NodeServiceError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.patience import Patience, back_off
@@ -24,15 +24,21 @@ def reason_of(error: NodeServiceError, otherwise: Reason) -> Reason:
         return otherwise
 
 
-async def persist(context: Context, call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call while the engine is away. Raises NodeFaultError (NODE_FAULT) once the limit has passed."""
+async def persist(
+    context: Context, call: Callable[[], Awaitable[T]], *, current: Callable[[], TaskRecord | None] = lambda: None
+) -> T:
+    """Repeat a call while the engine is away. Raises NodeFaultError (NODE_FAULT) once the limit has passed.
+
+    Also once the `current` record, if it is asked for, says that the task is to end.
+    """
     failures = 0
     patience = Patience(context.clock, context.settings.engine_give_up_seconds)
     while True:
         try:
             return await call()
         except TransientError as error:
-            if patience.is_over:
+            record = current()
+            if patience.is_over or (record is not None and record.stop is not None):
                 raise NodeFaultError(
                     f"the container engine stayed away: {error}",
                     reason="NODE_FAULT",

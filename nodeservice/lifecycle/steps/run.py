@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -16,6 +17,7 @@ from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.steps import gpus, prepare, pull
 from nodeservice.lifecycle.steps.failure import persist, reason_of, until_done
+from nodeservice.lifecycle.stretch import Stretch
 from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import ContainerSpec, ContainerState, Mount, labels
@@ -28,7 +30,7 @@ _INSIDE_SECONDS = 10.0
 """For a program of the driver's: its first call on an idle GPU takes seconds."""
 
 
-async def create(context: Context, record: TaskRecord) -> ev.Event:
+async def create(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Make work directory, bounds and container. A stop that came meanwhile is honoured first."""
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was created")
@@ -43,27 +45,28 @@ async def create(context: Context, record: TaskRecord) -> ev.Event:
     await _bound_disk(context, record)
     try:
         wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
-        container_id = await _create(context, record, wanted)
+        container_id = await _create(context, driver, record, wanted)
     except (RequestError, NodeFaultError, TransientError) as error:
         return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
     return ev.ContainerCreated(at=context.clock.now(), container_id=container_id)
 
 
-async def _create(context: Context, record: TaskRecord, wanted: ContainerSpec) -> str:
+async def _create(context: Context, driver: Driver, record: TaskRecord, wanted: ContainerSpec) -> str:
     """The container's id. An image that somebody removed since its pull is fetched again, the very same content.
 
     An image without a digest of a registry cannot be had again: what its name means now may be something else.
     """
     policy = record.spec.pull_policy
+    make = partial(persist, context, lambda: context.runtime.create(wanted), current=partial(driver.get, record.id))
     for _ in range(_IMAGE_ATTEMPTS - 1):
         try:
-            return await persist(context, lambda: context.runtime.create(wanted))
+            return await make()
         except RequestError as error:
             if error.reason != Reason.IMAGE_NOT_FOUND or policy is PullPolicy.NEVER or "@" not in wanted.image:
                 raise
             log.warning("image.vanished", task_id=record.id.task_id, image=wanted.image)
             await pull.fetch(context, record, wanted.image, policy=PullPolicy.IF_NOT_PRESENT)
-    return await persist(context, lambda: context.runtime.create(wanted))
+    return await make()
 
 
 async def _bound_disk(context: Context, record: TaskRecord) -> None:
@@ -123,8 +126,9 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     if record.stop is not None:
         return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was started")
     container_id = _container(record)
+    stretch, is_new = Stretch(context.clock), context.runtime.is_untouched(container_id)
     try:
-        if not context.runtime.is_untouched(container_id):
+        if not is_new:
             await _bound_disk(context, record)
         if context.disk.holds_layers():
             await persist(context, lambda: _bound_layer(context, record, container_id))
@@ -148,9 +152,10 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         engine=state.limits,
         gpu_part=gpu_part,
     )
+    now = context.clock.now()
     return ev.ContainerStarted(
-        at=context.clock.now(),
-        started_at=state.started_at or context.clock.now(),
+        at=now,
+        started_at=stretch.within(state.started_at) if is_new else min(now, state.started_at or now),
         limits=told.as_dict(),
         not_enforced=told.mismatches if state.is_running else (),
     )
@@ -204,7 +209,7 @@ async def _bound_layer(context: Context, record: TaskRecord, container_id: str) 
 
 async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
     """Follow the log, watch the disk, observe what goes with the container, wait for the end."""
-    id_, container_id = record.id, _container(record)
+    id_, container_id, stretch = record.id, _container(record), Stretch(context.clock)
     are_gpus_followed = False
     with contextlib.suppress(TransientError, NodeFaultError):
         are_gpus_followed = await gpus.follow(context, record)
@@ -264,7 +269,8 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
         oom_killed=bool(kills.own_limit) or (state.oom_killed and not host_oom_killed),
         host_oom_killed=host_oom_killed,
         error=state.error,
-        finished_at=state.finished_at,
+        finished_at=None if stretch.clock_was_set else state.finished_at,
+        ran=stretch.ran(record.started_at, state),
         observed=observed.usage,
         gpu_fault=context.gpus.fault(id_),
         by_engine=state.ended_by_engine,
@@ -273,8 +279,6 @@ async def watch(context: Context, driver: Driver, record: TaskRecord) -> ev.Even
 
 
 class _Observed:
-    __slots__ = ("usage",)
-
     def __init__(self, usage: Usage) -> None:
         self.usage = usage
 
@@ -345,11 +349,16 @@ async def stop(context: Context, driver: Driver, record: TaskRecord) -> None:
         await context.clock.sleep(_STUCK_LOOK_SECONDS)
 
 
-async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -> tuple[ContainerState | None, Usage]:
+async def make_sure_it_ended(
+    context: Context, driver: Driver, record: TaskRecord
+) -> tuple[ContainerState | None, Usage]:
     """The attempt's container, ended for certain, with nothing left in its cgroup, and what the kernel counted there.
 
-    None where there is no container. Takes as long as it takes: what cannot be ended keeps its lease.
+    None where none can have been started; then an engine that is away is not waited for. Else takes as long as it takes:
+    what cannot be ended keeps its lease.
     """
+    id_ = record.id
+    may_have_run = record.container_id is not None or id_ in context.taken_up
     ended = context.ended.pop(id_, None)
     if ended is not None and ended.usage is not None:
         return ended.container, ended.usage
@@ -357,7 +366,7 @@ async def make_sure_it_ended(context: Context, driver: Driver, id_: AttemptId) -
     while True:
         try:
             async with asyncio.timeout(context.settings.kill_patience_seconds):
-                if found is None:
+                if found is None and may_have_run:
                     found = await context.runtime.find(labels.container_name(id_))
                 while found is not None and found.is_running:
                     await context.runtime.kill(found.id)

@@ -53,9 +53,11 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
                 is_last = kept.reason in _FOR_EVER or not settings.retries_kept_results
                 if is_last and failures >= _REFUSALS_BEFORE_KEEPING:
                     return await _set_aside(context, driver, record, kept)
-            pause, left = _pause(context, failures), patience.left_seconds
-            # The last try is at the limit, not one long pause after it.
-            await context.clock.sleep(min(pause, left) if left > 0 else pause)
+                del kept
+        bundle = None  # its names can take much memory, and are read again in no time
+        pause, left = _pause(context, failures), patience.left_seconds
+        # The last try is at the limit, not one long pause after it.
+        await context.clock.sleep(min(pause, left) if left > 0 else pause)
 
 
 async def _keep_here(
@@ -94,15 +96,12 @@ async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
     while all the same, since the file system that it lies on may only be away.
     """
     patience = Patience(context.clock, context.settings.upload_give_up_seconds)
-    bundle: ResultBundle | None = None
     failures = 0
     while True:
         try:
             location = await asyncio.to_thread(context.bundles.moved_to, record.spec)
             if location is None:
-                if bundle is None:
-                    bundle = await asyncio.to_thread(context.bundles.kept, record.spec)
-                location = await context.store.put(bundle)
+                location = await context.store.put(await asyncio.to_thread(context.bundles.kept, record.spec))
         except NodeServiceError as error:
             failures += 1
             if failures in (1, 10) or failures % 100 == 0:
@@ -111,11 +110,11 @@ async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
                 log.error("results.given_up", task_id=record.id.task_id, error=str(error))
                 message = f"What was kept on this host can't be uploaded: {error}"
                 return ev.ResultsGivenUp(at=context.clock.now(), message=message)
-            await context.clock.sleep(_pause(context, failures))
         else:
             await asyncio.to_thread(context.bundles.discard_kept, record.spec, location)
             log.info("results.stored_late", task_id=record.id.task_id, location=location)
             return ev.ResultsStored(at=context.clock.now(), location=location)
+        await context.clock.sleep(_pause(context, failures))
 
 
 def _pause(context: Context, failures: int) -> float:
