@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nodeservice.limits.free_space import free_bytes
 from nodeservice.limits.hierarchy import Mount, read_mounts
 from nodeservice.ports import DiskFacts
 
@@ -32,7 +33,7 @@ def read_disk(path: Path, *, root: Path = Path("/")) -> DiskFacts:
 def read_space(path: Path) -> tuple[int, int]:
     """Total and free bytes alone, which is cheaper."""
     space = os.statvfs(nearest_existing(path))
-    return space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+    return space.f_blocks * space.f_frsize, free_bytes(space)
 
 
 def nearest_existing(path: Path) -> Path:

@@ -1,7 +1,7 @@
-"""How much memory the host has, how much of it processes here may use, and how much is available now.
+"""How much memory the host has, how much of it tasks may use, and how much is available now.
 
 Sources: /proc/meminfo (what is reserved as huge pages is nobody's to have as ordinary memory), and the memory limits of
-every cgroup above this process: memory.limit_in_bytes (v1), memory.max and memory.high (v2: above it processes are slowed
+every cgroup above the tasks: memory.limit_in_bytes (v1), memory.max and memory.high (v2: above it processes are slowed
 until they stand still). v1 tells limits of ancestors that cannot be seen from here in `hierarchical_memory_limit` of
 memory.stat.
 """
@@ -12,22 +12,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nodeservice.limits.hierarchy import own_cgroup
+from nodeservice.limits.hierarchy import Cgroup, tasks_cgroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFacts:
     total_bytes: int
     limit_bytes: int
-    """What of it processes here may use."""
+    """What of it tasks may use."""
     available_bytes: int
 
 
-def read_memory(root: Path = Path("/")) -> MemoryFacts:
-    """Available is what could be had without swapping: the kernel's estimate, and no more than is left below a limit."""
+def read_memory(root: Path = Path("/"), *, tasks_place: str | None = None) -> MemoryFacts:
+    """For tasks below `tasks_place` (see `tasks_cgroup`).
+
+    Available is what could be had without swapping: the kernel's estimate, and no more than is left below a limit.
+    """
     host = read_meminfo(root)
     limit_bytes, available_bytes = host.limit_bytes, host.available_bytes
-    for limit, used in _limits(root):
+    for limit, used in _limits(tasks_cgroup("memory", tasks_place, root)):
         if limit < host.total_bytes:
             limit_bytes = min(limit_bytes, limit)
             available_bytes = min(available_bytes, max(0, limit - used))
@@ -48,14 +51,13 @@ def read_meminfo(root: Path = Path("/")) -> MemoryFacts:
     return MemoryFacts(total_bytes=total, limit_bytes=limit, available_bytes=min(available, total))
 
 
-def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Each limit above us with what is used below it, page cache that can be dropped left out."""
-    own = own_cgroup("memory", root)
-    if own is None:
+def _limits(cgroup: Cgroup | None) -> Iterator[tuple[int, int]]:
+    """Each limit with what is used below it, page cache that can be dropped left out."""
+    if cgroup is None:
         return
-    for directory in own.directories:
+    for directory in cgroup.directories:
         stat = _keyed(directory / "memory.stat")
-        if own.version == 1:
+        if cgroup.version == 1:
             used = (_number(directory / "memory.usage_in_bytes") or 0) - stat.get("total_inactive_file", 0)
             limits = [_number(directory / "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
         else:

@@ -14,12 +14,14 @@ from nodeservice.capacity.cpu import CpuFacts, read_cpu
 from nodeservice.capacity.disk import read_disk
 from nodeservice.capacity.memory import MemoryFacts, read_memory
 from nodeservice.capacity.reserve import Reserve, allocatable_of
+from nodeservice.capacity.topology import read_cpus
 from nodeservice.capacity.usage import CpuMeter, disk_percent, gpu_percent, memory_percent
+from nodeservice.core.cpus import Cpu
 from nodeservice.core.gpu_pool import counted
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import Resources
 from nodeservice.errors import NodeServiceError
-from nodeservice.limits.hierarchy import host_cgroup_version
+from nodeservice.limits.hierarchy import TASKS_DIRECTORY, TASKS_SLICE, host_cgroup_version
 from nodeservice.ports import (
     DiskFacts,
     EngineFacts,
@@ -39,6 +41,7 @@ class _Local:
     """What is read from files of this host in one go."""
 
     cpu: CpuFacts
+    cpus: tuple[Cpu, ...]
     memory: MemoryFacts
     disk: DiskFacts
     engine_disk: DiskFacts | None
@@ -69,6 +72,8 @@ class HostCapacity:
         self._units = units
         self._reserve = reserve
         self._root = root
+        self._known_engine: EngineFacts | None = None
+        """As it answered last: one that is being started anew is where it was."""
         self._meter = CpuMeter(root)
         self._thread = Threads(1, name="nodeservice-capacity")
         self._last_sample = UsageSample(cpu_percent=0.0, memory_percent=0.0, disk_percent=0.0, gpu_percent=0.0)
@@ -78,12 +83,14 @@ class HostCapacity:
         engine: EngineFacts | None = None
         engine_error: str | None = None
         try:
-            engine = await self._engine()
+            engine = self._known_engine = await self._engine()
         except NodeServiceError as error:
             engine_error = str(error)
         gpus = await self._gpus.inventory()
-        local = await self._thread.run(lambda: self._read_local(engine))
-        return _capacity(local, engine, engine_error, gpus, self._units(gpus), self._reserve)
+        known = self._known_engine
+        local = await self._thread.run(lambda: self._read_local(engine, _place_of_tasks(known)))
+        host = _host(local, engine, engine_error, gpus)
+        return _capacity(host, known, local.cpus, self._units(gpus), self._reserve)
 
     async def sample(self) -> UsageSample:
         """Load now; CPU since the sample before. What cannot be read keeps its last value: a heartbeat never fails here."""
@@ -105,10 +112,12 @@ class HostCapacity:
             cpu_percent=self._meter.percent(), memory_percent=memory, disk_percent=disk, gpu_percent=gpu_load
         )
 
-    def _read_local(self, engine: EngineFacts | None) -> _Local:
+    def _read_local(self, engine: EngineFacts | None, tasks_place: str | None) -> _Local:
+        cpu = read_cpu(self._root, tasks_place=tasks_place)
         return _Local(
-            cpu=read_cpu(self._root),
-            memory=read_memory(self._root),
+            cpu=cpu,
+            cpus=read_cpus(self._root, cpu.usable_ids),
+            memory=read_memory(self._root, tasks_place=tasks_place),
             disk=read_disk(self._state_dir, root=self._root),
             engine_disk=self._engine_disk(engine),
             cgroup_version=host_cgroup_version(self._root),
@@ -124,15 +133,21 @@ class HostCapacity:
             return None
 
 
-def _capacity(
-    local: _Local,
-    engine: EngineFacts | None,
-    engine_error: str | None,
-    gpus: GpuInventory,
-    units: tuple[GpuUnit, ...],
-    reserve: Reserve,
-) -> NodeCapacity:
-    host = HostFacts(
+def _place_of_tasks(engine: EngineFacts | None) -> str | None:
+    """Where cgroups that hold all tasks lie below the root. Without root tasks have none of ours, and lie near us."""
+    if os.geteuid() != 0:
+        return None
+    if engine is None or engine.cgroup_driver not in ("cgroupfs", "systemd"):
+        return ""
+    if engine.cgroup_driver == "cgroupfs":
+        return TASKS_DIRECTORY
+    if engine.cgroup_version == 2:
+        return TASKS_SLICE
+    return "machine.slice" if engine.name == "podman" else "system.slice"  # the engine's own choice
+
+
+def _host(local: _Local, engine: EngineFacts | None, engine_error: str | None, gpus: GpuInventory) -> HostFacts:
+    return HostFacts(
         hostname=socket.gethostname(),
         kernel=os.uname().release,
         cgroup_version=local.cgroup_version,
@@ -149,6 +164,11 @@ def _capacity(
         engine_error=engine_error,
         gpus=gpus,
     )
+
+
+def _capacity(
+    host: HostFacts, engine: EngineFacts | None, cpus: tuple[Cpu, ...], units: tuple[GpuUnit, ...], reserve: Reserve
+) -> NodeCapacity:
     # The engine may sit in a smaller place than we do (a virtual machine, a limited cgroup), and tasks run where it is.
     engine_milli = engine.cpu_count * 1000 if engine is not None else 0
     engine_bytes = engine.memory_bytes if engine is not None else 0
@@ -167,4 +187,5 @@ def _capacity(
         reserved=capacity.minus(allocatable),
         allocatable=allocatable,
         gpu_units=units,
+        cpus=cpus,
     )

@@ -5,16 +5,14 @@ Source: /sys/devices/system/cpu (Documentation/ABI/testing/sysfs-devices-system-
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 
 from nodeservice.core.cpus import Cpu
 
 
-def read_cpus(root: Path = Path("/"), *, usable_ids: Collection[int] | None = None) -> tuple[Cpu, ...]:
-    """Those that this process may use, in ascending order of their ids. `usable_ids` None asks the kernel."""
-    ids = os.sched_getaffinity(0) if usable_ids is None else usable_ids
+def read_cpus(root: Path, ids: Iterable[int]) -> tuple[Cpu, ...]:
+    """Those with these ids, in ascending order."""
     return tuple(_cpu(root / f"sys/devices/system/cpu/cpu{id_}", id_) for id_ in sorted(ids))
 
 

@@ -74,10 +74,12 @@ class Ledger:
         """The operator takes parts of GPUs that are only watched."""
         return self._gpu_sharing_allowed
 
-    def resize(self, allocatable: Resources, gpus: Sequence[GpuUnit]) -> None:
-        """The node changed. What is leased stays leased, so `free` may be zero for a while."""
+    def resize(self, allocatable: Resources, gpus: Sequence[GpuUnit], cpus: Sequence[Cpu] | None = None) -> None:
+        """The node changed; `cpus` None: not these. What is leased stays leased, so `free` may be zero for a while."""
         self._allocatable = allocatable
         self._gpus = tuple(gpus)
+        if cpus is not None:
+            self._cpus = tuple(cpus)
 
     @property
     def share(self) -> Resources:
@@ -147,9 +149,9 @@ class Ledger:
                 words=lack.words,
             )
         if exclusive_cpus:
-            # One CPU stays for the host and for everybody else.
+            # One CPU stays for the host and for everybody else. A CPU that is gone may still be leased.
             whole, most = request.cpu_milli // 1000, len(self._cpus) - 1
-            left = most - len(self._taken_cpus())
+            left = most - len(self._taken_cpus() & {cpu.id for cpu in self._cpus})
             if whole > left:
                 return Shortfall(resource="cpu_ids", asked=whole, available=max(0, left), ever=whole <= most)
         return None

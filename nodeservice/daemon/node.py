@@ -11,7 +11,6 @@ from pathlib import Path
 import structlog
 
 from nodeservice.capacity.source import HostCapacity
-from nodeservice.capacity.topology import read_cpus
 from nodeservice.clock import SystemClock
 from nodeservice.config import NodeConfig
 from nodeservice.core.ledger import Ledger
@@ -126,9 +125,7 @@ async def build(config: NodeConfig) -> Node:
     check_reserve(config, seen.capacity)
     driver = Driver(
         journal=journal,
-        ledger=Ledger(
-            seen.allocatable, seen.gpu_units, read_cpus(), gpu_sharing_allowed=config.gpu_sharing == "watched"
-        ),
+        ledger=Ledger(seen.allocatable, seen.gpu_units, seen.cpus, gpu_sharing_allowed=config.gpu_sharing == "watched"),
         clock=clock,
         traces=traces,
         finished_retention_count=config.finished_retention_count,

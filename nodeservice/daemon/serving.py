@@ -134,6 +134,7 @@ async def _serve(
     ) as tasks:
         tasks.append(asyncio.create_task(link.run(), name="master link"))
         tasks.append(asyncio.create_task(node.mode.run(), name="node mode"))
+        tasks.append(asyncio.create_task(node.disk.run(node.clock), name="capacity"))
         await server.start()
         log.info("node.ready", worker_id=config.worker_id, port=port, master=known_master, version=__version__)
         manager.ready(standing(node))

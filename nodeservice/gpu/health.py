@@ -6,7 +6,7 @@ nothing has been wrong with it for a while; one that needs a reset, until there 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -128,6 +128,15 @@ class HealthBoard:
         self._quarantine(chart, awaited.words, now_seconds, needs_reset=True)
         chart.energy_millijoules = awaited.energy_millijoules
 
+    def memory_errors(self) -> dict[str, int]:
+        """How many uncorrected ones each GPU had; to be told to the next board by `recall_memory_errors`."""
+        return {uuid: chart.ecc_count for uuid, chart in self._charts.items() if chart.ecc_count is not None}
+
+    def recall_memory_errors(self, counts: Mapping[str, int]) -> None:
+        """More than these are new: whoever holds the GPU held it then."""
+        for uuid, count in counts.items():
+            self._chart(uuid).ecc_count = count
+
     # ---- events ----------------------------------------------------------------------------------------------------
 
     def _note_xid(self, xid: GpuXid, now: float) -> list[GpuFault]:
@@ -174,8 +183,10 @@ class HealthBoard:
         before, count = chart.ecc_count, gpu.ecc_uncorrected_count
         if count is not None:
             chart.ecc_count = count
-            if before is not None and count > before:
-                return f"uncorrected memory errors ({count - before} more)"
+            # The count begins anew with a reset, and when the driver is loaded.
+            more = 0 if before is None else count - before if count >= before else count
+            if more:
+                return f"uncorrected memory errors ({more} more)"
         return _asks(gpu) if gpu.recovery_action in _ENDS_TASKS else ""
 
     def _see_reset(self, chart: _Chart, gpu: Gpu) -> None:

@@ -89,7 +89,8 @@ def touched(lease: Lease, gpu: str, instance_id: int | None, seen: Mapping[str, 
     found: list[str] = []
     for uuid in lease.gpu_uuids:
         place = seen.get(uuid)
-        if place is None:
+        if place is None:  # then it is by itself what it lies on
+            found += [uuid] if uuid == gpu else []
             continue
         other_instance = (
             instance_id is not None and place.instance is not None and place.instance.gpu_instance_id != instance_id

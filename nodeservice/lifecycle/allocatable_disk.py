@@ -1,6 +1,7 @@
-"""How much disk tasks may have. What they have written is missing from the free disk and is leased: it must not count twice.
+"""What tasks may have, as the host changes.
 
-So the free disk is believed only as it was seen while nothing was leased. That is written down for a start with leases.
+What they wrote is missing from the free disk and is leased: it must not count twice. So more of it is believed only as it
+was seen while nothing was leased. That is written down for a start with leases.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import TaskRecord
 from nodeservice.errors import NodeServiceError
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.ports import CapacitySource, Journal, NodeCapacity
+from nodeservice.ports import CapacitySource, Clock, Journal, NodeCapacity
 
 log = structlog.get_logger(__name__)
 
@@ -23,16 +24,23 @@ _NOTE = "allocatable_disk_bytes"
 _WRITE_SECONDS = 2.0
 _LEAST_PAUSE_SECONDS = 60.0
 """Between two looks on a node that is hardly ever without leases: a new task may come in the middle of each."""
+_LOOK_SECONDS = 30.0
+_MUCH = 10
+"""A tenth of the disk more or less is told to masters that know registrations alone; heartbeats tell others every byte."""
 
 
 class AllocatableDisk:
-    """Sizes the driver's ledger. `look_again` is called when the last lease goes that kept `look` from seeing the disk."""
+    """Sizes the driver's ledger.
+
+    `look_again` is called when what there is has changed, or the last lease goes that kept `look` from seeing the disk.
+    """
 
     def __init__(self, driver: Driver, capacity: CapacitySource, journal: Journal) -> None:
         self._driver = driver
         self._capacity = capacity
         self._journal = journal
         self._seen_unleased = False
+        self._believed_bytes = driver.ledger.allocatable.disk_bytes
         self._asked_at = -_LEAST_PAUSE_SECONDS
         self._asking: asyncio.TimerHandle | None = None
         self.look_again: Callable[[], None] = lambda: None
@@ -46,18 +54,45 @@ class AllocatableDisk:
         else:
             self._seen_unleased = True
             await self._write(ledger.allocatable.disk_bytes)
+        self._believed_bytes = ledger.allocatable.disk_bytes
+
+    async def run(self, clock: Clock) -> None:
+        """Look now and then until cancelled: CPUs, memory and limits come and go, and others write to the disk."""
+        ledger = self._driver.ledger
+        told = ledger.allocatable
+        while True:
+            await clock.sleep(_LOOK_SECONDS)
+            try:
+                await self.look()
+            except OSError as error:
+                log.warning("capacity.look_failed", error=str(error))
+                continue
+            now = ledger.allocatable
+            has_changed = (now.cpu_milli, now.memory_bytes) != (told.cpu_milli, told.memory_bytes)
+            if has_changed or abs(now.disk_bytes - told.disk_bytes) * _MUCH > told.disk_bytes:
+                told = now
+                log.info(
+                    "capacity.changed",
+                    cpu_milli=now.cpu_milli,
+                    memory_bytes=now.memory_bytes,
+                    disk_bytes=now.disk_bytes,
+                )
+                self.look_again()
 
     async def look(self) -> NodeCapacity:
         """A fresh look at the host; the ledger has what it says."""
         ledger = self._driver.ledger
-        was_leased = ledger.leased.disk_bytes > 0
+        leased_bytes = ledger.leased.disk_bytes
         node = await self._capacity.read()
-        is_believed = not was_leased and not ledger.leased.disk_bytes
+        leased_bytes = max(leased_bytes, ledger.leased.disk_bytes)
+        is_believed = not leased_bytes
         if not is_believed:
-            node = with_disk(node, ledger.allocatable.disk_bytes)
-        ledger.resize(node.allocatable, node.gpu_units)
+            # Others may have written more than tasks can have.
+            node = with_disk(node, min(self._believed_bytes, node.allocatable.disk_bytes + leased_bytes))
+        ledger.resize(node.allocatable, node.gpu_units, node.cpus)
         if is_believed:
             self._seen_unleased = True
+            self._believed_bytes = node.allocatable.disk_bytes
             await self._write(node.allocatable.disk_bytes)
         return node
 

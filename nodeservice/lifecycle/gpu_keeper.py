@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import structlog
@@ -22,7 +22,6 @@ from nodeservice.gpu.health import GpuFault, GpuState, HealthBoard
 from nodeservice.gpu.holders import (
     Place,
     left_behind_bytes,
-    memory_of,
     places,
     sample,
     still_there,
@@ -35,6 +34,7 @@ from nodeservice.gpu.xid import words as xid_words
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_bills import GpuBills
 from nodeservice.lifecycle.gpu_resets import GpuResets
+from nodeservice.lifecycle.gpu_watch import PartWatch
 from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.ports import Clock, GpuInventory, GpuProvider, GpuXid, ProcessOwners
 
@@ -82,12 +82,11 @@ class GpuKeeper:
         self._pids: dict[AttemptId, int] = {}
         self._bills = GpuBills(dirs)
         self._resets = GpuResets(dirs.gpu_resets)
-        for uuid, awaited in self._resets.read().items():
-            self._board.await_reset(uuid, awaited, now_seconds=monotonic())
+        self._resets.tell(self._board, now_seconds=monotonic())
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
-        self._untold: set[AttemptId] = set()
-        """Of whose processes the driver did not tell the memory at the last look."""
+        self._parts = PartWatch(self._stop)
+        self._missed: set[str] = set()
         self._looks = 0
 
     # ---- what there is ---------------------------------------------------------------------------------------------
@@ -143,12 +142,12 @@ class GpuKeeper:
         seen = places(inventory)
         holders = self._holders()
         self._note_xids(xids, seen, holders)
-        self._fail_tasks(faults, seen, holders)
+        self._fail_tasks([*faults, *self._gone(inventory, seen, holders)], seen, holders)
         if inventory.gpus and inventory.error is None:
             owners = self._owners_of(inventory)
             self._lock_all(holders)
             self._look_for_strangers(seen, holders, owners)
-            self._watch_memory(seen, holders, owners)
+            self._parts.look(holders, seen, owners)
             for record in holders:
                 bill = self._bills.of(record.id)
                 bill.add(
@@ -161,7 +160,9 @@ class GpuKeeper:
                     now_seconds=inventory.looked_at_seconds or now,
                     every_seconds=self._look_seconds,
                 )
-        await self._resets.write(self._board.awaited_resets())
+        if inventory.error is not None:
+            self._parts.see_nothing(holders, inventory.error, now_seconds=now)
+        await self._resets.write(self._board.awaited_resets(), self._board.memory_errors())
         self._looks += 1
         if holders and self._looks % _SAVE_EVERY_LOOKS == 0:
             await self._bills.save(record.id for record in holders)
@@ -192,6 +193,14 @@ class GpuKeeper:
                 self._faults.setdefault(record.id, what)
                 if record.phase <= Phase.RUNNING:
                     self._stop(record, StopCause.GPU_FAULT, f"A GPU of the task failed: {what}.")
+
+    def _gone(self, inventory: GpuInventory, seen: Collection[str], holders: Iterable[TaskRecord]) -> list[GpuFault]:
+        """What tasks hold and a driver that works does not list, at the second look in a row: it went meanwhile."""
+        before, self._missed = self._missed, set()
+        if inventory.error is None and inventory.driver_version is not None:
+            held = {uuid for record in holders if record.id not in self._faults for uuid in record.lease.gpu_uuids}
+            self._missed = held.difference(seen)
+        return [GpuFault(uuid=uuid, words="the driver does not list it") for uuid in sorted(before & self._missed)]
 
     def fault(self, id_: AttemptId) -> str:
         """What went wrong with a GPU while the attempt held it, in words; empty where nothing did."""
@@ -240,30 +249,6 @@ class GpuKeeper:
         self._noticed[uuid, by] = why
         if not why or before:
             self._board.suspect(uuid, by, why)
-
-    def _watch_memory(
-        self, seen: Mapping[str, Place], holders: Iterable[TaskRecord], owners: Mapping[int, AttemptId]
-    ) -> None:
-        untold: set[AttemptId] = set()
-        for record in holders:
-            part = record.lease.gpu_part
-            if part is None or part.method is ShareMethod.MIG or record.phase is not Phase.RUNNING:
-                continue
-            (uuid,) = record.lease.gpu_uuids
-            if uuid not in seen:
-                continue
-            used = memory_of(seen[uuid], record.id, owners)
-            if used is None and part.method is ShareMethod.WATCHED:
-                untold.add(record.id)
-                if record.id in self._untold:
-                    message = (
-                        f"The driver does not tell what its processes hold of {uuid}: its part of it is not watched."
-                    )
-                    self._stop(record, StopCause.LIMIT_NOT_ENFORCED, message)
-            elif used is not None and used > part.memory_bytes:
-                message = f"Took {used} bytes of GPU memory; its limit is {part.memory_bytes} bytes ({uuid})."
-                self._stop(record, StopCause.GPU_MEMORY_LIMIT, message)
-        self._untold = untold
 
     # ---- one attempt -----------------------------------------------------------------------------------------------
 

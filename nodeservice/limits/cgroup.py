@@ -22,7 +22,7 @@ import structlog
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.block_devices import disks_of
-from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.hierarchy import TASKS_DIRECTORY, read_mounts
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
 from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
@@ -84,7 +84,7 @@ class DirectoryPlaces:
     """Plain directories. The suffix keeps a node's id clear of the names of kernel files."""
 
     def __init__(self, node_id: str) -> None:
-        self._node = f"nodeservice/{_safe(node_id)}.node"
+        self._node = f"{TASKS_DIRECTORY}/{_safe(node_id)}.node"
 
     def of_node(self) -> str:
         return self._node
@@ -125,8 +125,8 @@ class KernelTaskCgroups:
         def apply() -> None:
             self._share_is_set = self._tree.exists(place)
             if self._share_is_set:  # else it is made with the first task
-                shared = _online(cpu_ids)
-                tasks = ((f"{place}/{name}", exclusive.get(name, shared)) for name in self._tree.children(place))
+                names = self._tree.children(place)
+                tasks = ((f"{place}/{name}", _online(exclusive.get(name, cpu_ids))) for name in names)
                 moves = (partial(self._tree.set_cpus, *task) for task in tasks)
                 do_all([partial(self._make_room, place, again=True), *moves])
 

@@ -1,4 +1,4 @@
-"""Where the cgroup file systems are mounted, and which cgroups this process sits in.
+"""Where the cgroup file systems are mounted, which cgroups this process sits in, and which are above the tasks.
 
 Sources: proc_pid_mountinfo(5), proc_pid_cgroup(5), cgroups(7). Paths are never guessed: a controller is looked up among the
 mounts, our own place in /proc/self/cgroup. `root` stands before every absolute path, so that a saved tree can be read.
@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+TASKS_DIRECTORY, TASKS_SLICE = "nodeservice", "nodeservice.slice"
+"""Above all tasks of all nodes of a host: of engines with the driver `cgroupfs`, and with `systemd`."""
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -25,8 +27,8 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnCgroup:
-    """Our cgroup in one hierarchy. `directories` run from our own up to the topmost that can be seen."""
+class Cgroup:
+    """A cgroup in one hierarchy. `directories` run from it up to the topmost that can be seen."""
 
     version: int
     directories: tuple[Path, ...]
@@ -71,7 +73,7 @@ def host_cgroup_version(root: Path = Path("/")) -> int:
     return 2 if v2_mount(mounts) else 0
 
 
-def own_cgroup(controller: str, root: Path = Path("/")) -> OwnCgroup | None:
+def own_cgroup(controller: str, root: Path = Path("/")) -> Cgroup | None:
     """Our cgroup for that controller, v1 before v2; None where the controller is not to be seen.
 
     A place outside what is mounted (a cgroup namespace shows `/../…`) becomes the top of the mount, which is the nearest
@@ -88,8 +90,22 @@ def own_cgroup(controller: str, root: Path = Path("/")) -> OwnCgroup | None:
         else:
             continue
         if mount is not None:
-            return OwnCgroup(version=version, directories=_up_to_the_top(root, mount, place))
+            return Cgroup(version=version, directories=_up_to_the_top(root, mount, place))
     return None
+
+
+def tasks_cgroup(controller: str, place: str | None, root: Path = Path("/")) -> Cgroup | None:
+    """The cgroup above all tasks, which lies at `place` below the root, as far as it is there.
+
+    Ours where no place is known, or the hierarchy is not mounted from its root: what an engine makes lies where we do then.
+    """
+    mounts = read_mounts(root)
+    mount, version = v1_mount(mounts, controller), 1
+    if mount is None:
+        mount, version = v2_mount(mounts), 2
+    if place is None or mount is None or mount.root != "/":
+        return own_cgroup(controller, root)
+    return Cgroup(version=version, directories=_up_to_the_top(root, mount, f"/{place}"))
 
 
 def _up_to_the_top(root: Path, mount: Mount, place: str) -> tuple[Path, ...]:

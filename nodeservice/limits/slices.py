@@ -17,7 +17,7 @@ from jeepney import DBusAddress, MessageType, new_method_call
 from jeepney.io.blocking import DBusConnection, open_dbus_connection
 
 from nodeservice.core.model import AttemptId
-from nodeservice.limits.hierarchy import Mount
+from nodeservice.limits.hierarchy import TASKS_SLICE, Mount
 from nodeservice.limits.plan import CgroupLimits, cpu_weight
 from nodeservice.limits.tree import remove_tree
 from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
@@ -25,7 +25,6 @@ from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
 _MANAGER = DBusAddress(
     "/org/freedesktop/systemd1", bus_name="org.freedesktop.systemd1", interface="org.freedesktop.systemd1.Manager"
 )
-_ROOT_SLICE = "nodeservice.slice"
 _LITERAL = re.compile(r"[A-Za-z0-9:_.]")
 _CALL_SECONDS = 10.0
 _EXISTS = "org.freedesktop.systemd1.UnitExists"
@@ -49,7 +48,7 @@ class SlicePlaces:
         self._stem = f"nodeservice-{escape(node_id)}"
 
     def of_node(self) -> str:
-        return f"{_ROOT_SLICE}/{self._stem}.slice"
+        return f"{TASKS_SLICE}/{self._stem}.slice"
 
     def of_task(self, id_: AttemptId) -> str:
         return f"{self.of_node()}/{self._stem}-{escape(str(id_))}.slice"
@@ -101,7 +100,7 @@ class SliceTree(V2CgroupTree):
         gone = not (self._top / place).exists() or remove_tree(self._top / place, self._rmdir)
         node = place.rpartition("/")[0]
         # The one above is shared with other nodes of this host, and may be a package's.
-        if gone and node != _ROOT_SLICE and not self.children(node) and not self.processes(node):
+        if gone and node != TASKS_SLICE and not self.children(node) and not self.processes(node):
             self._stop(node)
         return gone
 

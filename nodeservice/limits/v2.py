@@ -265,8 +265,8 @@ def _held(directory: Path) -> list[Reading]:
         rows.append(("memory_swap_bytes", None if memory is None or swap is None else memory + swap, "memory.swap.max"))
     if group is not None:
         rows.append(("oom_group", int(group), "memory.oom.group"))
-    cpus = cgroup.read("cpuset_cpus") or cgroup.read("cpuset_cpus_effective")
-    if cpus:
+    cpus = cgroup.read("cpuset_cpus_effective") or cgroup.read("cpuset_cpus")
+    if cpus:  # what was written stays, whatever a cgroup above it keeps out, or goes offline
         rows.append(("cpu_ids", cpus, "cpuset.cpus.effective"))
     for line in (cgroup.read("io_max") or "").splitlines():
         rates = dict(word.split("=") for word in line.split()[1:])

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from nodeservice.core.cpus import Cpu
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.model import Resources
 from nodeservice.ports.containers import EngineFacts
@@ -40,7 +41,7 @@ class DiskFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """What this host has and what of it can be used from here (affinity, cpuset and cgroup limits respected)."""
+    """What this host has and what of it tasks can use (affinity, cpusets and limits of the cgroups above them respected)."""
 
     hostname: str
     kernel: str
@@ -50,10 +51,10 @@ class HostFacts:
     """What the board has."""
     cpu_physical_count: int
     cpu_usable_milli: int
-    """What processes here can use: the smallest of affinity, cpuset and quota."""
+    """What tasks can use: the smallest of affinity, cpuset and quota."""
     memory_total_bytes: int
     memory_limit_bytes: int
-    """The smaller of the total and the cgroup limits above us."""
+    """The smaller of the total and the cgroup limits above all tasks."""
     memory_available_bytes: int
     disk: DiskFacts
     """Of the state directory."""
@@ -74,6 +75,8 @@ class NodeCapacity:
     allocatable: Resources
     gpu_units: tuple[GpuUnit, ...] = ()
     """What tasks can lease of the GPUs, and what of it is out of service."""
+    cpus: tuple[Cpu, ...] = ()
+    """Those that tasks may run on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,8 +40,7 @@ V2_DEFAULTS = {
     "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0",
     "pids.max": "max",
     "pids.peak": "0",
-    "cpuset.cpus": "",
-    "cpuset.cpus.effective": Path("/sys/devices/system/cpu/online").read_text(),
+    "cpuset.cpus": Path("/sys/devices/system/cpu/online").read_text(),
 }
 SHARE = Resources(cpu_milli=1500, memory_bytes=512 * MIB)
 
@@ -66,6 +65,8 @@ class UnifiedStandIn:
         for name, content in V2_DEFAULTS.items():
             if name.split(".")[0] in {"cgroup", *handed_down.split()}:
                 (directory / name).write_text(content)
+        if "cpuset" in handed_down.split():
+            (directory / "cpuset.cpus.effective").symlink_to("cpuset.cpus")
 
     def rmdir(self, path: Path | str) -> None:
         directory = Path(path)
@@ -196,6 +197,29 @@ async def test_tasks_are_kept_off_exclusive_cpus_whether_they_came_before_or_aft
     await cgroups.share(SHARE)
     await cgroups.prepare(spec("late"))
     assert cpus_of(cgroups, "before", "exclusive", "after", "late") == [online_cpus()] * 4
+
+
+async def test_an_exclusive_cpu_that_is_offline_keeps_nothing_else_from_being_set(cgroups: KernelTaskCgroups) -> None:
+    own, others = two_cpus()
+    exclusive = spec("exclusive")
+    await cgroups.share(SHARE)
+    await cgroups.prepare(exclusive, own)
+    await cgroups.prepare(spec("other"))
+    offline = 1 + max(online_cpus())
+    assert await cgroups.share(SHARE, others, {exclusive.id: (*own, offline)})
+    assert cgroups.describe() is None
+    assert cpus_of(cgroups, "exclusive", "other") == [own, others]
+
+
+async def test_cpus_that_are_kept_out_above_are_not_told_as_in_force(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("n"), tree=stand_in.tree())
+    await cgroups.prepare(spec(), [1])
+    effective = stand_in.top / "nodeservice/n.node/task.1/cpuset.cpus.effective"
+    effective.unlink()
+    effective.write_text("0\n")  # as the kernel does where none of those that were written is to be had
+    assert cpus_of(cgroups, "task") == [(0,)]
+    await cgroups.close()
 
 
 async def test_each_task_gets_the_cpus_that_it_should_have_whatever_it_had(cgroups: KernelTaskCgroups) -> None:

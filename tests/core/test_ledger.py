@@ -116,3 +116,15 @@ def test_no_cpu_is_exclusive_to_two_and_one_is_always_shared(sequence: list[tupl
         assert set(ledger.shared_cpu_ids) == ({cpu.id for cpu in cpus} - set(taken) if taken else set())
         assert not taken or ledger.shared_cpu_ids
         assert ledger.exclusive_cpu_ids == held
+
+
+def test_exclusive_cpus_come_from_those_that_are_there_now() -> None:
+    cpus = [Cpu(numa_node=0, core=number, id=number) for number in range(4)]
+    ledger = Ledger(Resources(cpu_milli=4000), cpus=cpus)
+    assert ledger.grant(AttemptId("before"), Resources(cpu_milli=1000), exclusive_cpus=True).cpu_ids == (0,)
+    ledger.resize(Resources(cpu_milli=3000), (), cpus[1:])
+    assert ledger.shortfall(Resources(cpu_milli=2000), exclusive_cpus=True) is None, (
+        "the one that is gone takes no place"
+    )
+    assert ledger.grant(AttemptId("after"), Resources(cpu_milli=2000), exclusive_cpus=True).cpu_ids == (1, 2)
+    assert ledger.shared_cpu_ids == (3,)

@@ -21,11 +21,13 @@ from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.ports import DiskFacts, GpuInventory, HostFacts, NodeCapacity, UsageSample
 from nodeservice.telemetry.tracing import new_trace_ids
 from nodeservice.testing.fake_runtime import FakeImage
+from nodeservice.testing.manual_clock import ManualClock
 from tests.unit.node_harness import NODE, World, living, running, spec
 
 T = AttemptId("t")
 RESERVED = 1 * MIB
 LEASED = 500 * MIB
+WROTE = spec().request.disk_bytes // 2
 
 
 class Disk:
@@ -98,13 +100,19 @@ async def test_what_others_wrote_before_a_restart_is_not_offered(disk: Disk, con
 
 
 class Capacity:
-    """Of a host on which only the disk changes."""
+    """Of a host that changes."""
 
-    def __init__(self, disk_bytes: int) -> None:
+    def __init__(self, disk_bytes: int, cpu_milli: int = NODE.cpu_milli) -> None:
         self.disk_bytes = disk_bytes
+        self.cpu_milli = cpu_milli
+        self.count = 0
+        self.fails = False
 
     async def read(self) -> NodeCapacity:
-        allocatable = replace(NODE, disk_bytes=self.disk_bytes)
+        self.count += 1
+        if self.fails:
+            raise OSError("no such /proc")
+        allocatable = replace(NODE, disk_bytes=self.disk_bytes, cpu_milli=self.cpu_milli)
         disk = Disk().read(Path("/"))
         host = HostFacts(
             hostname="h", kernel="k", cgroup_version=2, cpu_model="c", cpu_logical_count=1, cpu_physical_count=1,
@@ -128,7 +136,7 @@ async def test_the_disk_is_looked_at_again_when_the_last_lease_of_a_restart_goes
     async with living(world) as node:
         await running(node, spec())
     async with living(world) as node:
-        capacity = Capacity(NODE.disk_bytes // 2)
+        capacity = Capacity(NODE.disk_bytes - WROTE)
         disk = AllocatableDisk(node.driver, capacity, world.journal)
         wanted = asyncio.Event()
         disk.look_again = wanted.set
@@ -153,7 +161,7 @@ async def test_the_disk_is_looked_at_again_when_the_last_lease_of_a_restart_goes
 async def test_a_lease_that_goes_during_the_look_does_not_make_it_believed(world: World) -> None:
     async with living(world) as node:
         container = await running(node, spec())
-        capacity = Capacity(NODE.disk_bytes // 2)
+        capacity = Capacity(NODE.disk_bytes - WROTE)
         disk = AllocatableDisk(node.driver, capacity, world.journal)
         read = capacity.read
 
@@ -167,6 +175,53 @@ async def test_a_lease_that_goes_during_the_look_does_not_make_it_believed(world
         capacity.read = slow  # type: ignore[method-assign]
         await disk.look()
         assert node.driver.ledger.allocatable.disk_bytes == NODE.disk_bytes
+
+
+async def test_what_others_write_while_tasks_run_is_not_offered(world: World) -> None:
+    async with living(world) as node:
+        await running(node, spec())
+        capacity, leased = Capacity(NODE.disk_bytes // 2), spec().request.disk_bytes
+        disk = AllocatableDisk(node.driver, capacity, world.journal)
+        await world.journal.set_note("allocatable_disk_bytes", str(NODE.disk_bytes))
+        node.driver.ledger.resize(NODE, ())
+        await disk.open()
+        await disk.look()
+        assert node.driver.ledger.allocatable.disk_bytes == NODE.disk_bytes // 2 + leased
+        capacity.disk_bytes = NODE.disk_bytes - WROTE
+        await disk.look()
+        assert node.driver.ledger.allocatable.disk_bytes == NODE.disk_bytes, "they have taken it away"
+
+
+async def test_what_changes_while_the_node_runs_is_seen_and_told(world: World) -> None:
+    async with living(world) as node:
+        capacity = Capacity(NODE.disk_bytes)
+        disk = AllocatableDisk(node.driver, capacity, world.journal)
+        told: list[Resources] = []
+        disk.look_again = lambda: told.append(node.driver.ledger.allocatable)
+        await disk.open()
+        clock = ManualClock()
+        looking = asyncio.create_task(disk.run(clock))
+
+        async def after(**changes: object) -> None:
+            for name, value in changes.items():
+                setattr(capacity, name, value)
+            await clock.settle()
+            before = capacity.count
+            await clock.advance(60)
+            assert capacity.count > before
+
+        await after()
+        assert not told
+        await after(cpu_milli=1000)
+        assert [one.cpu_milli for one in told] == [1000]
+        await after(disk_bytes=NODE.disk_bytes - 1)
+        assert len(told) == 1
+        assert node.driver.ledger.allocatable.disk_bytes == NODE.disk_bytes - 1
+        await after(fails=True)
+        await after(fails=False, disk_bytes=NODE.disk_bytes // 2)
+        assert [one.disk_bytes for one in told[1:]] == [NODE.disk_bytes // 2]
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
 
 
 class UnwritableJournal(MemoryJournal):

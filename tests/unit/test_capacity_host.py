@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from nodeservice.capacity.cpu import count_of_list, read_cpu
-from nodeservice.capacity.disk import nearest_existing, read_disk
+from nodeservice.capacity.cpu import read_cpu
+from nodeservice.capacity.disk import nearest_existing, read_disk, read_space
 from nodeservice.capacity.memory import read_memory
 from nodeservice.capacity.usage import CpuMeter, gpu_percent, memory_percent
 from nodeservice.core.model import GIB, MIB
+from nodeservice.limits.free_space import _room
 from nodeservice.limits.hierarchy import host_cgroup_version
 from nodeservice.ports import GpuInventory
 from nodeservice.testing.fake_gpu import fake_gpu
@@ -82,21 +83,22 @@ def v2(tree: Tree) -> Tree:
     return tree
 
 
-def usable_milli(tree: Tree, affinity_count: int = 16) -> int:
-    return read_cpu(tree.root, affinity_count=affinity_count).usable_milli
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("0-3,8", 5), ("0", 1), ("", 0), ("\n", 0), ("0-1,4-7,9\n", 7), ("nonsense", 0)]
-)
-def test_a_kernel_list_of_cpus_is_counted(text: str, count: int) -> None:
-    assert count_of_list(text) == count
+def usable_milli(tree: Tree, affinity_count: int = 16, tasks_place: str | None = None) -> int:
+    return read_cpu(tree.root, tasks_place=tasks_place, affinity=range(affinity_count)).usable_milli
 
 
 def test_the_board_is_told_from_its_topology(tree: Tree) -> None:
-    cpu = read_cpu(tree.root, affinity_count=16)
+    cpu = read_cpu(tree.root, affinity=range(16))
 
     assert (cpu.model, cpu.logical_count, cpu.physical_count) == ("Test CPU @ 3 GHz", 16, 8)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "nonsense"])
+def test_what_is_no_list_of_cpus_limits_nothing(v2: Tree, text: str) -> None:
+    v2.cgroup("outer", cpuset__cpus__effective=text)
+    v2.write("sys/devices/system/cpu/online", text)
+
+    assert usable_milli(v2) == 16_000
 
 
 @pytest.mark.parametrize("fixture", ["tree", "v1", "v2"])
@@ -173,6 +175,73 @@ def test_of_nested_v2_memory_limits_the_tightest_counts(v2: Tree, name: str) -> 
     assert memory.available_bytes == 2 * GIB - 512 * MIB
 
 
+@pytest.mark.parametrize("place", ["", "nodeservice"])
+def test_a_v1_limit_above_the_tasks_counts_and_ours_does_not(v1: Tree, place: str) -> None:
+    v1.cgroup("memory/a", memory__limit_in_bytes=str(GIB))
+    v1.cgroup("cpu,cpuacct/a", cpu__cfs_quota_us="50000")
+    v1.cgroup("cpuset/a", cpuset__effective_cpus="0-1")
+    for name in ("memory", "cpu,cpuacct", "cpuset"):
+        (v1.root / "sys/fs/cgroup" / name / "nodeservice").mkdir()
+    v1.cgroup(f"memory/{place}", memory__limit_in_bytes=str(8 * GIB))
+    v1.cgroup(f"cpu,cpuacct/{place}", cpu__cfs_quota_us="350000", cpu__cfs_period_us="100000")
+    v1.cgroup("cpuset", cpuset__effective_cpus="4-9")
+
+    cpu = read_cpu(v1.root, tasks_place="nodeservice", affinity=range(2))
+
+    assert (cpu.usable_milli, cpu.usable_ids) == (3_500, frozenset(range(4, 10)))
+    assert read_memory(v1.root, tasks_place="nodeservice").limit_bytes == 8 * GIB
+
+
+def test_a_v2_limit_above_the_tasks_counts_and_ours_does_not(v2: Tree) -> None:
+    v2.cgroup("outer/inner", cpu__max="50000 100000", memory__max=str(GIB), cpuset__cpus__effective="0")
+    v2.cgroup("nodeservice.slice", cpu__max="350000 100000", memory__high=str(8 * GIB), memory__max=str(9 * GIB))
+    v2.cgroup("nodeservice.slice", cpuset__cpus__effective="4-9")
+    v2.cgroup("nodeservice.slice/nodeservice-n.slice", cpu__max="100000 100000", memory__max=str(2 * GIB))
+
+    cpu = read_cpu(v2.root, tasks_place="nodeservice.slice", affinity=[0])
+
+    assert (cpu.usable_milli, cpu.usable_ids) == (3_500, frozenset(range(4, 10)))
+    assert read_memory(v2.root, tasks_place="nodeservice.slice").limit_bytes == 8 * GIB
+
+
+def test_before_their_cgroup_is_made_tasks_are_limited_by_what_will_be_above_it(v2: Tree) -> None:
+    v2.cgroup("outer", memory__max=str(GIB))
+    v2.cgroup("", memory__max=str(4 * GIB), cpu__max="250000 100000")  # of the container that the engine runs in
+
+    assert read_memory(v2.root, tasks_place="nodeservice").limit_bytes == 4 * GIB
+    assert usable_milli(v2, tasks_place="nodeservice") == 2_500
+
+
+def test_what_is_kept_out_of_our_affinity_is_kept_from_tasks_too(v2: Tree) -> None:
+    v2.cgroup("outer/inner", cpuset__cpus__effective="0-7")
+
+    assert usable_milli(v2, affinity_count=8, tasks_place="nodeservice.slice") == 16_000
+    assert usable_milli(v2, affinity_count=6, tasks_place="nodeservice.slice") == 14_000
+
+
+def test_a_cpu_that_is_offline_is_not_there_for_tasks(tree: Tree) -> None:
+    tree.write("sys/devices/system/cpu/online", "0-10,12-14\n")
+
+    cpu = read_cpu(tree.root, affinity=range(16))
+
+    assert (cpu.logical_count, cpu.usable_milli) == (16, 14_000)
+    assert 11 not in cpu.usable_ids
+
+
+def test_a_cpu_that_came_back_is_there_again_though_a_v1_cpuset_of_ours_lacks_it_still(v1: Tree) -> None:
+    v1.cgroup("cpuset/nodeservice", cpuset__cpus="0-14", cpuset__effective_cpus="0-14")
+
+    assert usable_milli(v1, tasks_place="nodeservice") == 16_000
+
+
+def test_where_a_part_of_the_hierarchy_is_mounted_tasks_lie_below_us(tree: Tree) -> None:
+    tree.write("proc/self/mountinfo", V1_MOUNTS.replace("0:32 / /sys", "0:32 /docker/abc /sys"))
+    tree.write("proc/self/cgroup", "4:memory:/docker/abc\n")
+    tree.cgroup("memory", memory__limit_in_bytes=str(GIB))
+
+    assert read_memory(tree.root, tasks_place="nodeservice").limit_bytes == GIB
+
+
 def test_memory_that_is_reserved_as_huge_pages_is_not_there_for_tasks(tree: Tree) -> None:
     gib_kb = 1024**2
     meminfo = f"MemTotal: {64 * gib_kb} kB\nMemAvailable: {30 * gib_kb} kB\nHugetlb: {32 * gib_kb} kB\n"
@@ -224,6 +293,20 @@ def test_disk_of_a_path_that_does_not_exist_yet_is_that_of_its_nearest_parent(tm
     assert disk.total_bytes == space.f_blocks * space.f_frsize
     assert 0 < disk.free_bytes <= space.f_bfree * space.f_frsize + 2 * GIB
     assert disk.filesystem != "unknown"
+
+
+@pytest.mark.parametrize(("files", "left", "is_free"), [(5000, 1000, True), (5000, 999, False), (0, 0, True)])
+def test_where_hardly_a_file_can_be_made_no_disk_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, left: int, is_free: bool
+) -> None:
+    told = os.statvfs_result((4096, 4096, 1000, 900, 800, files, left, left, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _path: told)
+
+    room = _room(tmp_path)
+
+    assert read_space(tmp_path) == (1000 * 4096, 800 * 4096 if is_free else 0)
+    assert room is not None
+    assert room.free_bytes == (800 * 4096 if is_free else 0)
 
 
 def test_the_longest_mount_point_names_the_filesystem_and_the_later_hides_the_earlier(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,6 +59,7 @@ async def read(
     ask_engine: Callable[[], Awaitable[EngineFacts]] = no_engine,
     gpus: GpuProvider | None = None,
     reserve: Reserve | None = None,
+    root: Path = Path("/"),
 ) -> NodeCapacity:
     source = HostCapacity(
         state_dir=state_dir,
@@ -65,6 +67,7 @@ async def read(
         gpus=gpus or FakeGpuProvider(),
         units=healthy,
         reserve=reserve or Reserve(),
+        root=root,
     )
     try:
         return await source.read()
@@ -139,6 +142,62 @@ async def test_an_engine_with_a_larger_view_changes_nothing(tmp_path: Path) -> N
     assert found.capacity.cpu_milli == found.host.cpu_usable_milli
     assert found.capacity.memory_bytes == found.host.memory_limit_bytes
     assert found.host.engine == ENGINE
+
+
+@pytest.mark.parametrize(
+    ("driver", "version", "name", "limited"),
+    [
+        ("systemd", 2, "docker", "nodeservice.slice"),
+        ("cgroupfs", 2, "docker", "nodeservice"),
+        ("systemd", 1, "docker", "system.slice"),
+        ("systemd", 1, "podman", "machine.slice"),
+        ("none", 2, "docker", ""),
+    ],
+)
+async def test_the_capacity_is_what_tasks_can_have_where_the_engine_puts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, version: int, name: str, limited: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\n")
+    (tmp_path / "proc/self/mountinfo").write_text("31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/nodeserviced.slice/nodeservice.service\n")
+    for place in (
+        "nodeserviced.slice/nodeservice.service",
+        "nodeservice.slice",
+        "nodeservice",
+        "system.slice",
+        "machine.slice",
+    ):
+        (tmp_path / "sys/fs/cgroup" / place).mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup" / place / "memory.max").write_text(f"{300 * MIB}\n")
+    (tmp_path / "sys/fs/cgroup" / limited / "memory.max").write_text(f"{700 * MIB}\n")
+    where = replace(ENGINE, name=name, cgroup_driver=driver, cgroup_version=version)
+
+    found = await read(tmp_path, ask_engine=engine(where), root=tmp_path)
+
+    assert found.capacity.memory_bytes == 700 * MIB
+
+
+async def test_an_engine_that_is_being_started_anew_is_where_it_was(tmp_path: Path) -> None:
+    answers = [replace(ENGINE, cpu_count=1, memory_bytes=300 * MIB)]
+
+    async def ask() -> EngineFacts:
+        return answers.pop() if answers else await no_engine()
+
+    source = HostCapacity(
+        state_dir=tmp_path,
+        engine=ask,
+        gpus=FakeGpuProvider(),
+        units=healthy,
+        reserve=Reserve(),
+    )
+
+    before, after = await source.read(), await source.read()
+
+    assert after.host.engine is None
+    assert after.capacity.minus(before.capacity) == Resources()
+    await source.close()
 
 
 async def test_the_engines_disk_is_told_only_where_it_can_be_seen(tmp_path: Path) -> None:

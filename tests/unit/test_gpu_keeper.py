@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -216,6 +217,49 @@ async def test_an_xid_that_comes_while_the_driver_does_not_answer_counts_as_ever
         assert "XID 119" in node.context.gpus.state(uuid)[1]
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_a_memory_error_while_the_service_is_down_fails_the_task_that_held_the_gpu_then(
+    world: World, has_ended: bool
+) -> None:
+    (world.path / "state").mkdir()
+    for gpu in (ONE, TWO):
+        world.gpus.change(gpu.uuid, ecc_uncorrected_count=3)
+    async with living(world) as node:
+        await ready(node)
+        ill = await running(node, gpu_spec("a"))
+        well = await running(node, gpu_spec("b"))
+        written = node.dirs.gpu_resets
+        await node.until(lambda: written.exists() and only(ill.lease.gpu_uuids) in written.read_text())
+    world.gpus.change(only(ill.lease.gpu_uuids), ecc_uncorrected_count=4)
+    if has_ended:
+        finish(node, ill, 1)
+    async with living(world) as node:
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_FAULT
+        assert "uncorrected memory errors (1 more)" in record.verdict.message
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, well)
+        assert (await node.until_finished(B)).verdict.reason is Reason.COMPLETED  # type: ignore[union-attr]
+
+
+async def test_a_gpu_that_went_while_the_service_was_down_fails_the_task_that_holds_it(world: World) -> None:
+    async with living(world) as node:
+        await ready(node)
+        ill = await running(node, gpu_spec("a"))
+        well = await running(node, gpu_spec("b"))
+    left = tuple(gpu for gpu in (ONE, TWO) if gpu.uuid not in ill.lease.gpu_uuids)
+    world.gpus.current = replace(world.gpus.current, gpus=left)
+    async with living(world) as node:
+        record = await node.until_finished(A)
+        assert record.verdict is not None
+        assert record.verdict.reason is Reason.GPU_FAULT
+        assert f"{only(ill.lease.gpu_uuids)}: the driver does not list it" in record.verdict.message
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, well)
+        await node.until_finished(B)
+
+
 async def test_a_gpu_that_needs_a_reset_needs_it_after_a_restart_of_the_service_too(world: World) -> None:
     """Of a driver that tells no recovery action; with one, that tells more than the event."""
     (world.path / "state").mkdir()
@@ -343,6 +387,39 @@ async def test_a_part_that_cannot_be_watched_is_no_part_that_is_kept(world: Worl
         assert ended.verdict is not None
         assert ended.verdict.reason is Reason.LIMIT_NOT_ENFORCED
         assert "does not tell what its processes hold" in ended.verdict.message
+
+
+async def test_a_part_that_is_watched_ends_when_the_driver_hangs_for_long_and_a_whole_gpu_does_not(
+    world: World,
+) -> None:
+    world.gpu_policy = SharingPolicy(allowed=True)
+    async with living(world) as node:
+        await ready(node)
+        await running(node, part("a", 10 * GIB))
+        whole = await running(node, gpu_spec("b"))
+        now, looks = [0.0], [0]
+        see_nothing = node.context.gpus._parts.see_nothing
+
+        def counted(*args: Any, **named: Any) -> None:
+            looks[0] += 1
+            see_nothing(*args, **named)
+
+        node.context.gpus._parts.see_nothing = counted  # type: ignore[method-assign]
+        node.context.gpus._monotonic = lambda: now[0]
+        world.gpus.current = replace(world.gpus.current, error="NVML has not answered")
+        await node.until(lambda: looks[0] > 1)
+        now[0] = 29.0
+        before = looks[0]
+        await node.until(lambda: looks[0] > before + 1)
+        assert node.phase(A) is Phase.RUNNING
+        now[0] = 30.0
+        ended = await node.until_finished(A)
+        assert ended.verdict is not None
+        assert ended.verdict.reason is Reason.LIMIT_NOT_ENFORCED
+        assert "NVML has not answered" in ended.verdict.message
+        assert node.phase(B) is Phase.RUNNING
+        finish(node, whole)
+        await node.until_finished(B)
 
 
 async def test_parts_that_only_are_watched_are_given_to_nobody_unless_the_operator_says_so(world: World) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nodeservice.gpu.health import AwaitedReset
+from nodeservice.gpu.health import AwaitedReset, HealthBoard
 from nodeservice.lifecycle.gpu_resets import GpuResets
 
 AWAITED = {
     "GPU-a": AwaitedReset(words="XID 95", energy_millijoules=7),
     "GPU-b": AwaitedReset(words="XID 62", energy_millijoules=None),
 }
+ERRORS = {"GPU-a": 3}
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def boot_id(tmp_path: Path) -> Path:
 async def test_what_was_written_is_read_until_the_host_starts_anew(tmp_path: Path, boot_id: Path) -> None:
     path = tmp_path / "gpus.json"
     assert GpuResets(path, boot_id=boot_id).read() == {}
-    await GpuResets(path, boot_id=boot_id).write(AWAITED)
+    await GpuResets(path, boot_id=boot_id).write(AWAITED, ERRORS)
     assert GpuResets(path, boot_id=boot_id).read() == AWAITED
     boot_id.write_text("two\n")
     assert GpuResets(path, boot_id=boot_id).read() == {}
@@ -34,13 +35,13 @@ async def test_what_was_written_is_read_until_the_host_starts_anew(tmp_path: Pat
 async def test_nothing_is_written_while_nothing_changes(tmp_path: Path, boot_id: Path) -> None:
     path = tmp_path / "gpus.json"
     resets = GpuResets(path, boot_id=boot_id)
-    await resets.write({})
+    await resets.write({}, {})
     assert not path.exists()
-    await resets.write(AWAITED)
+    await resets.write(AWAITED, ERRORS)
     path.unlink()
-    await resets.write(AWAITED)
+    await resets.write(AWAITED, ERRORS)
     assert not path.exists()
-    await resets.write({})
+    await resets.write({}, {})
     assert GpuResets(path, boot_id=boot_id).read() == {}
 
 
@@ -64,5 +65,18 @@ def test_a_file_that_is_none_of_these_is_as_none(tmp_path: Path, boot_id: Path, 
 
 async def test_a_directory_that_cannot_be_written_holds_up_nothing(tmp_path: Path, boot_id: Path) -> None:
     resets = GpuResets(tmp_path / "absent" / "gpus.json", boot_id=boot_id)
-    await resets.write(AWAITED)
+    await resets.write(AWAITED, ERRORS)
     assert resets.read() == {}
+
+
+async def test_memory_errors_are_remembered_and_what_is_written_without_them_is_read(
+    tmp_path: Path, boot_id: Path
+) -> None:
+    path = tmp_path / "gpus.json"
+    await GpuResets(path, boot_id=boot_id).write(AWAITED, ERRORS)
+    board = HealthBoard()
+    GpuResets(path, boot_id=boot_id).tell(board, now_seconds=0.0)
+    assert board.memory_errors() == ERRORS
+    assert board.awaited_resets() == AWAITED
+    path.write_text('{"boot_id": "one\\n", "gpus": {"GPU-a": {"words": "x", "energy_millijoules": 2}}}')
+    assert GpuResets(path, boot_id=boot_id).read() == {"GPU-a": AwaitedReset(words="x", energy_millijoules=2)}
