@@ -105,6 +105,13 @@ def master(
             help="How often a task is tried again after a fault of its node.",
         ),
     ] = 3,
+    finished_retention: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NODESERVICE_FINISHED_RETENTION",
+            help="Forget tasks that ended longer ago, such as 90d. Default: never.",
+        ),
+    ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(envvar="NODESERVICE_TLS_CERT", help="PEM certificate of this master.")
     ] = None,
@@ -146,6 +153,7 @@ def master(
     daemon, settings_type = _import_master()
     settings = settings_type(
         **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),
+        finished_retention_seconds=_retention(finished_retention),
         listen=listen,
         state_dir=state_dir,
         results_dir=results_dir,
@@ -179,6 +187,21 @@ def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dic
             words, field="heartbeat_timeout", hint="give a few times what nodes have as heartbeat_seconds"
         )
     return amounts
+
+
+def _retention(text: str | None) -> float | None:
+    if text is None:
+        return None
+    from nodeservice.cli.units import parse_seconds
+
+    try:
+        seconds = parse_seconds(text, option="--finished-retention")
+    except RequestError as error:
+        raise ConfigError(error.message, field=error.field, hint=error.hint) from error
+    if seconds < 86400:
+        words = f"--finished-retention is {text}: who waits for a task may not hear its end"
+        raise ConfigError(words, field="finished_retention", hint="give a day at least, such as 90d")
+    return seconds
 
 
 def _import_master() -> tuple[Any, type[MasterSettings]]:

@@ -20,6 +20,7 @@ from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer
 from nodeservice.master.fault_points import armed
 from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.retention import Retention
 from nodeservice.master.rows import State
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.service import MasterServicer
@@ -79,6 +80,10 @@ class Master:
             await self._listen_http(opened)
             self._spawn(opened, self._nodes.run(), "nodes")
             self._spawn(opened, self._scheduler.run(), "scheduler")
+            if self.settings.finished_retention_seconds is not None:
+                seconds = self.settings.finished_retention_seconds
+                retention = Retention(self._book, self._nodes, self._store, MasterClock(), seconds=seconds)
+                self._spawn(opened, retention.run(), "retention")
             if self.settings.nodes:
                 self._announce(opened)
             self._closing = opened.pop_all()

@@ -32,6 +32,8 @@ class MasterSettings:
     """A node that was silent for so long is given up: what it held is lost, and follows as a new attempt."""
     node_loss_retries: int = NODE_RETRIES
     """How often that happens to a task, and how often it is tried again after another fault of a node."""
+    finished_retention_seconds: float | None = None
+    """Tasks that ended longer ago are forgotten; None: never."""
     server_credentials: grpc.ServerCredentials | None = field(default=None, repr=False)
     dial_credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     http_tls: ssl.SSLContext | None = field(default=None, repr=False)
