@@ -226,9 +226,11 @@ def _transport(cert: Path | None, key: Path | None, ca: Path | None, *, insecure
             field="tls_cert",
             hint="give --tls-cert and --tls-key, or --insecure for plain text",
         )
+    from nodeservice.certificates import read_terms
     from nodeservice.rpc.tls import channel_credentials, server_credentials
 
     return {
+        "certificates": read_terms(cert, ca),
         "server_credentials": server_credentials(cert, key, ca),
         "dial_credentials": channel_credentials(ca, cert, key),
     }

@@ -8,10 +8,12 @@ import fcntl
 import os
 import signal
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 
 import grpc.aio
 import structlog
 
+from nodeservice.certificates import doubts_about
 from nodeservice.errors import ConfigError, InvariantError, RequestError, TransientError
 from nodeservice.listening import not_bound
 from nodeservice.master.announce import announce
@@ -80,6 +82,7 @@ class Master:
             await self._listen_http(opened)
             self._spawn(opened, self._nodes.run(), "nodes")
             self._spawn(opened, self._scheduler.run(), "scheduler")
+            self._spawn(opened, self._watch_certificates(), "certificates")
             if self.settings.finished_retention_seconds is not None:
                 seconds = self.settings.finished_retention_seconds
                 retention = Retention(self._book, self._nodes, self._store, MasterClock(), seconds=seconds)
@@ -109,7 +112,11 @@ class Master:
         queued = sum(row.state is State.QUEUED for row in rows)
         views = self._nodes.views({})
         active = sum(is_active for _, is_active, _ in views)
-        return f"{queued} tasks queued, {len(rows) - queued} with nodes; {active} of {len(views)} nodes active"
+        doubts = "".join(f"; {words}" for words in self._doubts().values())
+        return f"{queued} tasks queued, {len(rows) - queued} with nodes; {active} of {len(views)} nodes active{doubts}"
+
+    def _doubts(self) -> dict[str, str]:
+        return doubts_about(self.settings.certificates, datetime.now(UTC))
 
     # ---- parts --------------------------------------------------------------------------------------------------------
 
@@ -169,6 +176,13 @@ class Master:
         except OSError as error:
             raise not_bound("http_listen", self.settings.http_listen) from error
         self.http_address = f"{host}:{bound}"
+
+    async def _watch_certificates(self) -> None:
+        """Until cancelled; what is doubtful is said once a day."""
+        while True:
+            for name, words in self._doubts().items():
+                log.warning("certificate.doubtful", name=name, words=words)
+            await asyncio.sleep(86400)
 
     def _announce(self, opened: contextlib.AsyncExitStack) -> None:
         addresses = tuple(map(_node_address, self.settings.nodes))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 
+from nodeservice.certificates import Term
 from nodeservice.master.scheduler import SchedulerSettings
 from nodeservice.master.tasks import NODE_RETRIES
 
@@ -37,6 +38,8 @@ class MasterSettings:
     server_credentials: grpc.ServerCredentials | None = field(default=None, repr=False)
     dial_credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     http_tls: ssl.SSLContext | None = field(default=None, repr=False)
+    certificates: tuple[Term, ...] = ()
+    """How long those that the credentials were made of hold; the master warns in time."""
     nodes: tuple[str, ...] = ()
     """Addresses of nodes that wait to be asked (MasterRegister), again and again."""
     advertise: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nodeservice.errors import TransientError
 from nodeservice.results.http import HttpResultStore
 from tests.certificates import make_ca, make_pair
 from tests.integration.node_process import NodeProcess
+from tests.integration.scripted_node import eventually
 from tests.integration.test_master_cli import MasterProcess, run
 from tests.integration.test_master_uploads import bundle
 
@@ -26,6 +28,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("master", "node", "person"):
         make_pair(folder, name, ca)
     make_pair(folder, "stranger", other)
+    make_pair(folder, "late", ca, days=-1)
     return folder
 
 
@@ -89,6 +92,43 @@ async def test_who_is_not_known_is_refused_and_told_why(pki: Path, master: Maste
         assert why in done.err
     known = await run("ps", "--master", master.address, *shown(pki, "person"), "--json")
     assert (known.code, known.json) == (0, []), "nothing of a stranger was taken, and the master is well"
+
+
+async def test_a_certificate_that_has_expired_is_named_on_each_side(
+    tmp_path: Path, pki: Path, master: MasterProcess
+) -> None:
+    mine = await run("ps", "--master", master.address, *shown(pki, "late"))
+    assert mine.code == 69
+    assert f"hung up: the certificate {pki / 'late.pem'} has expired, on " in mine.err
+    assert "certificate.doubtful" not in master.log.read_text(), "its own is well"
+    (tmp_path / "late").mkdir()
+    late = await MasterProcess(tmp_path / "late", *shown(pki, "late"), insecure=False).start()
+    try:
+        theirs = await run("ps", "--master", late.address, *shown(pki, "person"))
+    finally:
+        assert await late.end() == 0
+    assert theirs.code == 69
+    assert "shows a certificate that has expired" in theirs.err
+    assert "not signed by" not in theirs.err
+    told = [json.loads(line) for line in late.log.read_text().splitlines() if "certificate.doubtful" in line]
+    assert [one["name"] for one in told] == ["CERTIFICATE_EXPIRED"]
+    assert f"tls_cert {pki / 'late.pem'} has expired, on " in told[0]["words"]
+
+
+@pytest.mark.engine
+async def test_a_node_whose_certificate_has_expired_says_so_where_it_finds_no_master(
+    tmp_path: Path, pki: Path, master: MasterProcess, node_id: str
+) -> None:
+    options = ("--master", master.address, *shown(pki, "late"))
+    node = await NodeProcess(tmp_path / "node", node_id, options, insecure=False).start()
+    try:
+        await eventually(lambda: any(event.get("event") == "master.unreachable" for event in node.events()))
+        (event, *_) = (event for event in node.events() if event.get("event") == "master.unreachable")
+        assert f"tls_cert {pki / 'late.pem'} has expired, on " in str(event["hint"])
+        seen = await run("inspect", "--state-dir", str(tmp_path / "node/state"))
+        assert "CERTIFICATE_EXPIRED" in seen.out
+    finally:
+        assert await node.stop() == 0
 
 
 async def test_results_by_http_are_taken_from_nobody_whom_the_authority_does_not_know(
