@@ -80,6 +80,9 @@ def master(
     http_limit: Annotated[
         str, typer.Option(envvar="NODESERVICE_HTTP_LIMIT", help="What one POST may carry.")
     ] = "50000000",
+    push_limit: Annotated[
+        str, typer.Option(envvar="NODESERVICE_PUSH_LIMIT", help="What one attempt may push over gRPC.")
+    ] = "100g",
     node: Annotated[
         list[str] | None,
         typer.Option(envvar="NODESERVICE_NODE", help="HOST:PORT of a node that waits to be called; repeatable."),
@@ -152,7 +155,9 @@ def master(
         structlog.get_logger(__name__).warning("master.callers_unknown", hint="give --tls-ca: else anybody may call")
     daemon, settings_type = _import_master()
     settings = settings_type(
-        **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),
+        **_amounts(
+            http_limit=http_limit, push_limit=push_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after
+        ),
         finished_retention_seconds=_retention(finished_retention),
         listen=listen,
         state_dir=state_dir,
@@ -169,13 +174,14 @@ def master(
     asyncio.run(daemon.serve_master(settings, manager=ServiceManager.of(os.environ)))
 
 
-def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
+def _amounts(*, http_limit: str, push_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
     """As settings. What is no amount is a wrong configuration, not a request that is refused."""
     from nodeservice.cli.units import parse_bytes, parse_seconds
 
     try:
         amounts = {
             "http_limit_bytes": parse_bytes(http_limit, option="--http-limit"),
+            "push_limit_bytes": parse_bytes(push_limit, option="--push-limit"),
             "heartbeat_timeout_seconds": parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
             "gone_after_seconds": parse_seconds(gone_after, option="--gone-after"),
         }

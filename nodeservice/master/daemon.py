@@ -65,7 +65,7 @@ class Master:
             gone_after_seconds=settings.gone_after_seconds,
         )
         self._scheduler = Scheduler(self._book, self._nodes, clock, settings.scheduler)
-        self._uploads = ResultUploads(self._book, self._results_dir)
+        self._uploads = ResultUploads(self._book, self._results_dir, push_limit_bytes=settings.push_limit_bytes)
         self._closing = contextlib.AsyncExitStack()
 
     async def start(self) -> None:

@@ -36,6 +36,7 @@ REASON_KEY = "nodeservice-reason"
 _CODES = {
     "NOT_FOUND": grpc.StatusCode.NOT_FOUND,
     "ALREADY_STORED": grpc.StatusCode.ALREADY_EXISTS,
+    "RESULT_TOO_LARGE": grpc.StatusCode.OUT_OF_RANGE,
     "STALE_ATTEMPT": grpc.StatusCode.FAILED_PRECONDITION,
 }
 

@@ -11,6 +11,7 @@ import grpc
 from nodeservice.certificates import Term
 from nodeservice.master.scheduler import SchedulerSettings
 from nodeservice.master.tasks import NODE_RETRIES
+from nodeservice.master.uploads import PUSH_LIMIT_BYTES
 
 UPLOAD_LIMIT_BYTES = 50 * 1000 * 1000
 
@@ -28,6 +29,8 @@ class MasterSettings:
     http_listen: str | None = None
     """Where `/upload` takes results; None: nowhere."""
     http_limit_bytes: int = UPLOAD_LIMIT_BYTES
+    push_limit_bytes: int = PUSH_LIMIT_BYTES
+    """What one attempt may store over gRPC."""
     heartbeat_timeout_seconds: float = 30.0
     gone_after_seconds: float = 600.0
     """A node that was silent for so long is given up: what it held is lost, and follows as a new attempt."""
