@@ -123,6 +123,14 @@ def master(
         Path | None,
         typer.Option(envvar="NODESERVICE_TLS_CA", help="PEM certificates that nodes and clients must be signed by."),
     ] = None,
+    certified_worker_ids: Annotated[
+        bool,
+        typer.Option(
+            "--certified-worker-ids",
+            envvar="NODESERVICE_CERTIFIED_WORKER_IDS",
+            help="Nodes must be in their certificates by their worker_id.",
+        ),
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="NODESERVICE_INSECURE", help="Plain text, no authentication.")
     ] = False,
@@ -150,6 +158,9 @@ def master(
     transport = _transport(tls_cert, tls_key, tls_ca, insecure=insecure)
     if log_level not in LEVELS:
         raise ConfigError(f"--log-level is {log_level!r}", field="log_level", hint=f"use one of {', '.join(LEVELS)}")
+    if certified_worker_ids and tls_ca is None:
+        words = "--certified-worker-ids without --tls-ca: nobody is asked for a certificate"
+        raise ConfigError(words, field="certified_worker_ids", hint="give --tls-ca, or drop it")
     configure_logging(log_level, log_format)
     if not insecure and tls_ca is None:
         structlog.get_logger(__name__).warning("master.callers_unknown", hint="give --tls-ca: else anybody may call")
@@ -167,6 +178,7 @@ def master(
         node_loss_retries=node_loss_retries,
         nodes=tuple(node or ()),
         advertise=advertise,
+        certified_worker_ids=certified_worker_ids,
         http_tls=_http_tls(tls_cert, tls_key, tls_ca) if http_listen and not insecure else None,
         **transport,
     )

@@ -150,7 +150,13 @@ class Master:
     async def _listen(self, opened: contextlib.AsyncExitStack) -> None:
         host, _ = _split(self.settings.listen, "listen")
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        servicer = MasterServicer(book=self._book, nodes=self._nodes, scheduler=self._scheduler, uploads=self._uploads)
+        servicer = MasterServicer(
+            book=self._book,
+            nodes=self._nodes,
+            scheduler=self._scheduler,
+            uploads=self._uploads,
+            certified=self.settings.certified_worker_ids,
+        )
         pb_grpc.add_MasterWorkerServicer_to_server(servicer, server)
         try:
             if self.settings.server_credentials is None:
@@ -169,7 +175,9 @@ class Master:
         from nodeservice.master.upload_http import UploadEndpoint
 
         host, port = _split(self.settings.http_listen, "http_listen")
-        endpoint = UploadEndpoint(self._uploads, limit_bytes=self.settings.http_limit_bytes)
+        endpoint = UploadEndpoint(
+            self._uploads, limit_bytes=self.settings.http_limit_bytes, certified=self.settings.certified_worker_ids
+        )
         opened.push_async_callback(endpoint.close)
         try:
             bound = await endpoint.start(host.strip("[]"), port, self.settings.http_tls)

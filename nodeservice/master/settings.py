@@ -41,6 +41,8 @@ class MasterSettings:
     server_credentials: grpc.ServerCredentials | None = field(default=None, repr=False)
     dial_credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     http_tls: ssl.SSLContext | None = field(default=None, repr=False)
+    certified_worker_ids: bool = False
+    """A node must be in its certificate by its worker_id; only with credentials that ask for one."""
     certificates: tuple[Term, ...] = ()
     """How long those that the credentials were made of hold; the master warns in time."""
     nodes: tuple[str, ...] = ()

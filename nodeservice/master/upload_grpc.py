@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import structlog
 
@@ -15,17 +15,21 @@ from nodeservice.wire import master_worker_pb2 as pb
 log = structlog.get_logger(__name__)
 
 
-async def receive_chunks(chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads) -> pb.FileUploadAck:
+async def receive_chunks(
+    chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads, check_caller: Callable[[str], None]
+) -> pb.FileUploadAck:
     """Take the stream to its end. success=false when this host can't store it: the sender may try again.
 
     Raises RequestError for what the sender did wrong, TransientError where he has to wait, or fell silent. Nothing stays of
     an upload that did not come to its end.
     """
     async with uploads.place():
-        return await _receive(chunks, uploads)
+        return await _receive(chunks, uploads, check_caller)
 
 
-async def _receive(chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads) -> pb.FileUploadAck:
+async def _receive(
+    chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads, check_caller: Callable[[str], None]
+) -> pb.FileUploadAck:
     incoming: Incoming | None = None
     try:
         head: pb.FileChunk | None = None
@@ -34,6 +38,7 @@ async def _receive(chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads) 
         while (chunk := await uploads.heard(anext(chunks, None))) is not None:
             if head is None or incoming is None:
                 head = chunk
+                check_caller(chunk.worker_id)
                 incoming = await _begin(chunk, uploads)
             elif _identity(chunk) != _identity(head):
                 raise invalid("task_id", "changes within the stream")

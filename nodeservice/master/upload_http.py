@@ -18,6 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError
 from nodeservice.master.checks import check_id, invalid
+from nodeservice.master.identity import check_worker_id, names_of_post
 from nodeservice.master.incoming import MANIFEST, Incoming, check_path, read_manifest
 from nodeservice.master.uploads import ResultUploads
 
@@ -26,12 +27,13 @@ log = structlog.get_logger(__name__)
 _TEXT_PARTS = ("task_id", "attempt", "worker_id", "user_id", "task_name", "submitted_at")
 _TEXT_MAX_BYTES = 4096
 _BLOCK_BYTES = 256 * 1024
-_STATUS = {"ALREADY_STORED": 409, "STALE_ATTEMPT": 409, "RESULT_TOO_LARGE": 413}
+_STATUS = {"ALREADY_STORED": 409, "STALE_ATTEMPT": 409, "RESULT_TOO_LARGE": 413, "WORKER_ID_NOT_CERTIFIED": 403}
 
 
 class UploadEndpoint:
-    def __init__(self, uploads: ResultUploads, *, limit_bytes: int) -> None:
-        """`limit_bytes` counts files and manifest, as the sender counts them."""
+    def __init__(self, uploads: ResultUploads, *, limit_bytes: int, certified: bool = False) -> None:
+        """`limit_bytes` counts files and manifest, as the sender counts them. `certified` as in `MasterServicer`."""
+        self._certified = certified
         self._uploads = uploads
         self._limit_bytes = limit_bytes
         self._runner: web.AppRunner | None = None
@@ -70,6 +72,8 @@ class UploadEndpoint:
             raise invalid("Content-Type", "is not multipart/form-data")
         parts = self._parts(request)
         texts = {name: _decoded(name, await self._small(parts, name, _TEXT_MAX_BYTES)) for name in _TEXT_PARTS}
+        if self._certified:
+            check_worker_id(texts["worker_id"], names_of_post(request))
         manifest = await self._small(parts, "manifest", self._limit_bytes)
         return await self._files(parts, texts, manifest)
 

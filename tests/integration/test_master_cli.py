@@ -139,6 +139,8 @@ async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empt
         (("--heartbeat-timeout", "x"), "--heartbeat-timeout is 'x' (give a duration"),
         (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
         (("--heartbeat-timeout", "0"), "--heartbeat-timeout is 0: every node would be silent"),
+        (("--push-limit", "x"), "--push-limit is 'x' (give bytes"),
+        (("--certified-worker-ids",), "--certified-worker-ids without --tls-ca: nobody is asked for a certificate"),
         (
             ("--finished-retention", "5s"),
             "--finished-retention is 5s: who waits for a task may not hear its end (give a day",

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 import pytest_asyncio
 
-from nodeservice.errors import TransientError
+from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.results.http import HttpResultStore
+from nodeservice.wire import master_worker_pb2 as pb
+from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 from tests.certificates import make_ca, make_pair
 from tests.integration.node_process import NodeProcess
 from tests.integration.scripted_node import eventually
@@ -92,6 +98,39 @@ async def test_who_is_not_known_is_refused_and_told_why(pki: Path, master: Maste
         assert why in done.err
     known = await run("ps", "--master", master.address, *shown(pki, "person"), "--json")
     assert (known.code, known.json) == (0, []), "nothing of a stranger was taken, and the master is well"
+
+
+async def test_where_it_is_wanted_a_node_can_speak_for_nobody_but_itself(tmp_path: Path, pki: Path) -> None:
+    options = ("--certified-worker-ids", "--http-listen", "127.0.0.1:0")
+    master = await MasterProcess(tmp_path, *shown(pki, "master"), *options, insecure=False).start()
+    keys = [(pki / name).read_bytes() for name in ("ca.pem", "node.key", "node.pem")]
+    url, pair = f"https://{master.ready['http_address']}/upload", (pki / "node.pem", pki / "node.key")
+    try:
+        async with grpc.aio.secure_channel(master.address, grpc.ssl_channel_credentials(*keys)) as channel:
+            stub: Any = pb_grpc.MasterWorkerStub(channel)
+            for worker_id, is_taken in (("node", True), ("localhost", True), ("other", False), ("", False)):
+                ack = await stub.RegisterWorker(pb.WorkerInfo(worker_id=worker_id, total_cpu=1), timeout=20)
+                assert ack.success is is_taken, ack.message
+            assert "the certificate is of '127.0.0.1', 'localhost', 'node', not of the node ''" in ack.message
+            assert (await stub.SendHeartbeat(pb.Heartbeat(worker_id="node"), timeout=20)).success
+            for worker_id, is_taken in (("node", True), ("other", False)):
+                told = pb.TaskResult(task_id="t", worker_id=worker_id, attempt=1)
+                assert (await stub.ReportTaskCompletion(told, timeout=20)).success is is_taken
+            chunk = pb.FileChunk(task_id="t", file_path="a", is_last_chunk=True, is_last_file=True, worker_id="other")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.UploadTaskFiles(iter([chunk]), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            chunk.worker_id = "node"
+            assert (await stub.UploadTaskFiles(iter([chunk]), timeout=20)).success
+        sent = bundle(tmp_path, {"a": b"mine"}, task_id="by-post")
+        store = HttpResultStore(url, ca_file=pki / "ca.pem", certificate=pair)
+        with pytest.raises(NodeFaultError, match="answered 403"):
+            await store.put(replace(sent, worker_id="other"))
+        assert await store.put(replace(sent, worker_id="node"))
+        await store.close()
+    finally:
+        assert await master.end() == 0
+    assert "heartbeat.refused" not in master.log.read_text()
 
 
 async def test_a_certificate_that_has_expired_is_named_on_each_side(
