@@ -18,12 +18,12 @@ def make_ca(folder: Path, name: str) -> Path:
     return cert
 
 
-def make_pair(folder: Path, name: str, ca: Path) -> tuple[Path, Path]:
-    """Certificate and key for this host, signed by `ca`."""
+def make_pair(folder: Path, name: str, ca: Path, *, days: int = 2) -> tuple[Path, Path]:
+    """Certificate and key for this host, signed by `ca`; with -1 day it ended yesterday."""
     cert, key, request, extensions = (folder / f"{name}.{end}" for end in ("pem", "key", "csr", "ext"))
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     openssl("req", *curve, "-keyout", key, "-out", request, "-subj", f"/CN={name}")
     extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
     signer = ["-CA", ca, "-CAkey", ca.with_suffix(".key"), "-CAcreateserial"]
-    openssl("x509", "-req", "-in", request, *signer, "-out", cert, "-days", "2", "-extfile", extensions)
+    openssl("x509", "-req", "-in", request, *signer, "-out", cert, "-days", str(days), "-extfile", extensions)
     return cert, key

@@ -141,7 +141,11 @@ class Connection:
                 )
             if self.tls_cert is None:
                 return f"{at} hung up: it may want a client certificate (give --tls-cert and --tls-key)"
+            if own := self._expired():
+                return f"{at} hung up: {own}"
             return f"{at} hung up: it may not trust the certificate {self.tls_cert} (have its authority sign one)"
+        if "certificate has expired" in details:
+            return f"{at} shows a certificate that has expired, or its authority's has (renew it there, then restart)"
         if "CERTIFICATE_VERIFY_FAILED" in details:
             trusted = f"--tls-ca {self.tls_ca}" if self.tls_ca else "the public roots (give --tls-ca)"
             return f"{at} shows a certificate that is not signed by {trusted}"
@@ -150,6 +154,14 @@ class Connection:
         if "peer name" in details.lower() or "hostname verification" in details.lower():
             return f"{at} shows a certificate for another name (dial a name that stands in it)"
         return f"{at} does not answer"
+
+    def _expired(self) -> str | None:
+        from datetime import UTC, datetime
+
+        from nodeservice.certificates import read_terms
+
+        own = [term for term in read_terms(self.tls_cert, None) if term.has_expired(datetime.now(UTC))]
+        return f"the certificate {self.tls_cert} has expired, on {own[0].ends_on} (renew it)" if own else None
 
 
 def say(text: str) -> None:

@@ -88,6 +88,9 @@ def master(
     http_limit: Annotated[
         str, typer.Option(envvar="NODESERVICE_HTTP_LIMIT", help="What one POST may carry.")
     ] = "50000000",
+    push_limit: Annotated[
+        str, typer.Option(envvar="NODESERVICE_PUSH_LIMIT", help="What one attempt may push over gRPC.")
+    ] = "100g",
     node: Annotated[
         list[str] | None,
         typer.Option(envvar="NODESERVICE_NODE", help="HOST:PORT of a node that waits to be called; repeatable."),
@@ -113,6 +116,13 @@ def master(
             help="How often a task is tried again after a fault of its node.",
         ),
     ] = 3,
+    finished_retention: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NODESERVICE_FINISHED_RETENTION",
+            help="Forget tasks that ended longer ago, such as 90d. Default: never.",
+        ),
+    ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(envvar="NODESERVICE_TLS_CERT", help="PEM certificate of this master.")
     ] = None,
@@ -121,6 +131,14 @@ def master(
         Path | None,
         typer.Option(envvar="NODESERVICE_TLS_CA", help="PEM certificates that nodes and clients must be signed by."),
     ] = None,
+    certified_worker_ids: Annotated[
+        bool,
+        typer.Option(
+            "--certified-worker-ids",
+            envvar="NODESERVICE_CERTIFIED_WORKER_IDS",
+            help="Nodes must be in their certificates by their worker_id.",
+        ),
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="NODESERVICE_INSECURE", help="Plain text, no authentication.")
     ] = False,
@@ -148,12 +166,18 @@ def master(
     transport = _transport(tls_cert, tls_key, tls_ca, insecure=insecure)
     if log_level not in LEVELS:
         raise ConfigError(f"--log-level is {log_level!r}", field="log_level", hint=f"use one of {', '.join(LEVELS)}")
+    if certified_worker_ids and tls_ca is None:
+        words = "--certified-worker-ids without --tls-ca: nobody is asked for a certificate"
+        raise ConfigError(words, field="certified_worker_ids", hint="give --tls-ca, or drop it")
     configure_logging(log_level, log_format)
     if not insecure and tls_ca is None:
         structlog.get_logger(__name__).warning("master.callers_unknown", hint="give --tls-ca: else anybody may call")
     daemon, settings_type = _import_master()
     settings = settings_type(
-        **_amounts(http_limit=http_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after),
+        **_amounts(
+            http_limit=http_limit, push_limit=push_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after
+        ),
+        finished_retention_seconds=_retention(finished_retention),
         listen=listen,
         state_dir=_directory("state_dir", state_dir),
         results_dir=None if results_dir is None else _directory("results_dir", results_dir),
@@ -162,6 +186,7 @@ def master(
         node_loss_retries=node_loss_retries,
         nodes=tuple(node or ()),
         advertise=advertise,
+        certified_worker_ids=certified_worker_ids,
         http_tls=_http_tls(tls_cert, tls_key, tls_ca) if http_listen and not insecure else None,
         **transport,
     )
@@ -176,13 +201,14 @@ def _directory(key: str, path: str) -> Path:
     return Path(path)
 
 
-def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
+def _amounts(*, http_limit: str, push_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
     """As settings. What is no amount is a wrong configuration, not a request that is refused."""
     from nodeservice.cli.units import parse_bytes, parse_seconds
 
     try:
         amounts = {
             "http_limit_bytes": parse_bytes(http_limit, option="--http-limit"),
+            "push_limit_bytes": parse_bytes(push_limit, option="--push-limit"),
             "heartbeat_timeout_seconds": parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
             "gone_after_seconds": parse_seconds(gone_after, option="--gone-after"),
         }
@@ -199,6 +225,21 @@ def _amounts(*, http_limit: str, heartbeat_timeout: str, gone_after: str) -> dic
             words, field="gone_after", hint=f"give at least what --heartbeat-timeout is, {heartbeat_timeout}"
         )
     return amounts
+
+
+def _retention(text: str | None) -> float | None:
+    if text is None:
+        return None
+    from nodeservice.cli.units import parse_seconds
+
+    try:
+        seconds = parse_seconds(text, option="--finished-retention")
+    except RequestError as error:
+        raise ConfigError(error.message, field=error.field, hint=error.hint) from error
+    if seconds < 86400:
+        words = f"--finished-retention is {text}: who waits for a task may not hear its end"
+        raise ConfigError(words, field="finished_retention", hint="give a day at least, such as 90d")
+    return seconds
 
 
 def _import_master() -> tuple[Any, type[MasterSettings]]:
@@ -223,9 +264,11 @@ def _transport(cert: Path | None, key: Path | None, ca: Path | None, *, insecure
             field="tls_cert",
             hint="give --tls-cert and --tls-key, or --insecure for plain text",
         )
+    from nodeservice.certificates import read_terms
     from nodeservice.rpc.tls import channel_credentials, server_credentials
 
     return {
+        "certificates": read_terms(cert, ca),
         "server_credentials": server_credentials(cert, key, ca),
         "dial_credentials": channel_credentials(ca, cert, key),
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 import grpc
 import structlog
 
 from nodeservice import __version__
+from nodeservice.certificates import EXPIRED, EXPIRES, Term, doubts_about, read_terms
 from nodeservice.config import NodeConfig
 from nodeservice.core.model import Phase
 from nodeservice.core.retry import Backoff
@@ -31,6 +32,7 @@ from nodeservice.telemetry.tracing import new_trace_ids
 log = structlog.get_logger(__name__)
 
 MASTER_NOTE = "master_address"
+_LOOK_AT_CERTIFICATES_SECONDS = 3600.0
 _STOP_SECONDS = 1.0
 """For calls that are under way at the end; followers of logs are cut off then and ask again."""
 
@@ -88,6 +90,7 @@ async def _serve(
     on_ready: Callable[[int], None] | None,
 ) -> None:
     config = node.config
+    terms = read_terms(config.tls_cert, config.tls_ca)
     server, port = bind_server(config.listen, _credentials(config))
     status = NodeStatus(
         worker_id=config.worker_id,
@@ -135,6 +138,7 @@ async def _serve(
         tasks.append(asyncio.create_task(link.run(), name="master link"))
         tasks.append(asyncio.create_task(node.mode.run(), name="node mode"))
         tasks.append(asyncio.create_task(node.disk.run(node.clock), name="capacity"))
+        tasks.append(asyncio.create_task(_watch_certificates(node, terms), name="certificates"))
         await server.start()
         log.info("node.ready", worker_id=config.worker_id, port=port, master=known_master, version=__version__)
         manager.ready(standing(node))
@@ -145,6 +149,20 @@ async def _serve(
         finally:
             node.driver.draining = True
             await server.stop(grace=_STOP_SECONDS if stopping.is_set() else None)
+
+
+async def _watch_certificates(node: Node, terms: Sequence[Term]) -> None:
+    """Until cancelled: warn of those in use, which are what the files had when they were read."""
+    while True:
+        doubts = doubts_about(terms, node.clock.now())
+        for name in (EXPIRES, EXPIRED):
+            words = doubts.get(name)
+            if words is None:
+                node.driver.warnings.pop(name, None)
+            elif node.driver.warnings.get(name) != words:
+                node.driver.warnings[name] = words
+                log.warning("certificate.doubtful", name=name, words=words)
+        await node.clock.sleep(_LOOK_AT_CERTIFICATES_SECONDS)
 
 
 async def _watch_over(tasks: list[asyncio.Task[None]], stopping: asyncio.Event) -> None:

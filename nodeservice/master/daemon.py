@@ -8,10 +8,12 @@ import fcntl
 import os
 import signal
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 
 import grpc.aio
 import structlog
 
+from nodeservice.certificates import doubts_about
 from nodeservice.errors import ConfigError, InvariantError, RequestError, TransientError
 from nodeservice.listening import not_bound
 from nodeservice.master.announce import announce
@@ -20,6 +22,7 @@ from nodeservice.master.clock import MasterClock
 from nodeservice.master.dialing import NodeDialer
 from nodeservice.master.fault_points import armed
 from nodeservice.master.nodes import NodeRegistry
+from nodeservice.master.retention import Retention
 from nodeservice.master.rows import State
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.service import MasterServicer
@@ -63,7 +66,7 @@ class Master:
             gone_after_seconds=settings.gone_after_seconds,
         )
         self._scheduler = Scheduler(self._book, self._nodes, clock, settings.scheduler)
-        self._uploads = ResultUploads(self._book, self._results_dir)
+        self._uploads = ResultUploads(self._book, self._results_dir, push_limit_bytes=settings.push_limit_bytes)
         self._closing = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -80,6 +83,11 @@ class Master:
             await self._listen_http(opened)
             self._spawn(opened, self._nodes.run(), "nodes")
             self._spawn(opened, self._scheduler.run(), "scheduler")
+            self._spawn(opened, self._watch_certificates(), "certificates")
+            if self.settings.finished_retention_seconds is not None:
+                seconds = self.settings.finished_retention_seconds
+                retention = Retention(self._book, self._nodes, self._store, MasterClock(), seconds=seconds)
+                self._spawn(opened, retention.run(), "retention")
             if self.settings.nodes:
                 self._announce(opened)
             self._closing = opened.pop_all()
@@ -105,7 +113,11 @@ class Master:
         queued = sum(row.state is State.QUEUED for row in rows)
         views = self._nodes.views({})
         active = sum(is_active for _, is_active, _ in views)
-        return f"{queued} tasks queued, {len(rows) - queued} with nodes; {active} of {len(views)} nodes active"
+        doubts = "".join(f"; {words}" for words in self._doubts().values())
+        return f"{queued} tasks queued, {len(rows) - queued} with nodes; {active} of {len(views)} nodes active{doubts}"
+
+    def _doubts(self) -> dict[str, str]:
+        return doubts_about(self.settings.certificates, datetime.now(UTC))
 
     # ---- parts --------------------------------------------------------------------------------------------------------
 
@@ -137,7 +149,13 @@ class Master:
     async def _listen(self, opened: contextlib.AsyncExitStack) -> None:
         host, _ = _split(self.settings.listen, "listen")
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        servicer = MasterServicer(book=self._book, nodes=self._nodes, scheduler=self._scheduler, uploads=self._uploads)
+        servicer = MasterServicer(
+            book=self._book,
+            nodes=self._nodes,
+            scheduler=self._scheduler,
+            uploads=self._uploads,
+            certified=self.settings.certified_worker_ids,
+        )
         pb_grpc.add_MasterWorkerServicer_to_server(servicer, server)
         try:
             if self.settings.server_credentials is None:
@@ -156,13 +174,22 @@ class Master:
         from nodeservice.master.upload_http import UploadEndpoint
 
         host, port = _split(self.settings.http_listen, "http_listen")
-        endpoint = UploadEndpoint(self._uploads, limit_bytes=self.settings.http_limit_bytes)
+        endpoint = UploadEndpoint(
+            self._uploads, limit_bytes=self.settings.http_limit_bytes, certified=self.settings.certified_worker_ids
+        )
         opened.push_async_callback(endpoint.close)
         try:
             bound = await endpoint.start(host.strip("[]"), port, self.settings.http_tls)
         except OSError as error:
             raise not_bound("http_listen", self.settings.http_listen) from error
         self.http_address = f"{host}:{bound}"
+
+    async def _watch_certificates(self) -> None:
+        """Until cancelled; what is doubtful is said once a day."""
+        while True:
+            for name, words in self._doubts().items():
+                log.warning("certificate.doubtful", name=name, words=words)
+            await asyncio.sleep(86400)
 
     def _announce(self, opened: contextlib.AsyncExitStack) -> None:
         addresses = tuple(map(_node_address, self.settings.nodes))

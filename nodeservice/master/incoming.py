@@ -23,7 +23,11 @@ from nodeservice.master.checks import check_attempt, check_id, invalid, shown
 
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 64 * 1024**2
+MOST_FILES = 1_000_000
 _STAGING = ".incoming"
+_KEPT_FREE_BYTES = 1024**3
+_KEPT_FREE_SHARE = 20
+"""Of a small file system, one over this of it; nothing is taken that would leave less."""
 _PATH_MAX_BYTES = 1024
 _NAME_MAX_BYTES = 255
 """Linux limits a name in a directory to this (NAME_MAX, linux/limits.h)."""
@@ -83,7 +87,9 @@ class Incoming:
     NodeFaultError (RESULTS_UNWRITABLE) where this host can't store.
     """
 
-    def __init__(self, results_dir: Path, task_id: str, attempt: int) -> None:
+    def __init__(self, results_dir: Path, task_id: str, attempt: int, *, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._total_bytes = 0
         self.task_id = check_id("task_id", task_id)
         self.attempt = check_attempt("attempt", attempt)
         self._results_dir = results_dir
@@ -103,6 +109,9 @@ class Incoming:
         check_path(path)
         if path in self._found:
             raise invalid("file_path", f"{shown(path)} came twice")
+        if len(self._found) >= MOST_FILES:
+            raise self._too_large(f"{MOST_FILES} files")
+        self._check_room(0)
         target = self._staging / path
         with _storing():
             try:
@@ -115,6 +124,10 @@ class Incoming:
     def write(self, data: bytes) -> None:
         if self._stream is None:
             raise invalid("file_path", "data without a file")
+        self._total_bytes += len(data)
+        if self._total_bytes > self._limit_bytes:
+            raise self._too_large(f"the {self._limit_bytes} bytes")
+        self._check_room(len(data))
         with _storing():
             self._stream.write(data)
         self._hash.update(data)
@@ -164,6 +177,28 @@ class Incoming:
             self._stream.close()
             self._stream = None
         shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _too_large(self, bound: str) -> RequestError:
+        return RequestError(
+            f"results of {self.task_id}.{self.attempt} are more than {bound} that this master takes of one attempt",
+            reason="RESULT_TOO_LARGE",
+            hint="configure an object store for large results",
+        )
+
+    def _check_room(self, size_bytes: int) -> None:
+        """The database may lie on the same disk, so some of it stays free. Raises NodeFaultError."""
+        with _storing():
+            disk = os.statvfs(self._results_dir)
+        free, kept = (
+            disk.f_bavail * disk.f_frsize,
+            min(_KEPT_FREE_BYTES, disk.f_blocks * disk.f_frsize // _KEPT_FREE_SHARE),
+        )
+        if free - size_bytes < kept:
+            raise NodeFaultError(
+                f"results cannot be stored here: {free} bytes are free, of which {kept} are kept free",
+                reason="RESULTS_UNWRITABLE",
+                hint="remove old results from the master's results directory, or enlarge its disk",
+            )
 
     def _verify(self) -> None:
         data = _read_small(self._staging / MANIFEST)

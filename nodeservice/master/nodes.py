@@ -17,7 +17,7 @@ from nodeservice.master.dialing import NodeDialer, node_address
 from nodeservice.master.gpu_fit import GpuRoom, Unit, room_of, units_told
 from nodeservice.master.placement import Offer
 from nodeservice.master.request import Request
-from nodeservice.master.rows import Key, NodeRow
+from nodeservice.master.rows import Key, NodeRow, Untold
 from nodeservice.master.store import MasterStore
 from nodeservice.wire import master_worker_pb2 as pb
 
@@ -28,6 +28,8 @@ _MOST_GPUS = 2**31 - 1
 """What `Resources` can tell to a client."""
 _ABSENT_SECONDS = 2.5
 _NOTICE_SECONDS = 1.0
+_RETURN_SECONDS = 86400.0
+"""How long a start of the master waits for a node at least; when it last beat is not stored."""
 _ABLE_COUNT = 8
 _GPU_DRIVER = "GPU_DRIVER"
 """The warning of a node whose GPU driver does not work, which may then not know what GPUs it has."""
@@ -291,6 +293,17 @@ class NodeRegistry:
         nodes = sorted(self._nodes.values(), key=lambda node: node.worker_id)
         return [(node, self._active(node), node.held(assigned.get(node.worker_id, _NOTHING))) for node in nodes]
 
+    def untold(self, before_ms: int) -> Untold:
+        """Of which tasks nodes may have more to tell. Who was last heard of before `before_ms` is not waited for."""
+        away = [
+            node.worker_id
+            for node in self._nodes.values()
+            if not (self._active(node) and node.heartbeat.worker_id and not node.unsettled)
+            and not (node.heard_at_ms < before_ms and self._silent_for(node) > _RETURN_SECONDS)
+        ]
+        listed = [task.task_id for node in self._nodes.values() for task in node.heartbeat.running_tasks]
+        return Untold(frozenset(away), frozenset(listed))
+
     async def run(self) -> None:
         """Keep watch over our own time until cancelled."""
         while True:
@@ -310,8 +323,11 @@ class NodeRegistry:
                 node.heard_at = min(now, node.heard_at + absent_seconds)
 
     def _silent_for_good(self, node: Node) -> bool:
-        since = node.known_since if node.heard_at is None else node.heard_at
-        return self._clock.monotonic() - since > self.gone_after_seconds
+        return self._silent_for(node) > self.gone_after_seconds
+
+    def _silent_for(self, node: Node) -> float:
+        """Seconds. Time in which the master was down does not count."""
+        return self._clock.monotonic() - (node.known_since if node.heard_at is None else node.heard_at)
 
     def _active(self, node: Node) -> bool:
         return node.heard_at is not None and self._clock.monotonic() - node.heard_at <= self._timeout_seconds

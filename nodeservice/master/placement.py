@@ -106,17 +106,20 @@ def place(
         return Waiting("NO_NODE", "no node has registered yet")
     kept, failed_on = frozenset(reserved), frozenset(avoid)
     barred = kept.union(excluded)
-    willing = [offer for offer in offers if can_take(request, offer, target=target, barred=barred)]
+    # In the course of time most nodes that a master knows may be gone for good: those are looked at last.
+    unblocked = [offer for offer in offers if not offer.blocked]
+    willing = [offer for offer in unblocked if can_take(request, offer, target=target, barred=barred)]
     if willing:
         return Choice(min(willing, key=lambda offer: rank(request, offer, failed_on)).worker_id)
-    candidates = [offer for offer in offers if offer.worker_id == target] if target else offers
-    if not candidates:
-        return Waiting("TARGET_UNKNOWN", f"the target node {target} has not registered")
-    able = [offer for offer in candidates if not offer.lacking_ever(request)]
-    if not able:
-        return _never(request, candidates)
-    awake = [offer for offer in able if not offer.blocked]
+    is_meant = [offer for offer in unblocked if not target or offer.worker_id == target]
+    awake = [offer for offer in is_meant if not offer.lacking_ever(request)]
     if not awake:
+        candidates = [offer for offer in offers if offer.worker_id == target] if target else offers
+        if not candidates:
+            return Waiting("TARGET_UNKNOWN", f"the target node {target} has not registered")
+        able = [offer for offer in candidates if not offer.lacking_ever(request)]
+        if not able:
+            return _never(request, candidates)
         return Waiting("NODE_UNAVAILABLE", "; ".join(f"node {o.worker_id} {o.blocked}" for o in able[:3]))
     roomy = [offer for offer in awake if not offer.lacking_now(request)]
     if not roomy:

@@ -87,3 +87,11 @@ class OrphanRow:
     worker_id: str
     result: pb.TaskResult
     received_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """Of which nodes may have more to tell: all of `worker_ids`, which are away, and tasks that others list."""
+
+    worker_ids: frozenset[str] = frozenset()
+    task_ids: frozenset[str] = frozenset()

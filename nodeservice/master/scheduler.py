@@ -61,11 +61,14 @@ class Scheduler:
         try:
             while True:
                 self._wake.clear()
+                began = self._clock.monotonic()
                 try:
                     await self._pass()
                 except NodeServiceError as error:
                     log.error("scheduler.pass_failed", error=str(error))
-                await asyncio.sleep(self._settings.least_pause_seconds)
+                # A long queue of unlike tasks takes long to look at, and nobody is answered meanwhile.
+                took_seconds = self._clock.monotonic() - began
+                await self._clock.sleep(max(self._settings.least_pause_seconds, took_seconds))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._settings.tick_seconds):
                         await self._wake.wait()

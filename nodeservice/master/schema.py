@@ -60,6 +60,9 @@ tasks = Table(
     Column("finished_at_ms", BigInteger, nullable=False),
 )
 
+tasks_ended = Index("tasks_ended", tasks.c.finished_at_ms, tasks.c.sequence)
+"""A database of an older program gets it when it is first asked for."""
+
 nodes = Table(
     "nodes",
     metadata,

@@ -10,6 +10,7 @@ import structlog
 
 from nodeservice.errors import InvariantError, NodeServiceError, RequestError, TransientError
 from nodeservice.master.checks import check_id, check_traceparent
+from nodeservice.master.identity import check_worker_id, names_of_call
 from nodeservice.master.log_proxy import LogProxy
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.placement import NeverFits, place
@@ -36,14 +37,25 @@ REASON_KEY = "nodeservice-reason"
 _CODES = {
     "NOT_FOUND": grpc.StatusCode.NOT_FOUND,
     "ALREADY_STORED": grpc.StatusCode.ALREADY_EXISTS,
+    "RESULT_TOO_LARGE": grpc.StatusCode.OUT_OF_RANGE,
+    "WORKER_ID_NOT_CERTIFIED": grpc.StatusCode.PERMISSION_DENIED,
     "STALE_ATTEMPT": grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 
 class MasterServicer(pb_grpc.MasterWorkerServicer):
-    """RPCs that a node serves answer UNIMPLEMENTED here."""
+    """RPCs that a node serves answer UNIMPLEMENTED here. `certified`: a node has to be in its certificate by name."""
 
-    def __init__(self, *, book: TaskBook, nodes: NodeRegistry, scheduler: Scheduler, uploads: ResultUploads) -> None:
+    def __init__(
+        self,
+        *,
+        book: TaskBook,
+        nodes: NodeRegistry,
+        scheduler: Scheduler,
+        uploads: ResultUploads,
+        certified: bool = False,
+    ) -> None:
+        self._certified = certified
         self._book = book
         self._nodes = nodes
         self._scheduler = scheduler
@@ -55,6 +67,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
 
     async def RegisterWorker(self, request: pb.WorkerInfo, context: Context) -> pb.RegisterAck:  # noqa: N802
         try:
+            self._check_caller(request.worker_id, context)
             node = await self._nodes.register(request, context.peer())
         except NodeServiceError as error:
             log.warning("node.refused", message=str(error))
@@ -64,6 +77,11 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         return pb.RegisterAck(success=True, message=message, wants_releases=True)
 
     async def SendHeartbeat(self, request: pb.Heartbeat, context: Context) -> pb.HeartbeatAck:  # noqa: N802
+        try:
+            self._check_caller(request.worker_id, context)
+        except RequestError as error:
+            log.warning("heartbeat.refused", message=str(error))
+            return pb.HeartbeatAck(success=False)
         node = self._nodes.heartbeat(request)
         if node is None:
             return pb.HeartbeatAck(success=False)
@@ -82,6 +100,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         not hold it for ever."""
         try:
             check_report(request)
+            self._check_caller(request.worker_id, context)
             taken = await self._book.complete(request)
         except NodeServiceError as error:
             log.warning("report.refused", reason=error.reason, message=str(error))
@@ -94,11 +113,17 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         self, request_iterator: AsyncIterator[pb.FileChunk], context: Context
     ) -> pb.FileUploadAck:
         try:
-            return await receive_chunks(request_iterator, self._uploads)
+            return await receive_chunks(
+                request_iterator, self._uploads, lambda worker_id: self._check_caller(worker_id, context)
+            )
         except NodeServiceError as error:
             log.warning("upload.refused", reason=error.reason, message=str(error))
             await _abort(context, error)
             raise InvariantError("abort returned") from error
+
+    def _check_caller(self, worker_id: str, context: Context) -> None:
+        if self._certified:
+            check_worker_id(worker_id, names_of_call(context))
 
     # ---- clients ------------------------------------------------------------------------------------------------------
 

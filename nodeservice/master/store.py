@@ -15,11 +15,13 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from nodeservice.errors import ConfigError, TransientError
 from nodeservice.master import schema
-from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow
+from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow, Untold
 
 T = TypeVar("T")
 
 ORPHANS_KEPT = 1_000
+_FORGOTTEN_COUNT = 100
+"""Attempts that are looked at in one transaction: some 1 MiB, which others wait for."""
 _OPEN_STATES = tuple(state.value for state in State if not state.is_final)
 
 
@@ -92,6 +94,16 @@ class MasterStore:
         found = await self._rows(sa.select(sa.func.max(schema.tasks.c.sequence).label("last")))
         return int(found[0]["last"] or 0)
 
+    async def forget_tasks(
+        self, before_ms: int, after: tuple[int, int], untold: Untold
+    ) -> tuple[int, tuple[int, int] | None]:
+        """Look at the next few attempts that ended before `before_ms`, and remove their tasks, each with all its attempts.
+
+        A task stays that has an attempt which is open, ended since, or is of `untold`. Returns how many attempts were
+        removed, and what to give as `after` next; None at the end.
+        """
+        return await self._run(lambda: self._forget_tasks(before_ms, after, untold))
+
     # ---- nodes and orphans ----------------------------------------------------------------------------------------------
 
     async def save_node(self, row: NodeRow) -> None:
@@ -114,6 +126,16 @@ class MasterStore:
     async def save_orphan(self, row: OrphanRow) -> None:
         """Insert or replace; only the newest 1,000 are kept, since any peer can send them."""
         await self._run(lambda: self._save_orphan(row))
+
+    async def forget_orphans(self, before_ms: int) -> int:
+        """Remove those that came before; returns how many."""
+
+        def forget() -> int:
+            with self._live().begin() as connection:
+                old = schema.orphans.c.received_at_ms < before_ms
+                return int(connection.execute(schema.orphans.delete().where(old)).rowcount)
+
+        return await self._run(forget)
 
     async def count_orphans(self) -> int:
         found = await self._rows(sa.select(sa.func.count().label("count")).select_from(schema.orphans))
@@ -174,6 +196,29 @@ class MasterStore:
         with self._live().begin() as connection:
             for row in values:
                 _upsert(connection, table, keys, row)
+
+    def _forget_tasks(
+        self, before_ms: int, after: tuple[int, int], untold: Untold
+    ) -> tuple[int, tuple[int, int] | None]:
+        task_id, state, worker_id = schema.tasks.c.task_id, schema.tasks.c.state, schema.tasks.c.worker_id
+        ended_at, sequence = schema.tasks.c.finished_at_ms, schema.tasks.c.sequence
+        is_next = sa.or_(ended_at > after[0], sequence > after[1])
+        looked_at = (
+            sa.select(task_id, ended_at, sequence)
+            .where(ended_at >= max(1, after[0]), ended_at < before_ms, is_next)
+            .order_by(ended_at, sequence)
+            .limit(_FORGOTTEN_COUNT)
+        )
+        stays = sa.or_(state.in_(_OPEN_STATES), ended_at >= before_ms, worker_id.in_(untold.worker_ids))
+        with self._live().begin() as connection:
+            schema.tasks_ended.create(connection, checkfirst=True)
+            seen = connection.execute(looked_at).all()
+            if not seen:
+                return 0, None
+            asked = {row.task_id for row in seen} - untold.task_ids
+            kept = set(connection.execute(sa.select(task_id).where(task_id.in_(asked), stays)).scalars())
+            gone = connection.execute(schema.tasks.delete().where(task_id.in_(asked - kept)))
+        return int(gone.rowcount), (seen[-1].finished_at_ms, seen[-1].sequence)
 
     def _save_orphan(self, row: OrphanRow) -> None:
         table = schema.orphans

@@ -20,7 +20,7 @@ from nodeservice.master.attempts import Claim, Moment, Taken
 from nodeservice.master.checks import check_task, request_of
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.request import Request
-from nodeservice.master.rows import Key, OrphanRow, State, TaskRow
+from nodeservice.master.rows import Key, OrphanRow, State, TaskRow, Untold
 from nodeservice.master.store import MasterStore
 from nodeservice.master.submissions import conflict, submitted_before
 from nodeservice.wire import master_worker_pb2 as pb
@@ -314,6 +314,15 @@ class TaskBook:
             elif claim is Claim.RECALL and row.state is State.LOST and not row.cancel_requested:
                 await self._save([course.recalled(row)])
             return row if claim is Claim.RECALL else None
+
+    # ---- retention ----------------------------------------------------------------------------------------------------
+
+    async def forget(
+        self, before_ms: int, after: tuple[int, int], untold: Untold
+    ) -> tuple[int, tuple[int, int] | None]:
+        """As `MasterStore.forget_tasks`, while no task changes."""
+        async with self._changing():
+            return await self._store.forget_tasks(before_ms, after, untold)
 
     async def _keep_orphan(self, result: pb.TaskResult, attempt: int) -> None:
         log.warning("report.orphan", task_id=result.task_id, attempt=attempt, worker_id=result.worker_id)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import structlog
 
-from nodeservice.errors import NodeFaultError
+from nodeservice.errors import NodeFaultError, RequestError
 from nodeservice.master.checks import check_id, invalid
 from nodeservice.master.incoming import Incoming
 from nodeservice.master.uploads import ResultUploads
@@ -15,19 +15,30 @@ from nodeservice.wire import master_worker_pb2 as pb
 log = structlog.get_logger(__name__)
 
 
-async def receive_chunks(chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads) -> pb.FileUploadAck:
+async def receive_chunks(
+    chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads, check_caller: Callable[[str], None]
+) -> pb.FileUploadAck:
     """Take the stream to its end. success=false when this host can't store it: the sender may try again.
 
-    Raises RequestError for what the sender did wrong. Nothing stays of an upload that did not come to its end.
+    Raises RequestError for what the sender did wrong, TransientError where he has to wait, or fell silent. Nothing stays of
+    an upload that did not come to its end.
     """
+    async with uploads.place():
+        return await _receive(chunks, uploads, check_caller)
+
+
+async def _receive(
+    chunks: AsyncIterator[pb.FileChunk], uploads: ResultUploads, check_caller: Callable[[str], None]
+) -> pb.FileUploadAck:
     incoming: Incoming | None = None
     try:
         head: pb.FileChunk | None = None
         path: str | None = None
         ended = False
-        async for chunk in chunks:
+        while (chunk := await uploads.heard(anext(chunks, None))) is not None:
             if head is None or incoming is None:
                 head = chunk
+                check_caller(chunk.worker_id)
                 incoming = await _begin(chunk, uploads)
             elif _identity(chunk) != _identity(head):
                 raise invalid("task_id", "changes within the stream")
@@ -41,6 +52,10 @@ async def receive_chunks(chunks: AsyncIterator[pb.FileChunk], uploads: ResultUpl
     except NodeFaultError as error:
         log.error("results.not_stored", error=str(error))
         return pb.FileUploadAck(success=False, message=str(error))
+    except RequestError as error:
+        if incoming is not None and error.reason == "RESULT_TOO_LARGE":
+            uploads.note_too_large((incoming.task_id, incoming.attempt), error)
+        raise
     finally:
         if incoming is not None:
             await uploads.run(incoming.abort)
@@ -52,7 +67,8 @@ async def receive_chunks(chunks: AsyncIterator[pb.FileChunk], uploads: ResultUpl
 async def _begin(chunk: pb.FileChunk, uploads: ResultUploads) -> Incoming:
     if chunk.worker_id:
         check_id("worker_id", chunk.worker_id)
-    return await uploads.begin(chunk.task_id, chunk.attempt if chunk.HasField("attempt") else None, chunk.worker_id)
+    attempt = chunk.attempt if chunk.HasField("attempt") else None
+    return await uploads.begin(chunk.task_id, attempt, chunk.worker_id, limit_bytes=uploads.push_limit_bytes)
 
 
 def _identity(chunk: pb.FileChunk) -> tuple[str, int, str]:

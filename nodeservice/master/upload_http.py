@@ -18,6 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError
 from nodeservice.master.checks import check_id, invalid
+from nodeservice.master.identity import check_worker_id, names_of_post
 from nodeservice.master.incoming import MANIFEST, Incoming, check_path, read_manifest
 from nodeservice.master.uploads import ResultUploads
 
@@ -26,12 +27,13 @@ log = structlog.get_logger(__name__)
 _TEXT_PARTS = ("task_id", "attempt", "worker_id", "user_id", "task_name", "submitted_at")
 _TEXT_MAX_BYTES = 4096
 _BLOCK_BYTES = 256 * 1024
-_STATUS = {"ALREADY_STORED": 409, "STALE_ATTEMPT": 409, "RESULT_TOO_LARGE": 413}
+_STATUS = {"ALREADY_STORED": 409, "STALE_ATTEMPT": 409, "RESULT_TOO_LARGE": 413, "WORKER_ID_NOT_CERTIFIED": 403}
 
 
 class UploadEndpoint:
-    def __init__(self, uploads: ResultUploads, *, limit_bytes: int) -> None:
-        """`limit_bytes` counts files and manifest, as the sender counts them."""
+    def __init__(self, uploads: ResultUploads, *, limit_bytes: int, certified: bool = False) -> None:
+        """`limit_bytes` counts files and manifest, as the sender counts them. `certified` as in `MasterServicer`."""
+        self._certified = certified
         self._uploads = uploads
         self._limit_bytes = limit_bytes
         self._runner: web.AppRunner | None = None
@@ -53,7 +55,8 @@ class UploadEndpoint:
 
     async def _handle(self, request: web.Request) -> web.Response:
         try:
-            location = await self._receive(request)
+            async with self._uploads.place():
+                location = await self._receive(request)
         except RequestError as error:
             status = _STATUS.get(error.reason, 400)
             log.warning("upload.refused", status=status, reason=error.reason, message=str(error))
@@ -67,8 +70,10 @@ class UploadEndpoint:
     async def _receive(self, request: web.Request) -> str:
         if not request.content_type.startswith("multipart/form-data"):
             raise invalid("Content-Type", "is not multipart/form-data")
-        parts = _parts(request)
+        parts = self._parts(request)
         texts = {name: _decoded(name, await self._small(parts, name, _TEXT_MAX_BYTES)) for name in _TEXT_PARTS}
+        if self._certified:
+            check_worker_id(texts["worker_id"], names_of_post(request))
         manifest = await self._small(parts, "manifest", self._limit_bytes)
         return await self._files(parts, texts, manifest)
 
@@ -81,7 +86,7 @@ class UploadEndpoint:
         total = len(manifest) + sum(entry.size_bytes for entry in entries)
         if total > self._limit_bytes:
             raise self._too_large()
-        incoming = await self._uploads.begin(task_id, attempt, worker_id)
+        incoming = await self._uploads.begin(task_id, attempt, worker_id, limit_bytes=self._limit_bytes)
         try:
             for entry in entries:
                 part = await _next(parts, "file")
@@ -100,7 +105,7 @@ class UploadEndpoint:
 
     async def _stream(self, part: BodyPartReader, incoming: Incoming, size_bytes: int) -> None:
         left = size_bytes
-        while block := await _block(part):
+        while block := await self._block(part):
             left -= len(block)
             if left < 0:
                 raise invalid("file", "part is longer than the manifest says")
@@ -109,11 +114,27 @@ class UploadEndpoint:
     async def _small(self, parts: AsyncIterator[BodyPartReader], name: str, limit: int) -> bytes:
         part = await _next(parts, name)
         data = bytearray()
-        while block := await _block(part):
+        while block := await self._block(part):
             data += block
             if len(data) > limit:
                 raise self._too_large() if name == "manifest" else invalid(name, f"is longer than {limit} bytes")
         return bytes(data)
+
+    async def _parts(self, request: web.Request) -> AsyncIterator[BodyPartReader]:
+        with _parsing():
+            reader = await self._uploads.heard(request.multipart())
+        while True:
+            with _parsing():
+                part = await self._uploads.heard(reader.next())
+            if part is None:
+                return
+            if not isinstance(part, BodyPartReader):
+                raise invalid("body", "has a multipart within the multipart")
+            yield part
+
+    async def _block(self, part: BodyPartReader) -> bytes:
+        with _parsing():
+            return bytes(await self._uploads.heard(part.read_chunk(_BLOCK_BYTES)))
 
     def _too_large(self) -> RequestError:
         return RequestError(
@@ -121,24 +142,6 @@ class UploadEndpoint:
             reason="RESULT_TOO_LARGE",
             hint="configure an object store for large results",
         )
-
-
-async def _parts(request: web.Request) -> AsyncIterator[BodyPartReader]:
-    with _parsing():
-        reader = await request.multipart()
-    while True:
-        with _parsing():
-            part = await reader.next()
-        if part is None:
-            return
-        if not isinstance(part, BodyPartReader):
-            raise invalid("body", "has a multipart within the multipart")
-        yield part
-
-
-async def _block(part: BodyPartReader) -> bytes:
-    with _parsing():
-        return bytes(await part.read_chunk(_BLOCK_BYTES))
 
 
 @contextlib.contextmanager

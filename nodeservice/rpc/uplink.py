@@ -12,6 +12,7 @@ from typing import TypeVar
 import grpc
 import structlog
 
+from nodeservice.certificates import EXPIRED
 from nodeservice.core.model import AttemptId, Phase, TaskRecord
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import TransientError
@@ -144,7 +145,10 @@ class MasterLink:
                     await self._beat()
                 except TransientError as error:
                     if failures in (0, 10) or (failures and failures % 100 == 0):
-                        log.warning("master.unreachable", address=self._address, failures=failures, error=str(error))
+                        # Who does not take our certificate only hangs up.
+                        hint = self._status.driver.warnings.get(EXPIRED)
+                        told = {"failures": failures, "error": str(error)} | ({"hint": hint} if hint else {})
+                        log.warning("master.unreachable", address=self._address, **told)
                     self._registered.clear()
                     pause = self._backoff.delay(failures, random.random())  # noqa: S311
                     failures += 1

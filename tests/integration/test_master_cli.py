@@ -162,6 +162,12 @@ async def test_each_attempt_of_a_task_has_its_own_log(
         (("--http-limit", "x"), "--http-limit is 'x' (give bytes"),
         (("--heartbeat-timeout", "0"), "--heartbeat-timeout is 0: every node would be silent"),
         (("--gone-after", "29s"), "--gone-after is 29s: nodes would be given up before they are silent"),
+        (("--push-limit", "x"), "--push-limit is 'x' (give bytes"),
+        (("--certified-worker-ids",), "--certified-worker-ids without --tls-ca: nobody is asked for a certificate"),
+        (
+            ("--finished-retention", "5s"),
+            "--finished-retention is 5s: who waits for a task may not hear its end (give a day",
+        ),
         (("--log-level", "loud"), "--log-level is 'loud' (use one of debug"),
         (("--results-dir", ""), "--results-dir is empty"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.master_process import MasterProcess
 from tests.integration.scripted_node import ScriptedNode, eventually
 from tests.integration.test_master_cli import run
@@ -85,6 +86,24 @@ async def test_a_full_disk_refuses_what_it_cannot_keep_and_loses_nothing(master:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert (await client.submit(unknown, command="x" * 4000)).success
         await client.channel.close(None)
+
+
+async def test_results_leave_the_database_room_on_the_disk(master: MasterProcess, disk: Path) -> None:
+    client = Client(master.address)
+    block = bytes(50_000)
+
+    async def files(count: int) -> AsyncIterator[pb.FileChunk]:
+        for number in range(count):
+            end = number == count - 1
+            yield pb.FileChunk(
+                task_id="t", file_path=str(number), data=block, is_last_chunk=True, is_last_file=end, worker_id="w"
+            )
+
+    ack = await client.stub.UploadTaskFiles(files(60), timeout=60)
+    assert (ack.success, "are kept free" in ack.message) == (False, True), ack.message
+    assert (await client.submit("after")).success
+    assert (await client.stub.UploadTaskFiles(files(2), timeout=60)).success, "nothing stayed of what was refused"
+    await client.channel.close(None)
 
 
 async def _is_answered(client: Client) -> bool:

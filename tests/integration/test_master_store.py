@@ -15,10 +15,12 @@ import sqlalchemy as sa
 
 from nodeservice.errors import ConfigError, TransientError
 from nodeservice.master import schema
-from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow
+from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow, Untold
 from nodeservice.master.store import ORPHANS_KEPT, MasterStore, sqlite_url
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.postgresql import Cluster, running_postgresql, why_not
+
+_NOBODY = Untold()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,63 @@ async def test_open_tasks_come_in_the_order_of_the_queue_and_lists_newest_first(
     assert [found.task_id for found in await store.open_tasks()] == ["b", "c"]
     assert [found.task_id for found in await store.newest_tasks(2)] == ["c", "b"]
     assert await store.last_sequence() == 3
+
+
+async def forget(store: MasterStore, before_ms: int, untold: Untold = _NOBODY) -> int:
+    """The whole way from look to look; returns how many attempts were removed."""
+    count, after = 0, (0, 0)
+    while True:
+        removed, next_after = await store.forget_tasks(before_ms, after, untold)
+        count += removed
+        if next_after is None:
+            return count
+        after = next_after
+
+
+async def test_what_ended_long_ago_goes_with_all_its_attempts_and_nothing_else(store: MasterStore) -> None:
+    old, young = {"state": State.FAILED, "finished_at_ms": 10}, {"state": State.FAILED, "finished_at_ms": 20}
+    await store.save_tasks([
+        row("old", 1, 1, **old), row("old", 2, 2, **old), row("open", 1, 3, **old), row("open", 2, 4),
+        row("young", 1, 5, **old), row("young", 2, 6, **young), row("away", 1, 7, **old, worker_id="away"),
+        row("away", 2, 8, **old, worker_id="w"), row("listed", 1, 9, **old, worker_id="w"), row("queued", 1, 10),
+    ])  # fmt: skip
+    untold = Untold(frozenset({"away"}), frozenset({"listed"}))
+    assert await forget(store, 20, untold) == 2
+    left = [(one.task_id, one.attempt) for name in ("old", "open", "young") for one in await store.attempts(name)]
+    assert left == [("open", 1), ("open", 2), ("young", 1), ("young", 2)]
+    assert {one.task_id for one in await store.newest_tasks(9)} == {"open", "young", "away", "listed", "queued"}
+    assert await forget(store, 21) == 5
+    assert [one.task_id for one in await store.newest_tasks(9)] == ["queued", "open"]
+
+
+async def test_many_that_ended_at_once_are_all_forgotten_also_behind_many_that_stay(store: MasterStore) -> None:
+    ended = {"state": State.REJECTED, "finished_at_ms": 10}
+    kept = [row(f"k{number}", 1, number, **ended, worker_id="away") for number in range(1, 251)]
+    gone = [row(f"g{number}", 1, number, **ended) for number in range(251, 501)]
+    await store.save_tasks([*kept, *gone])
+    assert await forget(store, 11, Untold(frozenset({"away"}), frozenset())) == 250
+    assert len(await store.newest_tasks(1000)) == 250
+
+
+async def test_a_database_of_an_older_program_forgets_too(url: str) -> None:
+    engine = sa.create_engine(url)
+    schema.metadata.create_all(engine)
+    schema.tasks_ended.drop(engine)
+    engine.dispose()
+    store = MasterStore(url)
+    await store.open()
+    await store.save_tasks([row(state=State.SUCCEEDED, finished_at_ms=10)])
+    assert await forget(store, 11) == 1
+    await store.close()
+
+
+async def test_reports_that_were_kept_aside_long_ago_are_forgotten(store: MasterStore) -> None:
+    for at in (10, 20):
+        await store.save_orphan(
+            OrphanRow(task_id=f"t{at}", attempt=1, worker_id="w", result=pb.TaskResult(), received_at_ms=at)
+        )
+    assert await store.forget_orphans(20) == 1
+    assert await store.count_orphans() == 1
 
 
 async def test_a_call_that_fails_stores_nothing(store: MasterStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -21,6 +22,7 @@ from nodeservice.master import incoming as incoming_module
 from nodeservice.master.daemon import Master
 from nodeservice.master.incoming import Incoming
 from nodeservice.master.settings import MasterSettings
+from nodeservice.master.uploads import AT_ONCE
 from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results.http import HttpResultStore
 from nodeservice.results.manifest import encode
@@ -208,7 +210,7 @@ async def test_a_sender_that_breaks_off_leaves_nothing(stub: Any, results: Path)
 
 
 def test_an_upload_is_nowhere_before_its_first_file_since_its_sender_may_be_gone_by_then(tmp_path: Path) -> None:
-    Incoming(tmp_path, "t1", 1)
+    Incoming(tmp_path, "t1", 1, limit_bytes=1000)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +220,7 @@ def test_what_a_killed_master_had_put_in_place_is_on_the_disk_before_its_sender_
     synced: list[Path] = []
 
     def upload() -> None:
-        incoming = Incoming(tmp_path, "t1", 1)
+        incoming = Incoming(tmp_path, "t1", 1, limit_bytes=1000)
         incoming.begin_file("a")
         incoming.write(b"x")
         incoming.end_file()
@@ -358,3 +360,71 @@ async def test_more_than_the_limit_is_refused_with_413_and_leaves_nothing(settin
         assert (await post(master, form({"a": b"x"})))[0] == 200
     finally:
         await master.stop()
+
+
+async def test_a_push_beyond_its_limit_is_refused_by_name_and_again_before_all_of_it_is_sent(
+    settings: MasterSettings, tmp_path: Path
+) -> None:
+    master = Master(replace(settings, push_limit_bytes=3_000_000))
+    await master.start()
+    try:
+        async with grpc.aio.insecure_channel(master.address) as channel:
+            stub: Any = pb_grpc.MasterWorkerStub(channel)
+            store = MasterPushResultStore(lambda: stub)
+            with pytest.raises(NodeFaultError, match="more than the 3000000 bytes that this master takes"):
+                await store.put(bundle(tmp_path, {"a": bytes(8_000_000)}))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await push(stub, [chunk("a", b"x", end=True)])
+            assert caught.value.code() is grpc.StatusCode.OUT_OF_RANGE
+            assert nothing_left(master._results_dir)
+            other = bundle(tmp_path, {"a": bytes(2_900_000)}, task_id="t2")
+            assert await store.put(other) == "master://t2/1"
+            await store.close()
+    finally:
+        await master.stop()
+
+
+async def test_a_push_of_files_without_end_is_refused_by_name(stub: Any, results: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(incoming_module, "MOST_FILES", 2)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await push(stub, [chunk("a"), chunk("b"), chunk("c", end=True)])
+    assert "more than 2 files" in str(caught.value.details())
+    assert nothing_left(results)
+
+
+async def test_a_sender_that_falls_silent_gives_up_his_place_and_leaves_nothing(
+    master: Master, stub: Any, results: Path
+) -> None:
+    master._uploads.silence_seconds = 0.05
+    call = stub.UploadTaskFiles()
+    await call.write(chunk("a", b"x", last=False))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert (caught.value.code(), "nothing came" in str(caught.value.details())) == (grpc.StatusCode.UNAVAILABLE, True)
+    assert nothing_left(results)
+    host, _, port = str(master.http_address).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    kind = "multipart/form-data; boundary=x"
+    writer.write(
+        f"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\nContent-Type: {kind}\r\n\r\n--x\r\n".encode()
+    )
+    assert (await reader.readline()).startswith(b"HTTP/1.1 503")
+    writer.close()
+
+
+async def test_no_more_uploads_are_under_way_than_the_master_has_room_for(
+    master: Master, stub: Any, results: Path
+) -> None:
+    uploads = master._uploads
+    uploads.turn_seconds = 0.01
+    async with contextlib.AsyncExitStack() as others:
+        for _ in range(AT_ONCE):
+            await others.enter_async_context(uploads.place())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await push(stub, [chunk("a", b"x", end=True)])
+        assert f"{AT_ONCE} uploads are under way" in str(caught.value.details())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await post(master, form({"a": b"x"})))[0] == 503
+    assert nothing_left(results)
+    uploads.turn_seconds = 60
+    assert (await push(stub, [chunk("a", b"x", end=True)])).success

@@ -8,6 +8,7 @@ from nodeservice.master.amounts import Amounts
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.request import Request
+from nodeservice.master.rows import Untold
 from nodeservice.wire import master_worker_pb2 as pb
 
 
@@ -118,3 +119,22 @@ async def test_the_first_word_after_a_silence_is_news_though_nobody_had_looked_m
     assert beat is not None
     assert beat.has_news
     assert not nodes.offers({})[0].blocked
+
+
+async def test_a_node_may_have_more_to_tell_while_it_lists_a_task_or_is_away_and_not_for_ever() -> None:
+    clock = Hours()
+    nodes = await registry(clock)
+    assert nodes.untold(clock.unix_ms()) == Untold(frozenset({"w"})), "it has not told what it holds"
+    kept = pb.RunningTask(task_id="t", attempt=1, phase="RETAINING")
+    assert nodes.heartbeat(pb.Heartbeat(worker_id="w", running_tasks=[kept])) is not None
+    assert nodes.untold(clock.unix_ms()) == Untold(frozenset(), frozenset({"t"}))
+    for _ in range(86_399 // 2):
+        clock.now += 2
+        nodes.notice_silence()
+    now_ms = clock.unix_ms() + 1
+    assert nodes.untold(now_ms).worker_ids == {"w"}, "the master may have started just now"
+    for _ in range(2):
+        clock.now += 2
+        nodes.notice_silence()
+    assert nodes.untold(now_ms).worker_ids == frozenset()
+    assert nodes.untold(0).worker_ids == {"w"}, "it was heard of since"

@@ -30,6 +30,23 @@ def test_without_any_node_a_task_waits() -> None:
     assert place(asks(SMALL), []) == Waiting("NO_NODE", "no node has registered yet")
 
 
+def test_nodes_that_are_gone_cost_nothing_while_one_that_is_there_could_hold_the_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[str] = []
+    real = Offer.lacking_ever
+    monkeypatch.setattr(Offer, "lacking_ever", lambda one, asked: looked_at.append(one.worker_id) or real(one, asked))
+    gone = [offer(f"gone{number}", blocked="has been silent") for number in range(3)]
+    answer = place(asks(SMALL), [*gone, offer("busy", assigned=NODE), offer("small", Amounts(cpu_milli=1))])
+    assert answer == Waiting("INSUFFICIENT_CPU", "1 CPU asked; node busy has 0 CPU free now")
+    assert looked_at == ["busy", "small"]
+    small = offer("small", Amounts(cpu_milli=1))
+    assert place(asks(SMALL), [*gone, small]) == Waiting(
+        "NODE_UNAVAILABLE", "; ".join(f"node {one.worker_id} has been silent" for one in gone)
+    )
+    assert isinstance(place(asks(Amounts(cpu_milli=9000)), [*gone, small]), NeverFits)
+
+
 def test_the_node_on_which_the_least_stays_unused_is_chosen() -> None:
     empty, fuller = offer("a"), offer("b", assigned=Amounts(cpu_milli=2000, memory_bytes=4 * GIB))
     assert place(asks(SMALL), [empty, fuller]) == Choice("b")
