@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import reduce
 
 import pytest
 from hypothesis import given, settings
@@ -40,6 +42,8 @@ actions = st.lists(
 def test_no_sequence_overcommits_or_grants_a_gpu_twice(sequence: list[tuple[str, int, Resources | None]]) -> None:
     ledger = Ledger(NODE, GPUS)
     gpus_of: dict[AttemptId, tuple[str, ...]] = {}
+    compute_of: dict[AttemptId, Resources] = {}
+    disk_of: dict[AttemptId, int] = {}
     for action, number, request in sequence:
         owner = AttemptId(f"t{number}")
         if action == "grant" and request is not None:
@@ -53,12 +57,17 @@ def test_no_sequence_overcommits_or_grants_a_gpu_twice(sequence: list[tuple[str,
             assert not held & set(lease.gpu_uuids)
             assert len(lease.gpu_uuids) == request.gpu_count
             gpus_of[owner] = lease.gpu_uuids
+            compute_of[owner], disk_of[owner] = replace(request, disk_bytes=0), request.disk_bytes
         elif action == "compute":
             ledger.release_compute(owner)
             gpus_of.pop(owner, None)
+            compute_of.pop(owner, None)
         else:
             ledger.release_disk(owner)
+            disk_of.pop(owner, None)
         leased = ledger.leased
+        compute = reduce(Resources.plus, compute_of.values(), Resources())
+        assert leased == replace(compute, disk_bytes=sum(disk_of.values())), "whatever goes back first"
         assert leased.cpu_milli <= NODE.cpu_milli
         assert leased.memory_bytes <= NODE.memory_bytes
         assert leased.disk_bytes <= NODE.disk_bytes

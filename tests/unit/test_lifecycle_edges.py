@@ -459,6 +459,16 @@ async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_late
         assert node.driver.get(T) is None
 
 
+async def test_what_is_remembered_no_longer_is_gone_from_the_journal_too(world: World) -> None:
+    world.finished_retention_count = 1
+    async with living(world) as node:
+        for name in ("t", "u"):
+            await node.assign(spec(name))
+            await node.until_finished(AttemptId(name))
+        await node.until(lambda: node.driver.get(T) is None)
+        assert [record.id for record in await world.journal.load()] == [AttemptId("u")]
+
+
 async def test_a_log_that_cannot_be_removed_does_not_end_the_node(world: World) -> None:
     world.finished_retention_count = 0
     async with living(world) as node:
