@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nodeservice.core.cpus import Cpu
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import AttemptId, Resources
+from nodeservice.core.model import AttemptId, Lease, Phase, Resources, TaskRecord, TaskSpec, TraceIds
 from nodeservice.errors import InvariantError
 
 NODE = Resources(cpu_milli=4000, memory_bytes=1000, disk_bytes=1000, gpu_count=4)
@@ -83,6 +83,22 @@ def test_compute_goes_back_before_disk() -> None:
     ledger = Ledger(NODE, GPUS)
     ledger.grant(AttemptId("t"), Resources(cpu_milli=1000, memory_bytes=10, disk_bytes=20, gpu_count=1))
     ledger.release_compute(AttemptId("t"))
+    assert ledger.leased == Resources(disk_bytes=20)
+
+
+def test_an_attempt_whose_files_are_still_here_holds_its_disk_after_a_restart() -> None:
+    amount = Resources(cpu_milli=1000, memory_bytes=10, disk_bytes=20, gpu_count=1)
+    record = TaskRecord(
+        spec=TaskSpec(id=AttemptId("t"), image="x", request=amount, pids_limit=1, fingerprint="f"),
+        lease=Lease(granted=amount, gpu_uuids=("GPU-a",)),
+        trace=TraceIds(trace_id="a" * 32, span_id="b" * 16),
+        accepted_at=T0,
+        phase=Phase.RETAINING,
+        compute_released=True,
+        timings=(),
+    )
+    ledger = Ledger(NODE, GPUS)
+    ledger.restore([record, replace(record, spec=replace(record.spec, id=AttemptId("u")), phase=Phase.FINISHED)])
     assert ledger.leased == Resources(disk_bytes=20)
 
 
