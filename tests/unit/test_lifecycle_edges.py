@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,16 @@ def world(tmp_path: Path) -> World:
 async def test_what_an_adopted_container_has_written_is_still_there(world: World) -> None:
     world.runtime.images["demo"] = FakeImage(holds=True)
     async with living(world) as node:
-        await node.assign(spec())
+        await node.assign(spec(timeout_seconds=3600.0))
         await node.until(lambda: bool(world.runtime.running))
         (node.dirs.results(T) / "a.txt").write_text("half of it")
     world.journal = MemoryJournal()
     async with living(world) as node:
         await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        adopted = node.driver.get(T)
+        assert adopted is not None
+        assert adopted.started_at is not None
+        assert adopted.deadline_at == adopted.started_at + timedelta(hours=1), "nor does it run for longer than it may"
         await asyncio.sleep(0.05)  # whatever sweeps has swept
         assert (node.dirs.results(T) / "a.txt").read_text() == "half of it"
         world.runtime.finish(world.runtime.running[0], 0)
