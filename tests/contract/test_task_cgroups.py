@@ -342,8 +342,11 @@ async def test_a_rate_is_refused_where_the_engine_cannot_be_told_of_the_disk(mon
         pytest.skip(f"cgroup v1: no block I/O limits for the disks {disks}")
     monkeypatch.setattr(v1, "device_file", lambda _number: None)
     cgroups = KernelTaskCgroups(places=DirectoryPlaces(f"test-{uuid.uuid4().hex[:12]}"), tree=tree)
-    with pytest.raises(RequestError) as caught:
-        await cgroups.prepare(replace(spec(), write_bytes_per_second=MIB))
+    try:
+        with pytest.raises(RequestError) as caught:
+            await cgroups.prepare(replace(spec(), write_bytes_per_second=MIB))
+    finally:
+        await cgroups.remove(spec().id)
     assert (caught.value.reason, caught.value.field) == ("LIMIT_NOT_ENFORCED", "write_bytes_per_second")
     await cgroups.close()
 
