@@ -24,6 +24,8 @@ ENGINE = "engine"
 _NOT_LOOKED_AT = "the task had ended, or nothing was there to read it from"
 _BOUND_ELSEWHERE = frozenset({"disk_bytes", "gpu_memory_bytes", "gpu_sm_percent"})
 """By more than one file of the kernel, so told by whoever bounds them."""
+_ONLY_IF_ASKED = frozenset({"read_bytes_per_second", "write_bytes_per_second"})
+"""Most tasks have none, of which their receipts need not speak."""
 _SWITCHES = frozenset({"oom_group", "seccomp", "no_new_privileges"})
 """0 is off."""
 _VERSION_OF_FILE = {"memory.limit_in_bytes": 1, "cpu.cfs_quota_us": 1, "memory.max": 2, "cpu.max": 2}
@@ -94,6 +96,8 @@ def receipt(
         found = _look(name, asked.get(name), [reading for reading in readings if reading.limit == name], engine)
         if isinstance(found, str):
             unread[name] = found
+            continue
+        if found.value is None and name in _ONLY_IF_ASKED and name not in asked:
             continue
         effective[name], read_from[name] = found.value, found.source
         is_off = found.value is None or (name in _SWITCHES and found.value == 0)

@@ -233,8 +233,8 @@ class V1CgroupTree:
                 controller.write_bps = f"{disk} {limits.write_bytes_per_second}"
 
     def throttles(self) -> bool:
-        """Whether block I/O can be limited here."""
-        if "blkio" not in self._bases or not self._disks:
+        """Whether block I/O can be limited here: the engine is told of each disk by its file in /dev."""
+        if "blkio" not in self._bases or not self._disks or len(self.rate_devices()) < len(self._disks):
             return False
         return (self._bases["blkio"] / "blkio" / "blkio.throttle.read_bps_device").exists()
 
@@ -291,9 +291,10 @@ class V1CgroupTree:
             controller = self._node("blkio", place).controller
             for limit, file in _THROTTLES.items():
                 lines = controller.get_property(f"blkio.throttle.{file}".encode()).splitlines()
-                rates = [int(line.split()[1]) for line in lines if len(line.split()) == 2]
-                if rates:
-                    found.append(_reading(limit, max(rates), controller, f"blkio.throttle.{file}"))
+                rates = dict(line.split() for line in lines if len(line.split()) == 2)
+                is_whole = rates.keys() >= set(self._disks)
+                held = max(map(int, rates.values()), default=None) if is_whole else None
+                found.append(_reading(limit, held, controller, f"blkio.throttle.{file}"))
         return found
 
     def _all_in(self, name: str, place: str) -> Iterator[str]:

@@ -268,11 +268,11 @@ def _held(directory: Path) -> list[Reading]:
     cpus = cgroup.read("cpuset_cpus_effective") or cgroup.read("cpuset_cpus")
     if cpus:  # what was written stays, whatever a cgroup above it keeps out, or goes offline
         rows.append(("cpu_ids", cpus, "cpuset.cpus.effective"))
-    for line in (cgroup.read("io_max") or "").splitlines():
-        rates = dict(word.split("=") for word in line.split()[1:])
+    if (of_disks := cgroup.read("io_max")) is not None:
+        rates = [dict(word.split("=") for word in line.split()[1:]) for line in of_disks.splitlines()]
         for limit, key in (("read_bytes_per_second", "rbps"), ("write_bytes_per_second", "wbps")):
-            if rates.get(key, "max") != "max":
-                rows.append((limit, int(rates[key]), "io.max"))
+            held = [int(rate[key]) for rate in rates if rate.get(key, "max") != "max"]
+            rows.append((limit, min(held, default=None), "io.max"))
     if not directory.is_dir():  # it has gone meanwhile: what it lacks are files, not limits
         return []
     return [Reading(limit=limit, value=value, source=str(directory / file)) for limit, value, file in rows]

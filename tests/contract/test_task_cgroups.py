@@ -12,14 +12,17 @@ import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec, Usage
-from nodeservice.errors import TransientError
+from nodeservice.errors import RequestError, TransientError
+from nodeservice.limits import v1
 from nodeservice.limits.asked import ids_of
+from nodeservice.limits.block_devices import disks_of
 from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
 from nodeservice.limits.plan import PIDS_OVERHEAD, CgroupLimits
@@ -33,6 +36,7 @@ V2_DEFAULTS = {
     "cgroup.procs": "",
     "cpu.max": "max 100000",
     "cpu.stat": "usage_usec 0\nnr_throttled 0\nthrottled_usec 0",
+    "io.max": "",
     "memory.max": "max",
     "memory.swap.max": "max",
     "memory.oom.group": "0",
@@ -76,8 +80,8 @@ class UnifiedStandIn:
             entry.unlink()
         directory.rmdir()
 
-    def tree(self) -> V2CgroupTree:
-        return V2CgroupTree(self.mounts, mkdir=self.mkdir, rmdir=self.rmdir)
+    def tree(self, disks: tuple[str, ...] = ()) -> V2CgroupTree:
+        return V2CgroupTree(self.mounts, disks=disks, mkdir=self.mkdir, rmdir=self.rmdir)
 
 
 def stand_in_tree(tmp_path: Path) -> CgroupTree:
@@ -333,6 +337,42 @@ async def test_a_cgroup_in_which_nothing_ran_tells_no_usage(cgroups: KernelTaskC
     assert await cgroups.usage(AttemptId("task", 1)) == Usage()
     assert not await cgroups.was_used(AttemptId("task", 1))
     assert not await cgroups.was_used(AttemptId("other", 1))
+
+
+async def test_a_rate_that_the_kernel_holds_no_more_is_read_back_as_no_limit(tmp_path: Path) -> None:
+    stand_in = UnifiedStandIn(tmp_path / "cgroup")
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces("node"), tree=stand_in.tree(disks=("8:0",)))
+    parent = await cgroups.prepare(replace(spec(), read_bytes_per_second=MIB))
+    assert parent is not None
+    assert in_force(cgroups)["read_bytes_per_second"] == MIB
+
+    (stand_in.top / parent.lstrip("/") / "io.max").write_text("8:0 rbps=max wbps=5 riops=max wiops=max\n")
+
+    effective = in_force(cgroups)
+    assert (effective["read_bytes_per_second"], effective["write_bytes_per_second"]) == (None, 5)
+    await cgroups.close()
+
+
+async def test_a_rate_is_refused_where_the_engine_cannot_be_told_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cgroup v1 it is the engine that sets it on the container, by the disk's file in /dev."""
+    if os.geteuid() != 0:
+        pytest.skip("cgroup v1: needs root")
+    disks = disks_of([Path("/"), Path("/var/lib")])
+    try:
+        tree = V1CgroupTree(read_mounts(), disks=disks)
+    except OSError as error:
+        pytest.skip(f"cgroup v1: {error}")
+    if not tree.throttles():
+        pytest.skip(f"cgroup v1: no block I/O limits for the disks {disks}")
+    monkeypatch.setattr(v1, "device_file", lambda _number: None)
+    cgroups = KernelTaskCgroups(places=DirectoryPlaces(f"test-{uuid.uuid4().hex[:12]}"), tree=tree)
+    try:
+        with pytest.raises(RequestError) as caught:
+            await cgroups.prepare(replace(spec(), write_bytes_per_second=MIB))
+    finally:
+        await cgroups.remove(spec().id)
+    assert (caught.value.reason, caught.value.field) == ("LIMIT_NOT_ENFORCED", "write_bytes_per_second")
+    await cgroups.close()
 
 
 async def test_an_unknown_attempt_has_no_limits_and_no_usage_and_is_removed_already(cgroups: KernelTaskCgroups) -> None:

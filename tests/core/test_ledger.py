@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import reduce
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from nodeservice.core.cpus import Cpu
 from nodeservice.core.gpus import GpuUnit
 from nodeservice.core.ledger import Ledger
-from nodeservice.core.model import AttemptId, Resources
+from nodeservice.core.model import AttemptId, Lease, Phase, Resources, TaskRecord, TaskSpec, TraceIds
 from nodeservice.errors import InvariantError
 
 NODE = Resources(cpu_milli=4000, memory_bytes=1000, disk_bytes=1000, gpu_count=4)
@@ -40,6 +42,8 @@ actions = st.lists(
 def test_no_sequence_overcommits_or_grants_a_gpu_twice(sequence: list[tuple[str, int, Resources | None]]) -> None:
     ledger = Ledger(NODE, GPUS)
     gpus_of: dict[AttemptId, tuple[str, ...]] = {}
+    compute_of: dict[AttemptId, Resources] = {}
+    disk_of: dict[AttemptId, int] = {}
     for action, number, request in sequence:
         owner = AttemptId(f"t{number}")
         if action == "grant" and request is not None:
@@ -53,12 +57,17 @@ def test_no_sequence_overcommits_or_grants_a_gpu_twice(sequence: list[tuple[str,
             assert not held & set(lease.gpu_uuids)
             assert len(lease.gpu_uuids) == request.gpu_count
             gpus_of[owner] = lease.gpu_uuids
+            compute_of[owner], disk_of[owner] = replace(request, disk_bytes=0), request.disk_bytes
         elif action == "compute":
             ledger.release_compute(owner)
             gpus_of.pop(owner, None)
+            compute_of.pop(owner, None)
         else:
             ledger.release_disk(owner)
+            disk_of.pop(owner, None)
         leased = ledger.leased
+        compute = reduce(Resources.plus, compute_of.values(), Resources())
+        assert leased == replace(compute, disk_bytes=sum(disk_of.values())), "whatever goes back first"
         assert leased.cpu_milli <= NODE.cpu_milli
         assert leased.memory_bytes <= NODE.memory_bytes
         assert leased.disk_bytes <= NODE.disk_bytes
@@ -74,6 +83,22 @@ def test_compute_goes_back_before_disk() -> None:
     ledger = Ledger(NODE, GPUS)
     ledger.grant(AttemptId("t"), Resources(cpu_milli=1000, memory_bytes=10, disk_bytes=20, gpu_count=1))
     ledger.release_compute(AttemptId("t"))
+    assert ledger.leased == Resources(disk_bytes=20)
+
+
+def test_an_attempt_whose_files_are_still_here_holds_its_disk_after_a_restart() -> None:
+    amount = Resources(cpu_milli=1000, memory_bytes=10, disk_bytes=20, gpu_count=1)
+    record = TaskRecord(
+        spec=TaskSpec(id=AttemptId("t"), image="x", request=amount, pids_limit=1, fingerprint="f"),
+        lease=Lease(granted=amount, gpu_uuids=("GPU-a",)),
+        trace=TraceIds(trace_id="a" * 32, span_id="b" * 16),
+        accepted_at=T0,
+        phase=Phase.RETAINING,
+        compute_released=True,
+        timings=(),
+    )
+    ledger = Ledger(NODE, GPUS)
+    ledger.restore([record, replace(record, spec=replace(record.spec, id=AttemptId("u")), phase=Phase.FINISHED)])
     assert ledger.leased == Resources(disk_bytes=20)
 
 

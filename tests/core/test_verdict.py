@@ -11,6 +11,7 @@ import pytest
 from nodeservice.core.events import ContainerExited
 from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest
 from nodeservice.core.verdict import exit_remarks, is_retryable, of_exit, of_stop
+from nodeservice.master.attempts import SURROUNDINGS
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 REASON_OF = {
@@ -116,16 +117,29 @@ def test_every_cause_of_ours_has_a_verdict_and_says_what_it_was_given(cause: Sto
     assert plain.reason is REASON_OF[cause]
 
 
-def test_what_the_node_broke_may_be_tried_elsewhere_and_what_the_task_broke_may_not() -> None:
-    mine = {Reason.MEMORY_LIMIT, Reason.DISK_LIMIT, Reason.DEADLINE, Reason.EXIT_NONZERO, Reason.COMMAND_NOT_FOUND}
-    theirs = {
+def test_a_task_that_failed_is_not_said_to_have_exited_with_0() -> None:
+    assert exit_remarks(ended(137, oom_killed=True, gpu_fault="Xid 79")) == ()
+    (remark,) = exit_remarks(ended(0, oom_killed=True, by_engine=True))
+    assert "log" in remark
+
+
+def test_a_signal_that_nobody_here_sent_is_named_as_what_it_may_have_been() -> None:
+    assert "may mean signal 9;" in of_exit(ended(137)).message
+    assert "signal" not in of_exit(ended(128)).message + of_exit(ended(193)).message
+
+
+def test_what_the_node_or_its_surroundings_broke_may_be_tried_again_and_nothing_else() -> None:
+    of_the_node = {
         Reason.NODE_FAULT,
+        Reason.ENGINE_FAULT,
         Reason.GPU_FAULT,
+        Reason.CONTAINER_LOST,
         Reason.NODE_DRAINED,
         Reason.MASTER_LOST,
         Reason.HOST_OUT_OF_MEMORY,
         Reason.LIMIT_NOT_ENFORCED,
         Reason.NODE_DISK_LOW,
     }
-    assert not [reason for reason in mine if is_retryable(reason)]
-    assert all(is_retryable(reason) for reason in theirs)
+    assert {reason for reason in Reason if is_retryable(reason)} == of_the_node | {
+        Reason(name) for name in SURROUNDINGS
+    }

@@ -98,7 +98,13 @@ class Container:
     """A container of the engine under a given cgroup, with the limits of the spec, removed at the end."""
 
     def __init__(
-        self, engine: docker.DockerClient, image: str, parent: str | None, task: TaskSpec, script: str
+        self,
+        engine: docker.DockerClient,
+        image: str,
+        parent: str | None,
+        task: TaskSpec,
+        script: str,
+        **rates: list[dict[str, object]],
     ) -> None:
         self._inner: Any = engine.containers.create(
             image,
@@ -110,6 +116,7 @@ class Container:
             pids_limit=task.pids_limit,
             network_mode="none",
             init=True,
+            **rates,
         )
 
     def __enter__(self) -> Container:
@@ -170,6 +177,29 @@ async def test_the_container_sits_in_the_tasks_cgroup_with_the_limits_that_were_
     held = ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit")
     assert {name: written.effective[name] for name in held} == {name: written.asked[name] for name in held}
     assert all(written.read_from[name].startswith("/sys/fs/cgroup") for name in held)
+
+
+@pytest.mark.parametrize("given", [True, False])
+async def test_a_rate_that_the_engine_left_out_is_read_back_as_broken(
+    engine: docker.DockerClient, image: str, cgroups: TaskCgroups, given: bool
+) -> None:
+    devices = cgroups.rate_devices()
+    if not devices:
+        pytest.skip("block I/O is limited by the engine only on cgroup v1")
+    task = replace(spec(), read_bytes_per_second=5 * MIB, write_bytes_per_second=6 * MIB)
+    parent = await cgroups.prepare(task)
+    rates: dict[str, list[dict[str, object]]] = {
+        f"device_{name}_bps": [{"Path": str(device), "Rate": rate} for device in devices]
+        for name, rate in (("read", 5 * MIB), ("write", 6 * MIB))
+        if given
+    }
+
+    with Container(engine, image, parent, task, "sleep 60", **rates):
+        readings = await cgroups.readings(TASK)
+
+    written = receipt(task, Lease(granted=task.request), readings=readings, disk=None, engine={})
+    broken = [] if given else ["read_bytes_per_second", "write_bytes_per_second"]
+    assert [words.partition(":")[0] for words in written.mismatches] == broken
 
 
 async def test_the_peak_stays_readable_after_the_container_and_nothing_is_left_after_removal(

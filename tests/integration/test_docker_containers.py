@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from nodeservice.core.model import MIB, AttemptId
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.recovery import identity
-from nodeservice.ports import ContainerSpec, Mount, labels
+from nodeservice.ports import ContainerSpec, ContainerState, Mount, labels
 from nodeservice.runtime.docker import DockerRuntime
 from tests.busy_threads import busy_threads
 from tests.integration.engine_proxy import EngineProxy
@@ -135,6 +136,41 @@ async def test_past_its_memory_a_task_is_killed_and_flagged(
     assert ended.exit_code == 137
     # Podman's conmon sees no such kill on cgroup v1; there the count in the task's own cgroup tells (test_podman.py).
     assert ended.oom_killed or (is_podman and (await runtime.facts()).cgroup_version == 1)
+
+
+async def test_a_kill_for_memory_that_the_engine_notes_after_the_exit_is_flagged_all_the_same(
+    runtime: DockerRuntime, spec: ContainerSpec, is_podman: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_podman:
+        pytest.skip("Podman's conmon sees no such kill on cgroup v1")
+    look_at = runtime._look_at
+
+    async def early(container_id: str) -> ContainerState | None:
+        state = await look_at(container_id)
+        return state and replace(state, oom_killed=False)
+
+    monkeypatch.setattr(runtime, "_look_at", early)
+    container_id = await run(runtime, replace(spec, shell="exec dd if=/dev/zero of=/dev/null bs=300M count=1"))
+    ended = await runtime.wait_exited(container_id)
+    assert ended is not None
+    assert ended.oom_killed
+
+
+async def test_the_volumes_that_an_image_declares_go_with_the_container(
+    runtime: DockerRuntime, spec: ContainerSpec, docker_client: docker.APIClient
+) -> None:
+    image = f"nodeservice/volume-{uuid.uuid4().hex[:8]}"
+    for _line in docker_client.build(fileobj=io.BytesIO(b"FROM nodeservice/demo\nVOLUME /data\n"), tag=image, rm=True):
+        pass
+    try:
+        container_id = await runtime.create(replace(spec, image=image))
+        (volume,) = (mount["Name"] for mount in docker_client.inspect_container(container_id)["Mounts"])
+        docker_client.inspect_volume(volume)
+        await runtime.remove(container_id)
+        with pytest.raises(docker.errors.NotFound):
+            docker_client.inspect_volume(volume)
+    finally:
+        docker_client.remove_image(image, force=True)
 
 
 async def test_a_fork_bomb_meets_its_pids_limit(runtime: DockerRuntime, spec: ContainerSpec) -> None:

@@ -30,6 +30,7 @@ from nodeservice.rpc.result_push import MasterPushResultStore
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 from tests.integration.scripted_node import ScriptedNode
+from tests.synced import Renames
 
 FILES = {"stdout.log": b"hi\n", "empty": b"", 'deep/er/\u00e4 %"\\.bin': bytes(range(256)) * 20_000}
 
@@ -230,6 +231,18 @@ def test_what_a_killed_master_had_put_in_place_is_on_the_disk_before_its_sender_
     monkeypatch.setattr(incoming_module, "sync_directory", synced.append)
     upload()
     assert synced[-2:] == [tmp_path / "t1", tmp_path]
+
+
+def test_all_of_an_upload_is_on_the_disk_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renames = Renames(monkeypatch)
+    incoming = Incoming(tmp_path, "t1", 1)
+    for path in ("a", "b/c/d"):
+        incoming.begin_file(path)
+        incoming.write(b"x")
+        incoming.end_file()
+    incoming.commit()
+    assert len(renames.sources) == 1
+    assert renames.unsynced == []
 
 
 async def test_the_rest_of_an_upload_is_swept_at_the_next_start(settings: MasterSettings) -> None:

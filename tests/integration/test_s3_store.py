@@ -312,6 +312,29 @@ async def test_results_whose_mark_is_gone_when_it_is_looked_for_are_not_stored(
     assert_complete(client, bucket, bundle)
 
 
+@pytest.mark.parametrize("lost", ["a", "manifest.json"])
+async def test_what_the_store_took_and_has_no_more_is_not_stored(
+    open_store: OpenStore, client: Minio, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    bundle, store = bundle_of(tmp_path, {"a": secrets.token_bytes(MIB)}), open_store()
+    send = s3_client.BucketClient._send
+
+    def send_and_lose(self: s3_client.BucketClient, key: str, *arguments: Any, **more: Any) -> Any:
+        taken = send(self, key, *arguments, **more)
+        if key == f"{PREFIX}/{lost}":
+            client.remove_object(bucket, key)
+        return taken
+
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_archive, "MAX_FILE_BYTES", 0)  # no answer proves anything
+        patched.setattr(s3_client.BucketClient, "_send", send_and_lose)
+        with pytest.raises(TransientError, match="is not there as it was sent"):
+            await store.put(bundle)
+    assert "manifest.json" not in keys(client, bucket)
+    await store.put(bundle)
+    assert_complete(client, bucket, bundle)
+
+
 async def _store_another_attempt(store: S3ResultStore, tmp_path: Path) -> None:
     """It makes the bucket, and shows what the store makes of conditions."""
     spec = replace(SPEC, id=AttemptId("another-task", 1))
@@ -626,9 +649,11 @@ async def test_an_object_that_was_lost_or_replaced_is_sent_again(
     store = open_store()
     await store.put(bundle)
     client.remove_object(bucket, f"{PREFIX}/b")
+    client.put_object(bucket, f"{PREFIX}/c", io.BytesIO(b"33"), 2)
     proxy.requests.clear()
     await store.put(bundle)
-    assert puts(proxy) == [f"/{bucket}/{PREFIX}/stdout.log", f"/{bucket}/{PREFIX}/b"], "the first one was refused"
+    sent = [path.rpartition("/")[2] for path in puts(proxy)]
+    assert sent == ["stdout.log", "b", "c"], "the first one was refused"
     assert_complete(client, bucket, bundle)
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -170,6 +171,27 @@ def test_below_a_cgroup_of_the_task_the_container_is_not_what_runs_out_of_cpu_fi
     below = body(replace(SPEC, cgroup_parent="/nodeservice/t"))["HostConfig"]
     assert below["CpuPeriod"] == 10 * alone["CpuPeriod"]
     assert below["CpuQuota"] == 10 * alone["CpuQuota"]
+
+
+def test_on_cgroup_v2_the_cgroup_of_the_task_is_what_runs_out_of_memory_first() -> None:
+    task, v1 = (
+        replace(SPEC, cgroup_parent="/nodeservice/t"),
+        read_profile(INFO | {"CgroupVersion": "1"}, VERSION, NETWORKS),
+    )
+    memory = [
+        body(*made)["HostConfig"]["Memory"] for made in ((SPEC, PROFILE), (task, PROFILE), (task, v1), (SPEC, v1))
+    ]
+    assert memory == [64 * MIB, 65 * MIB, 64 * MIB, 64 * MIB]
+
+
+def test_cpus_and_rates_are_asked_of_the_engine() -> None:
+    asked = replace(SPEC, cpu_ids=(0, 1, 3), read_bytes_per_second=5, rate_devices=(Path("/dev/a"), Path("/dev/b")))
+    config = body(asked)["HostConfig"]
+    assert config["CpusetCpus"] == "0-1,3"
+    assert config["BlkioDeviceReadBps"] == [{"Path": "/dev/a", "Rate": 5}, {"Path": "/dev/b", "Rate": 5}]
+    other = body(replace(asked, cpu_ids=(), read_bytes_per_second=None, write_bytes_per_second=7))["HostConfig"]
+    assert other["BlkioDeviceWriteBps"] == [{"Path": "/dev/a", "Rate": 7}, {"Path": "/dev/b", "Rate": 7}]
+    assert not {"CpusetCpus", "BlkioDeviceReadBps"} & other.keys()
 
 
 @pytest.mark.parametrize("field", ["cpu_milli", "memory_bytes", "pids_limit"])

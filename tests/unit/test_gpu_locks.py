@@ -77,6 +77,8 @@ def test_a_worker_is_told_apart_from_others_by_its_name(tmp_path: Path) -> None:
     mine.take(A, ["GPU-1"])
     assert looks.in_use("GPU-1", apart_from="node") == ""
     assert looks.in_use("GPU-1", apart_from="nod") == OURS
+    (tmp_path / "GPU-1.lock").write_bytes(b"")  # it was just taken
+    assert looks.in_use("GPU-1") == looks.in_use("GPU-1", apart_from="node") == "in use by another process on this host"
 
 
 def test_a_process_that_dies_frees_what_it_held(tmp_path: Path) -> None:

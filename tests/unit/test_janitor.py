@@ -283,6 +283,18 @@ async def test_what_nobody_claims_goes_when_it_was_seen_twice(world: World) -> N
         assert node.dirs.log(T).exists(), "the log of a remembered attempt stays"
 
 
+async def test_the_directory_of_a_task_that_still_waits_for_its_image_is_somebodys(world: World) -> None:
+    world.runtime = FakeRuntime(images={"demo": FakeImage(is_local=False, pull_holds=True)})
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(node.dirs.results(T).is_dir)
+        orphans = Orphans(node.context, node.driver)
+        for _ in range(3):
+            await orphans.sweep()
+        assert await world.runtime.list_owned("node") == []
+        assert node.dirs.results(T).is_dir()
+
+
 async def test_two_looks_too_close_to_each_other_do_not_count_as_two(world: World) -> None:
     world.orphan_grace_seconds = 3600
     async with living(world) as node:

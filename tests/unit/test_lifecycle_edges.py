@@ -10,10 +10,13 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from nodeservice.core import effects as fx
+from nodeservice.core.events import ContainerCreated, ContainerExited, ContainerStarted, ImagePulled
 from nodeservice.core.model import (
     AttemptId,
     Outcome,
@@ -54,12 +57,16 @@ def world(tmp_path: Path) -> World:
 async def test_what_an_adopted_container_has_written_is_still_there(world: World) -> None:
     world.runtime.images["demo"] = FakeImage(holds=True)
     async with living(world) as node:
-        await node.assign(spec())
+        await node.assign(spec(timeout_seconds=3600.0))
         await node.until(lambda: bool(world.runtime.running))
         (node.dirs.results(T) / "a.txt").write_text("half of it")
     world.journal = MemoryJournal()
     async with living(world) as node:
         await node.until(lambda: node.phase(T) is Phase.RUNNING)
+        adopted = node.driver.get(T)
+        assert adopted is not None
+        assert adopted.started_at is not None
+        assert adopted.deadline_at == adopted.started_at + timedelta(hours=1), "nor does it run for longer than it may"
         await asyncio.sleep(0.05)  # whatever sweeps has swept
         assert (node.dirs.results(T) / "a.txt").read_text() == "half of it"
         world.runtime.finish(world.runtime.running[0], 0)
@@ -567,6 +574,44 @@ async def test_what_was_refused_since_its_sync_failed_is_not_in_the_journal_late
         await node.until(lambda: node.driver.journal_error is None)
         assert await journal.load() == ()
         assert node.driver.get(T) is None
+
+
+async def test_no_effect_begins_before_its_record_is_written_whatever_came_along_that_can_wait(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    node = LiveNode(world)
+    begun: list[tuple[AttemptId, type[fx.Effect]]] = []
+
+    def begin(record: TaskRecord, effect: fx.Effect) -> None:
+        begun.append((record.id, type(effect)))
+        if isinstance(effect, fx.CollectResults):
+            assert world.journal._records[record.id].phase is Phase.COLLECTING
+
+    node.driver.connect(begin)
+    driving = asyncio.create_task(node.driver.run())
+    now = node.clock.now()
+    for name in ("t", "u"):
+        await node.assign(spec(name))
+    node.driver.post(T, ImagePulled(at=now, digest="d"))
+    node.driver.post(T, ContainerCreated(at=now, container_id="c"))
+    node.driver.post(T, ContainerStarted(at=now, started_at=now, limits={}))
+    await node.driver.settled()
+    node.driver.post(T, ContainerExited(at=now, exit_code=0, oom_killed=False))
+    node.driver.post(AttemptId("u"), ImagePulled(at=now, digest="d"))  # alone it would wait for a later write
+    while (AttemptId("u"), fx.CreateContainer) not in begun and not driving.done():
+        await asyncio.sleep(0)
+    assert (T, fx.CollectResults) in begun
+    assert not driving.done()
+    driving.cancel()
+
+
+async def test_what_is_remembered_no_longer_is_gone_from_the_journal_too(world: World) -> None:
+    world.finished_retention_count = 1
+    async with living(world) as node:
+        for name in ("t", "u"):
+            await node.assign(spec(name))
+            await node.until_finished(AttemptId(name))
+        await node.until(lambda: node.driver.get(T) is None)
+        assert [record.id for record in await world.journal.load()] == [AttemptId("u")]
 
 
 async def test_a_log_that_cannot_be_removed_does_not_end_the_node(world: World) -> None:

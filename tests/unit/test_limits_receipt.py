@@ -282,6 +282,7 @@ def test_what_nobody_asked_for_is_told_and_is_no_mismatch() -> None:
     assert "cpu_ids" not in made.asked
     assert (made.effective["cpu_ids"], made.effective["read_bytes_per_second"]) == ("0-1", 4096)
     assert made.enforcement["oom_group"] is Enforcement.NONE
+    assert "write_bytes_per_second" not in written(reading("write_bytes_per_second", None)).effective
 
 
 def test_a_rate_that_was_asked_for_must_be_in_force() -> None:

@@ -21,6 +21,7 @@ from nodeservice.results.hand_over import Bundles
 from nodeservice.results.http import HttpResultStore
 from nodeservice.results.mount import ResultsMount
 from nodeservice.results.s3 import S3ResultStore
+from tests.synced import Renames
 
 ACCESS = S3Access(endpoint="127.0.0.1:9000", bucket="", access_key="the-key", secret_key="the-secret")
 
@@ -162,3 +163,22 @@ async def test_a_mount_that_is_away_is_no_place_for_results_nor_without_those_th
     ResultsMount(tmp_path / "other", state).check()
     mounts.remove(tmp_path)
     ResultsMount(tmp_path / "other", state).check()
+
+
+async def test_all_of_the_results_is_on_the_disk_before_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, root, renames = tmp_path / "work", tmp_path / "stored", Renames(monkeypatch)
+    (work / "results" / "a" / "b").mkdir(parents=True)
+    (work / "results" / "a" / "b" / "c").write_bytes(b"1")
+    (work / "stdout.log").write_bytes(b"log")
+    collected, _ = manifest.collect(work / "results", work / "stdout.log", task_id="t", attempt=1)
+    manifest.write_local(work, collected)
+    assert renames.sources == [work / ".manifest.json.partial"]
+    assert work in renames.synced
+    spec = TaskSpec(id=AttemptId("t"), image="i", request=Resources(), pids_limit=1, fingerprint="f")
+    store = FileResultStore(root)
+    await store.put(manifest.bundle_from(work, spec, "w"))
+    await store.close()
+    assert [source.parent for source in renames.sources[1:]] == [root / "t"]
+    assert renames.unsynced == []

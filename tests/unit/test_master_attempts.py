@@ -12,7 +12,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nodeservice.errors import TransientError
-from nodeservice.master.attempts import SURROUNDINGS, Budget, Claim, Taken, claim, current, recalled, retry_of
+from nodeservice.master.attempts import (
+    SURROUNDINGS,
+    Budget,
+    Claim,
+    Moment,
+    Taken,
+    claim,
+    current,
+    recalled,
+    report,
+    retry_of,
+    take_back,
+)
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.reconcile import MISSES, Reconciler
 from nodeservice.master.rows import Key, State, TaskRow
@@ -314,6 +326,17 @@ def test_only_the_node_that_lost_an_attempt_may_go_on_with_it() -> None:
     assert claim([lost, given], lost, "w") is Claim.RECALL
     assert claim([recalled(lost), waiting], recalled(lost), "w") is Claim.RECALL, "it may be ending"
     assert claim([lost, given], given, "w") is Claim.RECALL, "it has an attempt that it was never known to have taken"
+
+
+def test_an_attempt_that_came_back_is_followed_by_one_of_a_new_number_that_keeps_off_its_node() -> None:
+    lost = replace(attempt(), state=State.LOST)
+    dropped = replace(attempt(), attempt=2, sequence=2, state=State.QUEUED, worker_id="")
+    moment = Moment(now_ms=1, next_sequence=3)
+    back, dropped = take_back([lost, dropped], lost, "RUNNING", moment=moment)
+    told = result("NODE_DRAINED", retryable=True)
+    taken, (ended, following) = report([back, dropped], back, told, node_retries=1, moment=moment)
+    assert (taken, ended.attempt, following.attempt, following.task.attempt) == (Taken.FOLLOWED, 1, 3, 3)
+    assert following.avoid == (back.worker_id,)
 
 
 def test_neither_success_nor_cancellation_is_tried_again() -> None:

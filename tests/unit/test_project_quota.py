@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from nodeservice.limits import project_quota
-from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport
+from nodeservice.limits.disk_scan import LEAST_BYTES
+from nodeservice.limits.hierarchy import Mount
+from nodeservice.limits.project_quota import ProjectQuotas, QuotaSupport, quota_support
 
 MIB = 1024**2
 NOBODY = 0
@@ -85,6 +87,29 @@ def test_a_number_that_a_task_gave_itself_is_not_believed_by_a_node_that_starts_
         assert again.bind(mine, 8 * MIB) == number
         assert [kernel.project_of(place) for place in (mine, mine / "file", others)] == [number, number, other]
         assert (again.limit_of(number), again.limit_of(other)) == (8 * MIB, 64 * MIB)
+
+
+@pytest.mark.parametrize(("state", "holds"), [(0, False), (1 << 4, False), (1 << 4 | 1 << 5, True)])
+def test_quotas_that_the_kernel_only_counts_are_no_limits(
+    monkeypatch: pytest.MonkeyPatch, state: int, holds: bool
+) -> None:
+    def answer(_command: int, _device: str, _number: int, buffer: bytearray) -> None:
+        struct.pack_into("=bxH", buffer, 0, 1, state)
+
+    monkeypatch.setattr(project_quota, "_quotactl", answer)
+    mount = Mount(root="/", point="/", filesystem="xfs", device="/dev/none", super_options=frozenset())
+    assert (quota_support(Path("/"), mounts=(mount,)).why_not == "") is holds
+
+
+def test_what_is_made_later_bears_the_number_too_and_empty_files_are_bounded(
+    kernel: FakeKernel, tmp_path: Path
+) -> None:
+    work = work_of(tmp_path, "t")
+    number = quotas().bind(work, 64 * MIB)
+    assert struct.unpack("=5I8x", kernel.marks[work.stat().st_ino])[0] == 0x200, "FS_XFLAG_PROJINHERIT"
+    assert struct.unpack("=5I8x", kernel.marks[(work / "file").stat().st_ino])[0] == 0, "which only directories have"
+    assert kernel.limits[number] == (64 * 1024, 64 * MIB // LEAST_BYTES)
+    assert kernel.limits[quotas().bind(work_of(tmp_path, "small"), 1)] == (1, 1024)
 
 
 def test_a_number_is_nobody_elses_before_what_bore_it_is_gone(
