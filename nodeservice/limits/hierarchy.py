@@ -7,6 +7,7 @@ mounts, our own place in /proc/self/cgroup. `root` stands before every absolute 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -49,6 +50,18 @@ def read_mounts(root: Path = Path("/")) -> tuple[Mount, ...]:
                 )
             )
     return tuple(mounts)
+
+
+def mount_of(path: Path, mounts: Iterable[Mount]) -> Mount | None:
+    """The mount with the longest point that leads to the path; of two on one point the later, which hides the other.
+
+    Links in the path must be resolved.
+    """
+    found: Mount | None = None
+    for mount in mounts:
+        if path.is_relative_to(mount.point) and (found is None or len(mount.point) >= len(found.point)):
+            found = mount
+    return found
 
 
 def v1_mount(mounts: tuple[Mount, ...], controller: str) -> Mount | None:
