@@ -84,6 +84,17 @@ def host_cgroup_version(root: Path = Path("/")) -> int:
     return 2 if v2_mount(mounts) else 0
 
 
+def cgroups_of(process: Path) -> dict[str, str]:
+    """By controller, where the process of this directory in /proc is; the unified one has no name. Gone means nowhere."""
+    places: dict[str, str] = {}
+    for line in _lines(process / "cgroup"):
+        _, _, rest = line.partition(":")
+        names, colon, place = rest.partition(":")
+        if colon:
+            places.update(dict.fromkeys(names.split(","), place))
+    return places
+
+
 def own_cgroup(controller: str, root: Path = Path("/")) -> OwnCgroup | None:
     """Our cgroup for that controller, v1 before v2; None where the controller is not to be seen.
 
@@ -91,18 +102,13 @@ def own_cgroup(controller: str, root: Path = Path("/")) -> OwnCgroup | None:
     ancestor that can be read.
     """
     mounts = read_mounts(root)
-    for line in _lines(root / "proc/self/cgroup"):
-        number, _, rest = line.partition(":")
-        controllers, _, place = rest.partition(":")
-        if controller in controllers.split(","):
-            mount, version = v1_mount(mounts, controller), 1
-        elif number == "0" and not controllers and v1_mount(mounts, controller) is None:
-            mount, version = v2_mount(mounts), 2
-        else:
-            continue
-        if mount is not None:
-            return OwnCgroup(version=version, directories=_up_to_the_top(root, mount, place))
-    return None
+    places = cgroups_of(root / "proc/self")
+    version, name, mount = 1, controller, v1_mount(mounts, controller)
+    if mount is None:
+        version, name, mount = 2, "", v2_mount(mounts)
+    if mount is None or name not in places:
+        return None
+    return OwnCgroup(version=version, directories=_up_to_the_top(root, mount, places[name]))
 
 
 def _up_to_the_top(root: Path, mount: Mount, place: str) -> tuple[Path, ...]:
@@ -116,8 +122,9 @@ def _up_to_the_top(root: Path, mount: Mount, place: str) -> tuple[Path, ...]:
 
 
 def _lines(path: Path) -> list[str]:
+    """No other character than the newline ends one, though Python knows some: names may hold them."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return path.read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError:
         return []
 
