@@ -13,7 +13,7 @@ import structlog
 from nodeservice.clock import SystemClock
 from nodeservice.core.admission import check_task_id
 from nodeservice.core.model import AttemptId, Outcome, Phase, StopCause, StopRequest, TaskRecord, TraceIds
-from nodeservice.errors import InvariantError, NodeServiceError, RequestError, invalid_request
+from nodeservice.errors import NodeServiceError, RequestError, invalid_request
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
@@ -134,7 +134,6 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         except RequestError as error:
             code = grpc.StatusCode.NOT_FOUND if error.reason == "NOT_FOUND" else grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(code, str(error))
-            raise InvariantError("abort returned") from error
         path = self._dirs.log(record.id)
         async for chunk in stream_log(self._driver, self._logs, record.id, path, follow=request.follow):
             yield chunk
