@@ -17,6 +17,8 @@ TIMES = (
     "total_timeout_seconds",
     "disconnect_limit_seconds",
 )
+ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+"""Of a task or a node: it becomes the name of containers, directories and objects."""
 _MIN_MEMORY_BYTES = 6 * 1024**2
 """Docker Engine refuses less than 6 MiB."""
 _MIN_CPU_MILLI = 10
@@ -29,7 +31,6 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", 
 _MAX_OPEN_FILES = 1_048_576
 """Linux's fs.nr_open unless the host raised it."""
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}\Z")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_WORD_BYTES = 128 * 1024
 """Linux passes at most 128 KiB in one argument (MAX_ARG_STRLEN, linux/binfmts.h)."""
 _MAX_ENV_COUNT = 1_000
@@ -96,13 +97,20 @@ def check_words(command: str, argv: Iterable[str], env: Iterable[tuple[str, str]
             raise invalid_request("env", f"has a bad value for {name}", "use less than 128 KiB of UTF-8 and no NUL")
 
 
+def is_utf8(text: str) -> bool:
+    """Python keeps other bytes, of arguments or the environment, as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(text: str) -> str:
     """A hostile text, fit to be shown: short and without control characters."""
     return repr(text[:40]) + (f"… ({len(text)} characters)" if len(text) > 40 else "")
 
 
 def _can_be_passed(text: str) -> bool:
-    """Whether it fits into one argument. What a shell passed on as other bytes than UTF-8 has lone surrogates here."""
-    return (
-        "\0" not in text and len(text.encode(errors="surrogatepass")) < _MAX_WORD_BYTES and not _SURROGATE.search(text)
-    )
+    """Whether it fits into one argument."""
+    return "\0" not in text and is_utf8(text) and len(text.encode()) < _MAX_WORD_BYTES

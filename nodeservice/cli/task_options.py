@@ -10,7 +10,7 @@ import typer
 
 from nodeservice.cli.units import parse_bytes, parse_seconds
 from nodeservice.errors import RequestError
-from nodeservice.task_bounds import check_open_files
+from nodeservice.task_bounds import check_open_files, is_utf8
 
 WaitTimeout = Annotated[str | None, typer.Option(help="From acceptance to the start, the pull included.")]
 PullTimeout = Annotated[str | None, typer.Option(help="For the image's pull.")]
@@ -119,12 +119,3 @@ def _variable(text: str) -> tuple[str, str]:
                 f"the value of {name} is not UTF-8", reason="INVALID_REQUEST", field="env", hint="encode it, as base64"
             )
     return name, value
-
-
-def is_utf8(text: str) -> bool:
-    """Whether arguments or environment held it as UTF-8; Python keeps other bytes as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -21,12 +21,12 @@ from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.listening import not_bound
 from nodeservice.rpc import convert
 from nodeservice.rpc.log_stream import stream_log
+from nodeservice.task_bounds import MAX_SECONDS
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
 log = structlog.get_logger(__name__)
 
-_LONGEST_DRAIN_SECONDS = 366 * 86_400.0
 RpcContext = grpc.aio.ServicerContext[object, object]
 
 _SERVER_OPTIONS = (
@@ -166,7 +166,7 @@ def _deadline(request: pb.NodeMode) -> float | None:
     if not request.HasField("deadline_seconds"):
         return None
     seconds = request.deadline_seconds
-    if not 0 <= seconds <= _LONGEST_DRAIN_SECONDS:
+    if not 0 <= seconds <= MAX_SECONDS:
         raise invalid_request("deadline_seconds", f"is {seconds!r}", "use seconds from 0 to a year")
     return seconds
 
