@@ -13,6 +13,7 @@ from nodeservice.cli.units import parse_bytes
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.gpus import GpuRequest, GpuShare
 from nodeservice.errors import RequestError
+from nodeservice.task_bounds import capability_of
 
 Gpus = Annotated[
     str | None,
@@ -31,7 +32,6 @@ GpuMemory = Annotated[str | None, typer.Option(help="So much memory of one GPU, 
 GpuSms = Annotated[int | None, typer.Option(help="Beside --gpu-memory: percent of that GPU's SMs.")]
 
 _COUNT = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?|\.[0-9]{1,6}", re.ASCII)
-_CAPABILITY = re.compile(r"([0-9]{1,2})\.([0-9]{1,2})", re.ASCII)
 _OPTIONS = {
     "req_gpu": "--gpus",
     "gpu.model": "--gpu-model",
@@ -109,10 +109,10 @@ def _count(text: str) -> tuple[int, int]:
 
 
 def _capability(text: str) -> tuple[int, int]:
-    found = _CAPABILITY.fullmatch(text.strip())
+    found = capability_of(text.strip())
     if found is None:
         raise _refused("--gpu-capability", f"is {text[:40]!a}", "give it as NVIDIA does, such as 9.0")
-    return int(found[1]), int(found[2])
+    return found
 
 
 def _percent(sms: int | None) -> int:
