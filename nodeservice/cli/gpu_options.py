@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from nodeservice.cli.task_options import OPTIONS
 from nodeservice.cli.units import parse_bytes
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.gpus import GpuRequest, GpuShare
@@ -32,18 +33,6 @@ GpuMemory = Annotated[str | None, typer.Option(help="So much memory of one GPU, 
 GpuSms = Annotated[int | None, typer.Option(help="Beside --gpu-memory: percent of that GPU's SMs.")]
 
 _COUNT = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?|\.[0-9]{1,6}", re.ASCII)
-_OPTIONS = {
-    "req_gpu": "--gpus",
-    "gpu.model": "--gpu-model",
-    "gpu.min_memory_bytes": "--gpu-min-memory",
-    "gpu.min_compute_capability": "--gpu-capability",
-    "gpu.mig_profile": "--gpu-mig",
-    "gpu.uuids": "--gpu-uuid",
-    "gpu.share": "--gpu-memory",
-    "gpu.share.memory_bytes": "--gpu-memory",
-    "gpu.share.sm_percent": "--gpu-sms",
-}
-"""By the name that core and wire use for a field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +76,7 @@ def gpus_asked(
     try:
         check_gpu_request(request, gpu_count=count)
     except RequestError as error:
-        option = _OPTIONS.get(error.field or "", "--gpus")
+        option = OPTIONS.get(error.field or "", "--gpus")
         if option == "--gpu-memory" and memory is None:
             option = "--gpus"  # the part was asked for as a fraction
         what = error.message.removeprefix(error.field or "").strip()
