@@ -9,6 +9,7 @@ import re
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -42,6 +43,8 @@ def _url(*schemes: str) -> AfterValidator:
         scheme, mark, rest = value.partition("://")
         if not mark or scheme not in schemes or not rest:
             raise ValueError(f"is not a URL that begins with {' or '.join(f'{s}://' for s in schemes)}")
+        if scheme in ("http", "https") and not urlsplit(value).hostname:
+            raise ValueError("names no host")
         if ":" in rest.partition("/")[0].rpartition("@")[0]:
             raise ValueError("must not hold a password")
         return value

@@ -41,7 +41,7 @@ from nodeservice.limits.free_space import DirectoriesFreeSpace
 from nodeservice.limits.owners import ProcOwners
 from nodeservice.limits.process import ProcReader
 from nodeservice.ports import EngineFacts, PullProgress, ResultStore, TraceSink, Uplink
-from nodeservice.results.choose import open_result_store
+from nodeservice.results.file import FileResultStore
 from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
@@ -173,7 +173,7 @@ async def working(
         processes=cgroups.processes,
     )
     free_space = DirectoriesFreeSpace([*directories, facts.root_dir])
-    fallback = open_result_store(config.results_dir.absolute().as_uri())
+    fallback = FileResultStore(config.results_dir)
     context = Context(
         runtime=armed(node.runtime, "runtime"),
         cgroups=armed(cgroups, "cgroups"),

@@ -173,6 +173,7 @@ WRONG = [
     ("default_memory_bytes", "64m"),
     ("docker_host", "/var/run/docker.sock"),
     ("http_upload_url", "ftp://host/upload"),
+    ("http_upload_url", "http:///upload"),
     ("otlp_endpoint", "not an endpoint"),
     ("log_max_bytes", [1]),
     ("state_dir", {"a": 1}),
