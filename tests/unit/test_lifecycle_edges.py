@@ -25,7 +25,6 @@ from nodeservice.core.model import (
     TaskSpec,
 )
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle import driver, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
@@ -36,6 +35,7 @@ from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from nodeservice.testing.memory_journal import MemoryJournal
 from nodeservice.testing.memory_store import MemoryResultStore
 from tests.unit.node_harness import NODE, HeldJournal, LiveNode, RecordingUplink, World, living, running, spec
 
