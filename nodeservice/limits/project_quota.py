@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured
-from nodeservice.limits.hierarchy import Mount, mount_of, read_mounts
+from nodeservice.limits.hierarchy import mount_of, read_mounts
 from nodeservice.limits.tree_walk import walk
 
 _FILE_SYSTEMS = ("xfs", "ext4")
@@ -49,11 +49,11 @@ class QuotaSupport:
     why_not: str = ""
 
 
-def quota_support(directory: Path, *, mounts: tuple[Mount, ...] | None = None) -> QuotaSupport:
+def quota_support(directory: Path) -> QuotaSupport:
     """Asks the kernel, since a mount option may stand there without effect. Changes nothing. Never raises."""
     existing = next((place for place in (directory, *directory.parents) if place.exists()), Path("/"))
     number = os.stat(existing).st_dev
-    mount = mount_of(existing.resolve(), read_mounts() if mounts is None else mounts)
+    mount = mount_of(existing.resolve(), read_mounts())
     if mount is None:
         return QuotaSupport(filesystem="", mount_point="", device="", number=number, why_not="its mount can't be found")
     why_not = ""
@@ -141,7 +141,7 @@ class ProjectQuotas:
     def use_of(self, number: int) -> Measured | None:
         with suppress(OSError):
             _, _, used_bytes, _, _, inodes, *_ = self._get(number)
-            return Measured(used_bytes, inodes, True)
+            return Measured(used_bytes, inodes)
         return None
 
     def lift(self, number: int) -> None:
