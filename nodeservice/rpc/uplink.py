@@ -13,7 +13,7 @@ import grpc
 import structlog
 
 from nodeservice.core.model import AttemptId, Phase, TaskRecord
-from nodeservice.core.retry import Backoff
+from nodeservice.core.retry import Backoff, is_worth_telling
 from nodeservice.errors import TransientError
 from nodeservice.ports import Clock
 from nodeservice.rpc import convert
@@ -143,7 +143,7 @@ class MasterLink:
                     failures = 0
                     await self._beat()
                 except TransientError as error:
-                    if failures in (0, 10) or (failures and failures % 100 == 0):
+                    if is_worth_telling(failures + 1):
                         log.warning("master.unreachable", address=self._address, failures=failures, error=str(error))
                     self._registered.clear()
                     pause = self._backoff.delay(failures, random.random())  # noqa: S311
