@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import structlog
 
+from nodeservice.core.gpu_pool import counted
 from nodeservice.core.gpus import GpuUnit, GpuUsage, ShareMethod
 from nodeservice.core.model import AttemptId, Phase, StopCause, TaskRecord
 from nodeservice.core.verdict import changes_the_end
@@ -380,8 +381,7 @@ class GpuKeeper:
         self._warn(GPU_DRIVER, "; ".join(inventory.complaints))
         units = self.units(inventory)
         if units != driver.ledger.gpus:
-            count = sum(1 for unit in units if unit.counts and not unit.unwell)
-            driver.ledger.resize(replace(driver.ledger.allocatable, gpu_count=count), units)
+            driver.ledger.resize(replace(driver.ledger.allocatable, gpu_count=counted(units)), units)
             for unit in units:
                 if unit.unwell:
                     log.warning("gpu.out_of_service", uuid=unit.uuid, why=unit.unwell)
