@@ -6,14 +6,16 @@ Source: /sys/devices/system/cpu (Documentation/ABI/testing/sysfs-devices-system-
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from nodeservice.core.cpus import Cpu
 
 
-def read_cpus() -> tuple[Cpu, ...]:
-    """Those that this process may use, in ascending order of their ids."""
-    return tuple(_cpu(Path(f"/sys/devices/system/cpu/cpu{id_}"), id_) for id_ in sorted(os.sched_getaffinity(0)))
+def read_cpus(root: Path = Path("/"), *, usable_ids: Collection[int] | None = None) -> tuple[Cpu, ...]:
+    """Those that this process may use, in ascending order of their ids. `usable_ids` None asks the kernel."""
+    ids = os.sched_getaffinity(0) if usable_ids is None else usable_ids
+    return tuple(_cpu(root / f"sys/devices/system/cpu/cpu{id_}", id_) for id_ in sorted(ids))
 
 
 def _cpu(directory: Path, id_: int) -> Cpu:

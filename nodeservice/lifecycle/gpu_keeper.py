@@ -65,6 +65,7 @@ class GpuKeeper:
         board: HealthBoard | None = None,
         look_seconds: float = 1.0,
         ready_seconds: float = 10.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._provider = provider
         self._clock = clock
@@ -74,6 +75,7 @@ class GpuKeeper:
         self._board = board or HealthBoard()
         self._look_seconds = look_seconds
         self._ready_seconds = ready_seconds
+        self._monotonic = monotonic
         self._inventory = GpuInventory()
         self._driver: Driver | None = None
         self._on_change: Callable[[], None] = lambda: None
@@ -81,7 +83,7 @@ class GpuKeeper:
         self._bills = GpuBills(dirs)
         self._resets = GpuResets(dirs.gpu_resets)
         for uuid, awaited in self._resets.read().items():
-            self._board.await_reset(uuid, awaited, now_seconds=time.monotonic())
+            self._board.await_reset(uuid, awaited, now_seconds=monotonic())
         self._faults: dict[AttemptId, str] = {}
         self._noticed: dict[tuple[str, str], str] = {}
         self._untold: set[AttemptId] = set()
@@ -133,7 +135,7 @@ class GpuKeeper:
 
     async def _take(self, inventory: GpuInventory) -> None:
         self._inventory = inventory
-        now = time.monotonic()
+        now = self._monotonic()
         xids = self._provider.take_xids()
         # What a driver that fails or hangs shows is of before; the events that it tells meanwhile count all the same.
         shown = inventory.gpus if inventory.error is None else ()
@@ -267,12 +269,12 @@ class GpuKeeper:
 
         What the last holder left goes within moments; so long it is waited for. The look is made under the lock.
         """
-        until = time.monotonic() + self._ready_seconds
+        until = self._monotonic() + self._ready_seconds
         while True:
             locked = self._lock(record)
             await self._look_now()
             why = self._not_ready(record) or locked
-            if not why or time.monotonic() >= until:
+            if not why or self._monotonic() >= until:
                 return why
             await self._clock.sleep(_READY_LOOK_SECONDS)
 
@@ -349,9 +351,9 @@ class GpuKeeper:
         What is left after that keeps the GPU out of service, not the attempt from its end.
         """
         self._pids.pop(record.id, None)
-        until = time.monotonic() + self._ready_seconds
+        until = self._monotonic() + self._ready_seconds
         while record.lease.gpu_part is None and (why := self._left(record)):
-            if time.monotonic() >= until:
+            if self._monotonic() >= until:
                 log.warning("gpu.not_returned", task_id=record.id.task_id, attempt=record.id.attempt, why=why)
                 break
             await self._clock.sleep(_READY_LOOK_SECONDS)
