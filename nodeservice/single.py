@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
@@ -22,6 +22,7 @@ from nodeservice.errors import NodeServiceError, RequestError, TransientError
 from nodeservice.gpu.locks import GpuLocks
 from nodeservice.journal.lock import StateDirLock
 from nodeservice.lifecycle.removal import remove_tree
+from nodeservice.lifecycle.work import while_all_work
 from nodeservice.lifecycle.workdir import SALVAGE, WorkDirs
 from nodeservice.limits.cgroup import task_cgroups
 from nodeservice.limits.disk import open_task_disk
@@ -102,9 +103,9 @@ async def run_once(
                 trace = new_trace_ids(traceparent)
                 async with _choosing_gpus(node, spec):
                     assigning = node.driver.assign(spec, trace=trace, received_at=received_at)
-                    record = await _while_all_work(parts, assigning)
+                    record = await while_all_work(parts, assigning)
                 interrupts.accepted(record.id)
-                await _while_all_work(parts, _follow(node, record, on_log))
+                await while_all_work(parts, _follow(node, record, on_log))
                 done = node.driver.get(spec.id) or record
                 return Finished(record=done, manifest=manifest[0] if manifest else None)
         except TimeoutError as error:
@@ -143,20 +144,6 @@ async def _choosing_gpus(node: Node, spec: TaskSpec) -> AsyncIterator[None]:
         yield
     finally:
         turn.close()
-
-
-async def _while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[None, None, T]) -> T:
-    """The result of `work`. Raises the error of a part of the node that failed meanwhile: nothing would move any more."""
-    task = asyncio.create_task(work)
-    waiting: set[asyncio.Task[Any]] = {task, *parts}
-    try:
-        while not task.done():
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for part in done - {task}:
-                part.result()
-        return task.result()
-    finally:
-        task.cancel()
 
 
 class _Interrupts:

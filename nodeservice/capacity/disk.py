@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from nodeservice.limits.free_space import free_bytes
-from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.limits.hierarchy import mount_of, read_mounts
 from nodeservice.ports import DiskFacts
 
 
@@ -19,7 +19,7 @@ def read_disk(path: Path, *, root: Path = Path("/")) -> DiskFacts:
 
     `root` says only where mountinfo is read from; the path is one of this host.
     """
-    mount = _mount_of(nearest_existing(path), read_mounts(root))
+    mount = mount_of(nearest_existing(path), read_mounts(root))
     total_bytes, free_bytes = read_space(path)
     return DiskFacts(
         path=path,
@@ -42,12 +42,3 @@ def nearest_existing(path: Path) -> Path:
     while not candidate.exists() and candidate != candidate.parent:
         candidate = candidate.parent
     return candidate
-
-
-def _mount_of(path: Path, mounts: tuple[Mount, ...]) -> Mount | None:
-    """The mount with the longest point that leads to the path; of two on one point the later, which hides the other."""
-    found: Mount | None = None
-    for mount in mounts:
-        if path.is_relative_to(mount.point) and (found is None or len(mount.point) >= len(found.point)):
-            found = mount
-    return found

@@ -11,8 +11,8 @@ import typer
 
 from nodeservice.cli import streams
 from nodeservice.cli.exit_codes import ExitCode, code_of_error
-from nodeservice.cli.task_options import is_utf8
 from nodeservice.errors import NodeServiceError, RequestError
+from nodeservice.task_bounds import is_utf8
 from nodeservice.telemetry.plain import plain
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

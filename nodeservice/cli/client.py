@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nodeservice.cli.connection import (
-    CALL_SECONDS,
-    DEFAULT_MASTER,
-    AsJson,
-    Connection,
-    Insecure,
-    Master,
-    TlsCa,
-    TlsCert,
-    TlsKey,
-    say,
-)
+from nodeservice.cli.connection import CALL_SECONDS, Connection, say, with_connection
 from nodeservice.cli.gpu_options import (
     GpuCapability,
     GpuMemory,
@@ -58,10 +47,11 @@ Attempt = Annotated[
 
 def register(app: typer.Typer) -> None:
     for command in (submit, ps, show, logs, wait, cancel, nodes):
-        app.command(command.__name__)(command)
+        app.command(command.__name__)(with_connection(command))
 
 
 def submit(
+    link: Connection,
     *,
     image: Annotated[str, typer.Argument(help="Image to run.")],
     command: Annotated[list[str] | None, typer.Argument(help="Command, after --. Default: the image's own.")] = None,
@@ -106,19 +96,10 @@ def submit(
     pull: Annotated[str, typer.Option(help="always, if-not-present or never.")] = "",
     target: Annotated[str, typer.Option(help="Only on the node with this worker id.")] = "",
     user: Annotated[str, typer.Option(help="On whose behalf.")] = "",
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
 ) -> None:
     """Queue a task and print its id. Exit code 75 when it is refused."""
     from nodeservice.cli.submission import Submission, traceparent
 
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     try:
         task = Submission(
             image=image, argv=tuple(command or ()), shell=shell, cpus=cpus, memory=memory, disk=disk,
@@ -137,9 +118,11 @@ def submit(
         with link.open() as stub:
             ack = stub.SubmitTask(task, timeout=CALL_SECONDS, metadata=traceparent())
     except RequestError as error:
-        _submitted(as_json, success=False, task_id=task_id, reason=error.reason, message=by_option(str(error)))
+        _submitted(link.as_json, success=False, task_id=task_id, reason=error.reason, message=by_option(str(error)))
         return
-    _submitted(as_json, success=ack.success, task_id=ack.task_id, reason=ack.reason, message=by_option(ack.message))
+    _submitted(
+        link.as_json, success=ack.success, task_id=ack.task_id, reason=ack.reason, message=by_option(ack.message)
+    )
 
 
 def _submitted(as_json: bool, *, success: bool, task_id: str, reason: str, message: str) -> None:
@@ -164,26 +147,18 @@ def _submitted(as_json: bool, *, success: bool, task_id: str, reason: str, messa
 
 
 def ps(
+    link: Connection,
     *,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="The newest so many.")] = 100,
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
 ) -> None:
     """List tasks, newest first."""
     from nodeservice.cli.task_json import task_summary
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     with link.open() as stub:
         answer = stub.ListTasks(pb.ListTasksRequest(limit=limit), timeout=CALL_SECONDS)
     tasks = [task_summary(view) for view in answer.tasks]
-    if as_json:
+    if link.as_json:
         _print_json(tasks)
     else:
         from nodeservice.cli.render import show_tasks
@@ -192,25 +167,17 @@ def ps(
 
 
 def show(
+    link: Connection,
     *,
     task_id: TaskId,
     attempt: Attempt = 0,
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
 ) -> None:
     """Tell the full story of a task: outcome, reason, phases, usage, limits, results, trace."""
     from nodeservice.cli.task_json import task_document
 
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     with link.open() as stub:
         document = task_document(_get(stub, task_id, attempt))
-    if as_json:
+    if link.as_json:
         _print_json(document)
     else:
         from nodeservice.cli.render import show_task
@@ -219,16 +186,11 @@ def show(
 
 
 def logs(
+    link: Connection,
     *,
     task_id: TaskId,
     attempt: Attempt = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False,
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
 ) -> None:
     """Print a task's log, both streams in their order. With --json, one object a line.
 
@@ -239,12 +201,9 @@ def logs(
     from nodeservice.wire import master_worker_pb2 as pb
 
     told = f"attempt {attempt}" if attempt else "the task"
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     with link.open() as stub:
         for chunk in stub.StreamTaskLogs(pb.TaskLogRequest(task_id=task_id, follow=follow, attempt=attempt)):
-            if as_json:
+            if link.as_json:
                 _print_json(_chunk(chunk), indent=None)
             elif chunk.HasField("notice"):
                 say(chunk.notice)
@@ -263,15 +222,10 @@ def _chunk(chunk: pb.LogChunk) -> dict[str, object]:
 
 
 def wait(
+    link: Connection,
     *,
     task_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids of tasks.")],
     timeout: Annotated[str | None, typer.Option(help="Give up after, such as 5m.")] = None,
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
 ) -> None:
     """Wait until all have ended.
 
@@ -283,9 +237,6 @@ def wait(
     from nodeservice.cli.task_json import FINAL_STATES, task_summary
     from nodeservice.cli.units import parse_seconds
 
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     end = None if timeout is None else time.monotonic() + parse_seconds(timeout)
     open_ids, ended = list(dict.fromkeys(task_ids)), {}
     order = list(open_ids)
@@ -301,7 +252,7 @@ def wait(
                 break
             if open_ids:
                 time.sleep(_POLL_SECONDS)
-    if as_json:
+    if link.as_json:
         _print_json([task_summary(ended[task_id]) for task_id in order if task_id in ended])
     if open_ids:
         say(f"still not ended: {' '.join(open_ids)}")
@@ -319,25 +270,17 @@ def wait(
 
 
 def cancel(
+    link: Connection,
     *,
     task_id: TaskId,
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
 ) -> None:
     """Cancel a task. Exit code 75 when it has ended already."""
     from nodeservice.cli.exit_codes import ExitCode
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     with link.open() as stub:
         ack = stub.CancelTask(pb.TaskID(task_id=task_id), timeout=CALL_SECONDS)
-    if as_json:
+    if link.as_json:
         reason = ack.reason if ack.HasField("reason") and ack.reason else None
         _print_json({"task_id": task_id, "success": ack.success, "reason": reason, "message": ack.message})
     say(f"{task_id}: {ack.message}")
@@ -345,26 +288,15 @@ def cancel(
         raise typer.Exit(ExitCode.REJECTED)
 
 
-def nodes(
-    *,
-    as_json: AsJson = False,
-    master: Master = DEFAULT_MASTER,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
-) -> None:
+def nodes(link: Connection) -> None:
     """List the nodes: state, what is assigned of what tasks may have, last heartbeat."""
     from nodeservice.cli.task_json import node_document
     from nodeservice.wire import master_worker_pb2 as pb
 
-    link = Connection(
-        master=master, tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )
     with link.open() as stub:
         answer = stub.ListNodes(pb.ListNodesRequest(), timeout=CALL_SECONDS)
     documents = [node_document(view) for view in answer.nodes]
-    if as_json:
+    if link.as_json:
         _print_json(documents)
     else:
         from nodeservice.cli.render import show_nodes

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from nodeservice.cli.exit_codes import ExitCode
 
-DEFAULT_MASTER = "127.0.0.1:50051"
+_DEFAULT_MASTER = "127.0.0.1:50051"
 CALL_SECONDS = 40.0
 """Above 30 s, since a master may pass a call on to a node."""
 
@@ -47,10 +49,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """Where the master is and how to trust it."""
+    """Where the master, or a node, is and how to trust it."""
 
-    master: str
-    """HOST:PORT; of a node where `peer` says so."""
+    address: str
+    """HOST:PORT."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None
@@ -74,8 +76,8 @@ class Connection:
 
         from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
-        if not _ADDRESS.fullmatch(self.master):
-            raise ConfigError(f"--{self.peer} is {self.master!r}", field=self.peer, hint="give HOST:PORT")
+        if not _ADDRESS.fullmatch(self.address):
+            raise ConfigError(f"--{self.peer} is {self.address!r}", field=self.peer, hint="give HOST:PORT")
         channel = self._channel()
         try:
             yield pb_grpc.MasterWorkerStub(channel)
@@ -93,11 +95,11 @@ class Connection:
                 raise ConfigError(
                     "--insecure and --tls-… exclude each other", field="insecure", hint="drop one of them"
                 )
-            return grpc.insecure_channel(self.master, options=options)
+            return grpc.insecure_channel(self.address, options=options)
         from nodeservice.rpc.tls import channel_credentials
 
         return grpc.secure_channel(
-            self.master, channel_credentials(self.tls_ca, self.tls_cert, self.tls_key), options=options
+            self.address, channel_credentials(self.tls_ca, self.tls_cert, self.tls_key), options=options
         )
 
     def _ended(self, error: grpc.RpcError) -> typer.Exit:
@@ -133,7 +135,7 @@ class Connection:
         Who refuses a certificate only hangs up (in TLS 1.3 after the client's handshake has ended), so what is said then
         depends on what was shown.
         """
-        at = f"the {self.peer} at {self.master}"
+        at = f"the {self.peer} at {self.address}"
         if "failed to connect" in details and any(sign in details for sign in _HUNG_UP):
             if self.insecure:
                 return (
@@ -162,6 +164,34 @@ class Connection:
 
         own = [term for term in read_terms(self.tls_cert, None) if term.has_expired(datetime.now(UTC))]
         return f"the certificate {self.tls_cert} has expired, on {own[0].ends_on} (renew it)" if own else None
+
+
+def with_connection(
+    command: Callable[..., None], *, peer: str = "master", address: Any = Master, default: str = _DEFAULT_MASTER
+) -> Callable[..., None]:
+    """The command with the options that its first parameter, a Connection, is made of in the place of that one."""
+    options = {
+        "as_json": (AsJson, False),
+        peer: (address, default),
+        "tls_cert": (TlsCert, None),
+        "tls_key": (TlsKey, None),
+        "tls_ca": (TlsCa, None),
+        "insecure": (Insecure, False),
+    }
+
+    @functools.wraps(command)
+    def connected(**given: Any) -> None:
+        shared = {name: given.pop(name) for name in options}
+        command(Connection(address=shared.pop(peer), peer=peer, **shared), **given)
+
+    signature = inspect.signature(command, eval_str=True)
+    _, *own = signature.parameters.values()
+    own += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=usual)
+        for name, (kind, usual) in options.items()
+    ]
+    connected.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return connected
 
 
 def say(text: str) -> None:

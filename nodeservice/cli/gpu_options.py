@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from nodeservice.cli.task_options import OPTIONS
 from nodeservice.cli.units import parse_bytes
 from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.gpus import GpuRequest, GpuShare
 from nodeservice.errors import RequestError
+from nodeservice.task_bounds import capability_of
 
 Gpus = Annotated[
     str | None,
@@ -32,19 +34,6 @@ GpuMemory = Annotated[str | None, typer.Option(help="So much memory of one GPU, 
 GpuSms = Annotated[int | None, typer.Option(help="Beside --gpu-memory: percent of that GPU's SMs.")]
 
 _COUNT = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?|\.[0-9]{1,6}", re.ASCII)
-_CAPABILITY = re.compile(r"([0-9]{1,2})\.([0-9]{1,2})", re.ASCII)
-_OPTIONS = {
-    "req_gpu": "--gpus",
-    "gpu.model": "--gpu-model",
-    "gpu.min_memory_bytes": "--gpu-min-memory",
-    "gpu.min_compute_capability": "--gpu-capability",
-    "gpu.mig_profile": "--gpu-mig",
-    "gpu.uuids": "--gpu-uuid",
-    "gpu.share": "--gpu-memory",
-    "gpu.share.memory_bytes": "--gpu-memory",
-    "gpu.share.sm_percent": "--gpu-sms",
-}
-"""By the name that core and wire use for a field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +77,7 @@ def gpus_asked(
     try:
         check_gpu_request(request, gpu_count=count)
     except RequestError as error:
-        option = _OPTIONS.get(error.field or "", "--gpus")
+        option = OPTIONS.get(error.field or "", "--gpus")
         if option == "--gpu-memory" and memory is None:
             option = "--gpus"  # the part was asked for as a fraction
         what = error.message.removeprefix(error.field or "").strip()
@@ -110,10 +99,10 @@ def _count(text: str) -> tuple[int, int]:
 
 
 def _capability(text: str) -> tuple[int, int]:
-    found = _CAPABILITY.fullmatch(text.strip())
+    found = capability_of(text.strip())
     if found is None:
         raise _refused("--gpu-capability", f"is {text[:40]!a}", "give it as NVIDIA does, such as 9.0")
-    return int(found[1]), int(found[2])
+    return found
 
 
 def _percent(sms: int | None) -> int:

@@ -52,10 +52,10 @@ def seen_as_dict(seen: Seen) -> dict[str, object]:
         "cuda_version": host.gpus.cuda_version,
         "gpu_error": host.gpus.error,
         "gpus_unreachable": list(host.gpus.unreachable),
-        "capacity": _resources_dict(capacity.capacity),
-        "reserved": _resources_dict(capacity.reserved),
-        "allocatable": _resources_dict(capacity.allocatable),
-        "free": _resources_dict(seen.free),
+        "capacity": asdict(capacity.capacity),
+        "reserved": asdict(capacity.reserved),
+        "allocatable": asdict(capacity.allocatable),
+        "free": asdict(seen.free),
     }
 
 
@@ -160,13 +160,7 @@ def _disk_text(disk: DiskFacts) -> str:
 
 
 def _disk_dict(disk: DiskFacts) -> dict[str, object]:
-    return {
-        "path": str(disk.path),
-        "filesystem": disk.filesystem,
-        "device": disk.device,
-        "total_bytes": disk.total_bytes,
-        "free_bytes": disk.free_bytes,
-    }
+    return asdict(disk) | {"path": str(disk.path)}
 
 
 def _engine_dict(
@@ -186,13 +180,4 @@ def _engine_dict(
         "memory_bytes": engine.memory_bytes,
         "disk": _disk_dict(disk) if disk is not None else None,
         "degraded": list(degraded),
-    }
-
-
-def _resources_dict(resources: Resources) -> dict[str, int]:
-    return {
-        "cpu_milli": resources.cpu_milli,
-        "memory_bytes": resources.memory_bytes,
-        "disk_bytes": resources.disk_bytes,
-        "gpu_count": resources.gpu_count,
     }

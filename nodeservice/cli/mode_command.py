@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nodeservice.cli.connection import CALL_SECONDS, AsJson, Connection, Insecure, TlsCa, TlsCert, TlsKey, say
+from nodeservice.cli.connection import CALL_SECONDS, Connection, say, with_connection
 
 if TYPE_CHECKING:
     from nodeservice.wire import master_worker_pb2 as pb
@@ -21,73 +21,49 @@ _DEFAULT_NODE = "127.0.0.1:50052"
 
 def register(app: typer.Typer) -> None:
     for command in (cordon, uncordon, drain):
-        app.command(command.__name__)(command)
+        app.command(command.__name__)(with_connection(command, peer="node", address=Node, default=_DEFAULT_NODE))
 
 
-def cordon(
-    *,
-    node: Node = _DEFAULT_NODE,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
-    as_json: AsJson = False,
-) -> None:
+def cordon(link: Connection) -> None:
     """Let a node take no new tasks. What it has goes on. Holds across restarts until uncordon."""
-    _set(_connection(node, tls_cert, tls_key, tls_ca, insecure, as_json), "CORDONED")
+    _set(link, "CORDONED")
 
 
-def uncordon(
-    *,
-    node: Node = _DEFAULT_NODE,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
-    as_json: AsJson = False,
-) -> None:
+def uncordon(link: Connection) -> None:
     """Let a node take tasks again."""
-    _set(_connection(node, tls_cert, tls_key, tls_ca, insecure, as_json), "ACTIVE")
+    _set(link, "ACTIVE")
 
 
 def drain(
+    link: Connection,
     *,
-    node: Node = _DEFAULT_NODE,
     deadline: Annotated[
         str | None, typer.Option(help="After so long, end what still runs, such as 10m. Default: let it finish.")
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once instead of when it is empty.")] = False,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Insecure = False,
-    as_json: AsJson = False,
 ) -> None:
     """Empty a node: it takes nothing new; what it has comes to its end, is stored and reported. Uncordon takes it back."""
     from nodeservice.cli.units import parse_seconds
 
     seconds = None if deadline is None else parse_seconds(deadline, option="--deadline")
-    connection = _connection(node, tls_cert, tls_key, tls_ca, insecure, as_json)
-    answer = _set(connection, "DRAINING", deadline_seconds=seconds, is_last=no_wait)
+    answer = _set(link, "DRAINING", deadline_seconds=seconds, is_last=no_wait)
     shown = -1
     while not no_wait and answer.unfinished_tasks and answer.mode == "DRAINING":
         if answer.unfinished_tasks != shown:
             shown = answer.unfinished_tasks
             say(f"tasks left: {shown}")
         time.sleep(_POLL_SECONDS)
-        with connection.open() as stub:
+        with link.open() as stub:
             answer = _ask(stub, "")
     if not no_wait:
-        _tell(connection, answer)
+        _tell(link, answer)
 
 
-def _set(
-    connection: Connection, mode: str, *, deadline_seconds: float | None = None, is_last: bool = True
-) -> pb.NodeModeAck:
-    with connection.open() as stub:
+def _set(link: Connection, mode: str, *, deadline_seconds: float | None = None, is_last: bool = True) -> pb.NodeModeAck:
+    with link.open() as stub:
         answer = _ask(stub, mode, deadline_seconds)
     if not answer.success or is_last:
-        _tell(connection, answer)
+        _tell(link, answer)
     return answer
 
 
@@ -101,11 +77,11 @@ def _ask(stub: Any, mode: str, deadline_seconds: float | None = None) -> pb.Node
     return answer
 
 
-def _tell(connection: Connection, answer: pb.NodeModeAck) -> None:
+def _tell(link: Connection, answer: pb.NodeModeAck) -> None:
     """Ends the command with code 75 where the node refused."""
     from nodeservice.cli.exit_codes import ExitCode
 
-    if connection.as_json:
+    if link.as_json:
         told = {
             "success": answer.success,
             "mode": answer.mode or None,
@@ -120,9 +96,3 @@ def _tell(connection: Connection, answer: pb.NodeModeAck) -> None:
     if not answer.success:
         say(answer.message)
         raise typer.Exit(ExitCode.REJECTED)
-
-
-def _connection(node: str, tls_cert: Any, tls_key: Any, tls_ca: Any, insecure: bool, as_json: bool) -> Connection:
-    return Connection(
-        master=node, peer="node", tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, insecure=insecure, as_json=as_json
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from nodeservice.cli.gpu_json import asked_document, bill_of_record, held_by_record
 from nodeservice.core.model import Manifest, Outcome, Reason, TaskRecord
 from nodeservice.errors import InvariantError, NodeFaultError, NodeServiceError
@@ -9,8 +11,7 @@ from nodeservice.errors import InvariantError, NodeFaultError, NodeServiceError
 
 def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, object]:
     """Durations in seconds, sizes in bytes, instants ISO 8601."""
-    verdict, collected, usage = record.verdict, record.collected, record.usage
-    request = record.spec.request
+    verdict, collected = record.verdict, record.collected
     return {
         "task_id": record.id.task_id,
         "attempt": record.id.attempt,
@@ -21,10 +22,7 @@ def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, o
         "image": record.spec.image,
         "image_digest": record.image_digest,
         "request": {
-            "cpu_milli": request.cpu_milli,
-            "memory_bytes": request.memory_bytes,
-            "disk_bytes": request.disk_bytes,
-            "gpu_count": request.gpu_count,
+            **asdict(record.spec.request),
             "gpu": asked_document(record.spec.gpu),
             "timeout_seconds": record.spec.timeout_seconds,
         },
@@ -37,16 +35,7 @@ def record_as_dict(record: TaskRecord, manifest: Manifest | None) -> dict[str, o
             "gpu_uuids": list(record.lease.gpu_uuids),
         },
         "usage": {
-            "memory_peak_bytes": usage.memory_peak_bytes,
-            "cpu_seconds": usage.cpu_seconds,
-            "cpu_throttled_seconds": usage.cpu_throttled_seconds,
-            "pids_peak_count": usage.pids_peak_count,
-            "oom_kill_count": usage.oom_kill_count,
-            "read_bytes": usage.read_bytes,
-            "written_bytes": usage.written_bytes,
-            "disk_peak_bytes": usage.disk_peak_bytes,
-            "network_received_bytes": usage.network_received_bytes,
-            "network_sent_bytes": usage.network_sent_bytes,
+            **asdict(record.usage),
             "log_bytes": collected.log_bytes if collected else None,
             "result_bytes": collected.total_bytes if collected else None,
             "result_file_count": collected.file_count if collected else None,

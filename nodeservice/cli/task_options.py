@@ -10,7 +10,7 @@ import typer
 
 from nodeservice.cli.units import parse_bytes, parse_seconds
 from nodeservice.errors import RequestError
-from nodeservice.task_bounds import check_open_files
+from nodeservice.task_bounds import check_open_files, is_utf8
 
 WaitTimeout = Annotated[str | None, typer.Option(help="From acceptance to the start, the pull included.")]
 PullTimeout = Annotated[str | None, typer.Option(help="For the image's pull.")]
@@ -21,8 +21,7 @@ OpenFiles = Annotated[int | None, typer.Option(help="File descriptors of one pro
 ReadRate = Annotated[str | None, typer.Option(help="Bytes a second read from block devices, such as 50m.")]
 WriteRate = Annotated[str | None, typer.Option(help="Bytes a second written to block devices, such as 50m.")]
 
-
-_OPTIONS = {
+OPTIONS = {
     "docker_image": "the image",
     "argv": "the command",
     "command": "the command",
@@ -46,6 +45,7 @@ _OPTIONS = {
     "gpu.min_compute_capability": "--gpu-capability",
     "gpu.mig_profile": "--gpu-mig",
     "gpu.uuids": "--gpu-uuid",
+    "gpu.share": "--gpu-memory",
     "gpu.share.memory_bytes": "--gpu-memory",
     "gpu.share.sm_percent": "--gpu-sms",
     "timeout_seconds": "--timeout",
@@ -67,7 +67,7 @@ def by_option(message: str) -> str:
     """A refusal that begins with a field of the wire, with the option in its place."""
     field, space, rest = message.partition(" ")
     name = field.removesuffix(":")
-    return f"{_OPTIONS.get(name, name)}{field.removeprefix(name)}{space}{rest}"
+    return f"{OPTIONS.get(name, name)}{field.removeprefix(name)}{space}{rest}"
 
 
 def limits_given(
@@ -119,12 +119,3 @@ def _variable(text: str) -> tuple[str, str]:
                 f"the value of {name} is not UTF-8", reason="INVALID_REQUEST", field="env", hint="encode it, as base64"
             )
     return name, value
-
-
-def is_utf8(text: str) -> bool:
-    """Whether arguments or environment held it as UTF-8; Python keeps other bytes as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

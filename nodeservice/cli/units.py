@@ -37,7 +37,7 @@ def parse_bytes(text: str, *, option: str = "--memory") -> int:
     return int(amount)
 
 
-def parse_cpus(text: str, *, option: str = "--cpus") -> int:
+def parse_cpus(text: str) -> int:
     """Cores in thousandths: `0.5` or `500m` is 500."""
     stripped = text.strip() if len(text) <= _LONGEST_TEXT else ""
     if match := _MILLI_CPUS.fullmatch(stripped):
@@ -45,11 +45,11 @@ def parse_cpus(text: str, *, option: str = "--cpus") -> int:
     elif _CPUS.fullmatch(stripped):
         amount = Decimal(stripped) * 1000
     else:
-        raise _refused(option, text, "give cores, such as 2 or 0.5")
+        raise _refused("--cpus", text, "give cores, such as 2 or 0.5")
     if amount != int(amount):
-        raise _refused(option, text, "give at most three decimals")
+        raise _refused("--cpus", text, "give at most three decimals")
     if not 0 < amount <= _MOST_CPUS * 1000:
-        raise _refused(option, text, "give a number of cores that a machine can have, more than 0")
+        raise _refused("--cpus", text, "give a number of cores that a machine can have, more than 0")
     return int(amount)
 
 

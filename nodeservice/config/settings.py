@@ -9,12 +9,13 @@ import re
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nodeservice.errors import ConfigError
-from nodeservice.task_bounds import DAY_SECONDS, MAX_SECONDS, MOST_PIDS
+from nodeservice.task_bounds import DAY_SECONDS, ID, MAX_SECONDS, MOST_PIDS
 
 PREFIX = "NODESERVICE_"
 CREDENTIALS = {"minio_access_key": "MINIO_ACCESS_KEY", "minio_secret_key": "MINIO_SECRET_KEY"}
@@ -22,7 +23,6 @@ CREDENTIALS = {"minio_access_key": "MINIO_ACCESS_KEY", "minio_secret_key": "MINI
 _HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})\Z")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?\Z")
 _LAST_PORT = 65535
-_WORKER_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _PREFIX = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*\Z")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _MIB = 1024**2
@@ -43,6 +43,8 @@ def _url(*schemes: str) -> AfterValidator:
         scheme, mark, rest = value.partition("://")
         if not mark or scheme not in schemes or not rest:
             raise ValueError(f"is not a URL that begins with {' or '.join(f'{s}://' for s in schemes)}")
+        if scheme in ("http", "https") and not urlsplit(value).hostname:
+            raise ValueError("names no host")
         if ":" in rest.partition("/")[0].rpartition("@")[0]:
             raise ValueError("must not hold a password")
         return value
@@ -96,7 +98,7 @@ class NodeConfig(BaseSettings):
     )
 
     # who and where
-    worker_id: Annotated[str, _matching(_WORKER_ID, "a safe name")] = Field(
+    worker_id: Annotated[str, _matching(ID, "a safe name")] = Field(
         default_factory=_default_worker_id, description="1-128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
     )
     listen: HostPort = Field("0.0.0.0:50052", description="HOST:PORT to listen on; port 0 takes a free one")

@@ -13,6 +13,7 @@ from nodeservice.core.ledger import Ledger, Shortfall
 from nodeservice.core.model import GIB, TaskRecord, TaskSpec
 from nodeservice.errors import CapacityError, RequestError, invalid_request
 from nodeservice.task_bounds import (
+    ID,
     TIMES,
     check_cpu,
     check_grace,
@@ -23,12 +24,11 @@ from nodeservice.task_bounds import (
     check_seconds,
     check_stop_signal,
     check_words,
+    is_utf8,
     shown,
 )
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_ATTEMPT = 1_000_000
 _MAX_TEXT = 256
 
@@ -37,7 +37,7 @@ def check_task_id(task_id: str) -> None:
     """Raise RequestError (INVALID_REQUEST) unless the id is safe as a name and in a path."""
     if not task_id:
         raise invalid_request("task_id", "is empty", "give every task an id")
-    if not _ID.match(task_id) or ".." in task_id:
+    if not ID.match(task_id):
         raise invalid_request(
             "task_id",
             f"is {shown(task_id)}, which is not safe as a name",
@@ -58,7 +58,7 @@ def check(spec: TaskSpec) -> None:
         ("task_name", spec.task_name),
         ("task_type", spec.task_type),
     ):
-        if len(text) > _MAX_TEXT or _CONTROL.search(text) or _SURROGATE.search(text):
+        if len(text) > _MAX_TEXT or _CONTROL.search(text) or not is_utf8(text):
             raise invalid_request(
                 field, f"is {shown(text)}", f"use at most {_MAX_TEXT} characters and no control characters"
             )

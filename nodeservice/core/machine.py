@@ -141,7 +141,7 @@ def _enter(
 
 
 def _can_wait(step: Step) -> Step:
-    return Step(step.record, step.effects, step.changed, can_wait=True)
+    return replace(step, can_wait=True)
 
 
 def _give_up(record: TaskRecord, at: datetime, verdict: Verdict, *before: fx.Effect) -> Step:

@@ -15,3 +15,8 @@ class Backoff:
     def delay(self, failures: int, uniform: float) -> float:
         whole = min(self.max_seconds, self.first_seconds * 2.0 ** min(failures, 32))
         return whole * (0.5 + 0.5 * uniform)
+
+
+def is_worth_telling(failures: int) -> bool:
+    """Of what is tried for ever: the first failure, the tenth, and each hundredth."""
+    return failures in (1, 10) or failures % 100 == 0

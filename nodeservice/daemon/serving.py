@@ -20,6 +20,7 @@ from nodeservice.daemon.settings import open_store, task_defaults
 from nodeservice.daemon.standing import standing
 from nodeservice.daemon.told import telling, told
 from nodeservice.errors import ConfigError, NodeServiceError
+from nodeservice.lifecycle.work import while_all_work
 from nodeservice.ports import EngineFacts, ResultStore
 from nodeservice.rpc.result_push import MasterPushResultStore
 from nodeservice.rpc.server import NodeServicer, bind_server
@@ -145,7 +146,7 @@ async def _serve(
         if on_ready is not None:
             on_ready(port)
         try:
-            await _watch_over(tasks, stopping)
+            await while_all_work(tasks, stopping.wait())
         finally:
             node.driver.draining = True
             await server.stop(grace=_STOP_SECONDS if stopping.is_set() else None)
@@ -163,19 +164,6 @@ async def _watch_certificates(node: Node, terms: Sequence[Term]) -> None:
                 node.driver.warnings[name] = words
                 log.warning("certificate.doubtful", name=name, words=words)
         await node.clock.sleep(_LOOK_AT_CERTIFICATES_SECONDS)
-
-
-async def _watch_over(tasks: list[asyncio.Task[None]], stopping: asyncio.Event) -> None:
-    """Wait for the signal; a part that fails ends the node with its error."""
-    waiter = asyncio.create_task(stopping.wait(), name="signals")
-    pending: set[asyncio.Task[object]] = {waiter, *tasks}
-    try:
-        while not waiter.done():
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-    finally:
-        waiter.cancel()
 
 
 def _master_called(node: Node, link: MasterLink, address: str) -> None:

@@ -7,15 +7,17 @@ from nodeservice.core.model import Resources
 from nodeservice.errors import InvariantError
 from nodeservice.ports import ResultStore
 from nodeservice.results.access import S3Access
-from nodeservice.results.choose import open_result_store
+from nodeservice.results.file import FileResultStore
+from nodeservice.results.http import HttpResultStore
 from nodeservice.results.mount import ResultsMount
+from nodeservice.results.s3 import S3ResultStore
 from nodeservice.rpc.convert import TaskDefaults
 
 DEFAULT_REGION = "us-east-1"
 
 
 def open_store(config: NodeConfig) -> ResultStore:
-    """The configured store, other than the push over gRPC. Raises ConfigError."""
+    """The configured store, other than the push over gRPC."""
     match config.result_store:
         case "s3":
             if config.minio is None or config.minio_access_key is None or config.minio_secret_key is None:
@@ -27,14 +29,15 @@ def open_store(config: NodeConfig) -> ResultStore:
                 secret_key=config.minio_secret_key.get_secret_value(),
                 secure=config.minio_secure,
                 region=config.minio_region or DEFAULT_REGION,
+                prefix=config.result_prefix or "",
             )
-            return open_result_store(f"s3://{config.bucket}/{config.result_prefix or ''}", s3=access)
+            return S3ResultStore(access)
         case "http":
             if config.http_upload_url is None:
                 raise InvariantError("a configuration with result_store http has a URL")
-            return open_result_store(
+            return HttpResultStore(
                 config.http_upload_url,
-                http_limit_bytes=config.http_upload_limit_bytes,
+                limit_bytes=config.http_upload_limit_bytes,
                 ca_file=config.tls_ca,
                 certificate=(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None,
             )
@@ -43,7 +46,7 @@ def open_store(config: NodeConfig) -> ResultStore:
 
 
 def open_results_dir(config: NodeConfig) -> ResultStore:
-    return open_result_store(config.results_dir.absolute().as_uri(), mount=results_mount(config))
+    return FileResultStore(config.results_dir, mount=results_mount(config))
 
 
 def results_mount(config: NodeConfig) -> ResultsMount:

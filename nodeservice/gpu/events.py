@@ -30,9 +30,8 @@ _WHOLE_GPU = 0xFFFFFFFF
 class XidListener:
     """`uuids` are asked before each wait: a change makes a new registration."""
 
-    def __init__(self, uuids: Callable[[], Sequence[str]], *, on_event: Callable[[], None]) -> None:
+    def __init__(self, uuids: Callable[[], Sequence[str]]) -> None:
         self._uuids = uuids
-        self._on_event = on_event
         self._events: deque[GpuXid] = deque(maxlen=_MOST_WAITING)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -108,7 +107,6 @@ class XidListener:
         instance = int(event.gpuInstanceId)
         xid = GpuXid(uuid=uuid, code=int(event.eventData), gpu_instance_id=None if instance == _WHOLE_GPU else instance)
         self._events.append(xid)
-        self._on_event()
         return True
 
 

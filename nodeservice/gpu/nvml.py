@@ -44,7 +44,7 @@ class NvmlGpuProvider:
         self._poller: Poller[GpuInventory] = Poller(
             "nodeservice-nvml", self._session.look, every_seconds=poll_seconds, on_look=self._looked
         )
-        self._xids = XidListener(lambda: self._session.uuids, on_event=lambda: None)
+        self._xids = XidListener(lambda: self._session.uuids)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._first_look = asyncio.Event()
         self._told_error: str | None = None

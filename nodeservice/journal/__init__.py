@@ -1,1 +1,1 @@
-"""Durable memory of attempts: `sqlite` for nodes, `memory` for tests and one-shot runs."""
+"""Durable memory of attempts."""

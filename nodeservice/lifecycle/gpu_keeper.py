@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import structlog
 
-from nodeservice.core import events as ev
+from nodeservice.core.gpu_pool import counted
 from nodeservice.core.gpus import GpuUnit, GpuUsage, ShareMethod
-from nodeservice.core.model import AttemptId, Phase, StopCause, StopRequest, TaskRecord
+from nodeservice.core.model import AttemptId, Phase, StopCause, TaskRecord
 from nodeservice.core.verdict import changes_the_end
 from nodeservice.gpu.health import GpuFault, GpuState, HealthBoard
 from nodeservice.gpu.holders import (
@@ -207,11 +207,8 @@ class GpuKeeper:
         return self._faults.get(id_, "")
 
     def _stop(self, record: TaskRecord, cause: StopCause, message: str) -> None:
-        if self._driver is None or not changes_the_end(record, cause):
-            return
-        now = self._clock.now()
-        stop = StopRequest(cause=cause, requested_at=now, message=message)
-        self._driver.post(record.id, ev.StopRequested(at=now, stop=stop))
+        if self._driver is not None and changes_the_end(record, cause):
+            self._driver.end(record.id, cause, message)
 
     # ---- who is there ----------------------------------------------------------------------------------------------
 
@@ -371,8 +368,7 @@ class GpuKeeper:
         self._warn(GPU_DRIVER, "; ".join(inventory.complaints))
         units = self.units(inventory)
         if units != driver.ledger.gpus:
-            count = sum(1 for unit in units if unit.counts and not unit.unwell)
-            driver.ledger.resize(replace(driver.ledger.allocatable, gpu_count=count), units)
+            driver.ledger.resize(replace(driver.ledger.allocatable, gpu_count=counted(units)), units)
             for unit in units:
                 if unit.unwell:
                     log.warning("gpu.out_of_service", uuid=unit.uuid, why=unit.unwell)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.disconnect_keeper import DisconnectKeeper
@@ -16,6 +17,8 @@ from nodeservice.lifecycle.runner import Runner
 from nodeservice.lifecycle.store_keeper import StoreKeeper
 from nodeservice.lifecycle.timekeeper import Timekeeper
 from nodeservice.ports import Journal
+
+T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
@@ -58,3 +61,17 @@ async def at_work(
         await runner.close()
         context.collecting.close()
         context.filing.close()
+
+
+async def while_all_work(parts: Sequence[asyncio.Task[None]], work: Coroutine[None, None, T]) -> T:
+    """The result of `work`. Raises the error of a part of the node that failed meanwhile: nothing would move any more."""
+    task = asyncio.create_task(work)
+    waiting: set[asyncio.Task[Any]] = {task, *parts}
+    try:
+        while not task.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for part in done - {task}:
+                part.result()
+        return task.result()
+    finally:
+        task.cancel()

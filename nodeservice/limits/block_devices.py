@@ -9,26 +9,28 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+_BLOCK_DEVICES = Path("/sys/dev/block")
 
-def disks_of(directories: Iterable[Path], *, root: Path = Path("/")) -> tuple[str, ...]:
+
+def disks_of(directories: Iterable[Path]) -> tuple[str, ...]:
     """`MAJOR:MINOR` of each whole disk, in order, each once. A file system without a disk (tmpfs) adds none."""
     found: dict[str, None] = {}
     for directory in directories:
         number = _device_number(directory)
-        disk = _whole_disk(number, root) if number else None
+        disk = _whole_disk(number) if number else None
         if disk:
             found[disk] = None
     return tuple(found)
 
 
-def device_file(number: str, *, root: Path = Path("/")) -> Path | None:
+def device_file(number: str) -> Path | None:
     """The file in /dev of the device with that `MAJOR:MINOR`; None where there is none."""
     try:
-        text = (root / "sys/dev/block" / number / "uevent").read_text(encoding="ascii")
+        text = (_BLOCK_DEVICES / number / "uevent").read_text(encoding="ascii")
     except OSError:
         return None
     name = next((line.partition("=")[2] for line in text.splitlines() if line.startswith("DEVNAME=")), "")
-    path = root / "dev" / name
+    path = Path("/dev", name)
     return path if name and path.exists() else None
 
 
@@ -45,10 +47,9 @@ def _device_number(directory: Path) -> str | None:
             return None
 
 
-def _whole_disk(number: str, root: Path) -> str | None:
-    place = root / "sys/dev/block" / number
+def _whole_disk(number: str) -> str | None:
     try:
-        real = place.resolve(strict=True)
+        real = (_BLOCK_DEVICES / number).resolve(strict=True)
         if (real / "partition").exists():
             real = real.parent
         return (real / "dev").read_text(encoding="ascii").strip()

@@ -28,7 +28,6 @@ from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
-from nodeservice.ports.cgroups import NOBODY
 from nodeservice.threads import Threads
 
 log = structlog.get_logger(__name__)
@@ -115,12 +114,12 @@ class KernelTaskCgroups:
         self,
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
-        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] | None = None,
     ) -> bool:
         place = self._places.of_node()
         self._share = plan_share(allocatable, host_pids=_host_pids())
         self._shared_cpu_ids = cpu_ids
-        exclusive = {_name_of(self._places.of_task(id_)): tuple(ids) for id_, ids in exclusive_cpu_ids.items()}
+        exclusive = {_name_of(self._places.of_task(id_)): tuple(ids) for id_, ids in (exclusive_cpu_ids or {}).items()}
 
         def apply() -> None:
             self._share_is_set = self._tree.exists(place)
@@ -303,7 +302,7 @@ class NoTaskCgroups:
         self,
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
-        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] | None = None,
     ) -> bool:
         """There is nothing that could hold them together, and nothing to try again."""
         return True

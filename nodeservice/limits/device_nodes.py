@@ -81,16 +81,16 @@ def gpu_nodes(
     return GpuNodes(uuid=uuid, node=(NVIDIA_MAJOR, minor), also=frozenset(also), parent_uuid=parent_uuid)
 
 
-def gpu_nodes_of(inventory: GpuInventory, root: Path = Path("/")) -> tuple[GpuNodes, ...]:
+def gpu_nodes_of(inventory: GpuInventory) -> tuple[GpuNodes, ...]:
     """Of all GPUs and MIG devices of this host. One whose minor is not known is left out."""
     found: list[GpuNodes] = []
     for gpu in inventory.gpus:
         if gpu.minor is None:
             continue
-        found.append(gpu_nodes(gpu.uuid, gpu.minor, pci_address=gpu.pci_address, root=root))
+        found.append(gpu_nodes(gpu.uuid, gpu.minor, pci_address=gpu.pci_address))
         for instance in gpu.mig_instances:
             ids = (instance.gpu_instance_id, instance.compute_instance_id)
-            found.append(gpu_nodes(instance.uuid, gpu.minor, mig_instance=ids, parent_uuid=gpu.uuid, root=root))
+            found.append(gpu_nodes(instance.uuid, gpu.minor, mig_instance=ids, parent_uuid=gpu.uuid))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from nodeservice.limits.bpf_devices import UnreadableProgramError, allowed_devices
 from nodeservice.limits.device_nodes import FIRST_CONTROL_MINOR, NVIDIA_MAJOR, DeviceNumber, GpuNodes
-from nodeservice.limits.hierarchy import Mount, read_mounts, v1_mount, v2_mount
+from nodeservice.limits.hierarchy import Mount, cgroups_of, read_mounts, v1_mount, v2_mount
 from nodeservice.ports import Reading
 
 DEVICE_RULES = "device_rules"
@@ -43,16 +43,14 @@ class Rule:
 def read_device_rules(pid: int, root: Path = Path("/")) -> Reading:
     """Of the cgroup that the process is in, joined by commas. Raises OSError where the process is gone."""
     process = root / "proc" / str(pid)
-    lines = (process / "cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    places = cgroups_of(process)
     if _is_ending(process):
         # From then on v1 shows every process in the topmost cgroup, where everything is allowed (proc_cgroup_show).
         raise ProcessLookupError("it was ending when it was read")
     mounts = read_mounts(root)
-    places = {controllers: place for _, controllers, place in (line.split(":", 2) for line in lines if ":" in line)}
-    for controllers, place in places.items():
-        mount = v1_mount(mounts, "devices")
-        if "devices" in controllers.split(",") and mount is not None:
-            return _v1(_inside(root, mount, place) / "devices.list")
+    mount = v1_mount(mounts, "devices")
+    if mount is not None and "devices" in places:
+        return _v1(_inside(root, mount, places["devices"]) / "devices.list")
     mount = v2_mount(mounts)
     if mount is None or "" not in places:
         return _unread("/proc/self/mountinfo", "no cgroup of it holds rules for devices")

@@ -43,14 +43,12 @@ class BoundedDisk:
         quotas: ProjectQuotas | None,
         why_watched: str = "",
         processes: Processes = _no_processes,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._quotas = quotas
         self._why_watched = why_watched
-        self._clock = clock
         self._attempts: dict[AttemptId, Watched] = {}
         self._thread = Threads(1, name="nodeservice-disk")
-        self._rounds = DiskRounds(self._attempts, self._thread, processes=processes, clock=clock)
+        self._rounds = DiskRounds(self._attempts, self._thread, processes=processes)
 
     async def prepare(self, id_: AttemptId, limit_bytes: int, *, work: Path, log: Path) -> None:
         """As the port says. Raises NodeFaultError (NODE_FAULT) where the kernel refuses a quota that it offers.
@@ -157,7 +155,7 @@ class BoundedDisk:
         if counted is None:
             return None
         beside = measure([watched.log])
-        return Measured(counted.bytes + beside.bytes, counted.file_count + beside.file_count, True)
+        return Measured(counted.bytes + beside.bytes, counted.file_count + beside.file_count)
 
     # ---- piece by piece ---------------------------------------------------------------------------------------------
 
@@ -181,12 +179,14 @@ class BoundedDisk:
             if found is None:
                 with suppress(RuntimeError):  # the thread has ended
                     self._thread.submit(scan.close)
-        return watched.note_walk(found, at=self._clock(), busy_seconds=busy_seconds, attempt_count=len(self._attempts))
+        return watched.note_walk(
+            found, at=time.monotonic(), busy_seconds=busy_seconds, attempt_count=len(self._attempts)
+        )
 
     def _timed(self, scan: Scan) -> tuple[Measured | None, float]:
-        began = self._clock()
+        began = time.monotonic()
         found = scan.step(PIECE_SECONDS)
-        return found, self._clock() - began
+        return found, time.monotonic() - began
 
     async def _run(self, call: Callable[[], T], *, doing: str) -> T:
         try:

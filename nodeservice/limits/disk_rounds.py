@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,12 +125,10 @@ class DiskRounds:
         thread: Threads,
         *,
         processes: Processes,
-        clock: Callable[[], float],
     ) -> None:
         self._attempts = attempts
         self._thread = thread
         self._processes = processes
-        self._clock = clock
         self._crossings: dict[AttemptId, asyncio.Future[DiskUse]] = {}
         self._new: deque[_Walk] = deque()
         self._long: deque[_Walk] = deque()
@@ -175,7 +174,7 @@ class DiskRounds:
     async def _look(self) -> None:
         resting = [id_ for id_ in self._crossings if id_ not in self._under_way and id_ in self._attempts]
         watched = {id_: self._attempts[id_] for id_ in resting}
-        due = await self._thread.run(lambda: [id_ for id_ in watched if watched[id_].is_due(self._clock())])
+        due = await self._thread.run(lambda: [id_ for id_ in watched if watched[id_].is_due(time.monotonic())])
         pids = await self._processes(due) if due else {}
         for id_ in due:
             crossing = self._crossings.get(id_)
@@ -216,7 +215,7 @@ class DiskRounds:
         if walk.found is None:  # nobody waits any more, or it failed
             return
         used = walk.watched.note_walk(
-            walk.found, at=self._clock(), busy_seconds=walk.busy_seconds, attempt_count=len(self._attempts)
+            walk.found, at=time.monotonic(), busy_seconds=walk.busy_seconds, attempt_count=len(self._attempts)
         )
         if used.bytes > walk.watched.most_bytes and not walk.crossing.done():
             walk.crossing.set_result(used)
@@ -225,10 +224,10 @@ class DiskRounds:
 
     def _piece(self, walks: deque[_Walk], most_seconds: float) -> tuple[list[_Walk], float]:
         """Go on with each in turn, for a piece altogether: those that ended, and how long it took."""
-        began = self._clock()
+        began = time.monotonic()
         ended = []
         for _ in range(len(walks)):
-            at = self._clock()
+            at = time.monotonic()
             left_seconds = began + PIECE_SECONDS - at
             if left_seconds <= 0:
                 break
@@ -243,9 +242,9 @@ class DiskRounds:
                 log.exception("disk.walk_failed", path=str(walk.watched.work), error=str(error))
                 ended.append(walk)
                 continue
-            walk.busy_seconds += self._clock() - at
+            walk.busy_seconds += time.monotonic() - at
             (self._long if walk.found is None else ended).append(walk)
-        return ended, self._clock() - began
+        return ended, time.monotonic() - began
 
 
 def _free_bytes(place: Path) -> int:

@@ -29,8 +29,6 @@ _DELETED = b" (deleted)\n"
 class Measured:
     bytes: int
     file_count: int
-    is_whole: bool
-    """False where it ended early, since the bound was passed."""
 
 
 class Scan:
@@ -53,7 +51,7 @@ class Scan:
 
     @property
     def so_far(self) -> Measured:
-        return Measured(self._bytes, self._count, False)
+        return Measured(self._bytes, self._count)
 
     def step(self, seconds: float | None = None) -> Measured | None:
         """Go on for about so long; None while there is more to do."""
@@ -64,10 +62,10 @@ class Scan:
                 self._count += 1
                 if self._stop_above_bytes is not None and self._bytes > self._stop_above_bytes:
                     self.close()
-                    return Measured(self._bytes, self._count, False)
+                    return self.so_far
             if until is not None and turn % _BETWEEN_CLOCKS == 0 and self._clock() >= until:
                 return None
-        return Measured(self._bytes, self._count, True)
+        return self.so_far
 
     def close(self) -> None:
         """Give back what it holds open. One that came to its end holds nothing."""
@@ -78,9 +76,9 @@ class Scan:
         return size if stat.S_ISDIR(status.st_mode) else size // max(1, status.st_nlink)
 
 
-def measure(places: Iterable[Path], *, stop_above_bytes: int | None = None) -> Measured:
+def measure(places: Iterable[Path]) -> Measured:
     """In one piece."""
-    found = Scan(places, stop_above_bytes=stop_above_bytes).step()
+    found = Scan(places).step()
     assert found is not None
     return found
 

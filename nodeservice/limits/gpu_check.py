@@ -42,10 +42,6 @@ def foreign_nodes(held: str, gpus: Sequence[GpuNodes], granted: Sequence[str]) -
     return f"does not see {', '.join(missing)}, which it was granted" if missing else ""
 
 
-def foreign_rules(held: str, gpus: Sequence[GpuNodes], granted: Sequence[str]) -> str:
-    return device_rules.forbidden(held, gpus, granted)
-
-
 def foreign_uuids(held: str, gpus: Sequence[GpuNodes], granted: Sequence[str]) -> str:
     """`held` as `seen_uuids` gives it. The GPU that a granted MIG device is a part of shows too."""
     parents = {gpu.parent_uuid for gpu in gpus if gpu.uuid in granted}
@@ -55,7 +51,7 @@ def foreign_uuids(held: str, gpus: Sequence[GpuNodes], granted: Sequence[str]) -
 
 GPU_LIMITS: Mapping[str, Callable[[str, Sequence[GpuNodes], Sequence[str]], str]] = {
     "devices": foreign_nodes,
-    device_rules.DEVICE_RULES: foreign_rules,
+    device_rules.DEVICE_RULES: device_rules.forbidden,
     GPU_UUIDS: foreign_uuids,
 }
 

@@ -7,6 +7,7 @@ mounts, our own place in /proc/self/cgroup. `root` stands before every absolute 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -53,6 +54,18 @@ def read_mounts(root: Path = Path("/")) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
+def mount_of(path: Path, mounts: Iterable[Mount]) -> Mount | None:
+    """The mount with the longest point that leads to the path; of two on one point the later, which hides the other.
+
+    Links in the path must be resolved.
+    """
+    found: Mount | None = None
+    for mount in mounts:
+        if path.is_relative_to(mount.point) and (found is None or len(mount.point) >= len(found.point)):
+            found = mount
+    return found
+
+
 def v1_mount(mounts: tuple[Mount, ...], controller: str) -> Mount | None:
     """The mount of a v1 controller; one that shows the hierarchy from its root wins over a part of it."""
     found = [m for m in mounts if m.filesystem == "cgroup" and controller in m.super_options]
@@ -73,6 +86,17 @@ def host_cgroup_version(root: Path = Path("/")) -> int:
     return 2 if v2_mount(mounts) else 0
 
 
+def cgroups_of(process: Path) -> dict[str, str]:
+    """By controller, where the process of this directory in /proc is; the unified one has no name. Gone means nowhere."""
+    places: dict[str, str] = {}
+    for line in _lines(process / "cgroup"):
+        _, _, rest = line.partition(":")
+        names, colon, place = rest.partition(":")
+        if colon:
+            places.update(dict.fromkeys(names.split(","), place))
+    return places
+
+
 def own_cgroup(controller: str, root: Path = Path("/")) -> Cgroup | None:
     """Our cgroup for that controller, v1 before v2; None where the controller is not to be seen.
 
@@ -80,18 +104,13 @@ def own_cgroup(controller: str, root: Path = Path("/")) -> Cgroup | None:
     ancestor that can be read.
     """
     mounts = read_mounts(root)
-    for line in _lines(root / "proc/self/cgroup"):
-        number, _, rest = line.partition(":")
-        controllers, _, place = rest.partition(":")
-        if controller in controllers.split(","):
-            mount, version = v1_mount(mounts, controller), 1
-        elif number == "0" and not controllers and v1_mount(mounts, controller) is None:
-            mount, version = v2_mount(mounts), 2
-        else:
-            continue
-        if mount is not None:
-            return Cgroup(version=version, directories=_up_to_the_top(root, mount, place))
-    return None
+    places = cgroups_of(root / "proc/self")
+    version, name, mount = 1, controller, v1_mount(mounts, controller)
+    if mount is None:
+        version, name, mount = 2, "", v2_mount(mounts)
+    if mount is None or name not in places:
+        return None
+    return Cgroup(version=version, directories=_up_to_the_top(root, mount, places[name]))
 
 
 def tasks_cgroup(controller: str, place: str | None, root: Path = Path("/")) -> Cgroup | None:
@@ -119,8 +138,9 @@ def _up_to_the_top(root: Path, mount: Mount, place: str) -> tuple[Path, ...]:
 
 
 def _lines(path: Path) -> list[str]:
+    """No other character than the newline ends one, though Python knows some: names may hold them."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return path.read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError:
         return []
 

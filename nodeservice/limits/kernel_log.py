@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 _KILL = re.compile(
     r"oom-kill:constraint=[A-Z_]+,.*?(?:,oom_memcg=(?P<limit>[^,]*)|,global_oom),task_memcg=(?P<task>[^,]*),"
@@ -32,11 +31,11 @@ class LoggedKill:
 class OomLog:
     """Reads the kernel's log from its beginning, since names of attempts never return. Only for use from one thread."""
 
-    def __init__(self, path: Path = Path("/dev/kmsg")) -> None:
+    def __init__(self) -> None:
         self._kills: list[LoggedKill] = []
         self._descriptor: int | None = None
         with suppress(OSError):
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def kills_below(self, place: str) -> list[LoggedKill]:
         """Those of processes in this cgroup or below it."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nodeservice.core.model import AttemptId
+from nodeservice.limits.hierarchy import cgroups_of
 from nodeservice.ports import NOBODY
 
 _STARTED = 19
@@ -40,7 +41,7 @@ class ProcOwners:
         return found
 
     def cgroup(self, pid: int) -> str | None:
-        place = self._lines(pid).get("")
+        place = cgroups_of(self._proc / str(pid)).get("")
         # Beside the root of a cgroup namespace there is no path to it from here.
         if place is None or not _is_own(place) or ".." in place.split("/"):
             return None
@@ -57,23 +58,8 @@ class ProcOwners:
 
     def _place(self, pid: int) -> str | None:
         """Its path below the hierarchy that counts memory; below the unified one where there is no other."""
-        lines = self._lines(pid)
-        return lines.get(_CONTROLLER_OF_V1, lines.get(""))
-
-    def _lines(self, pid: int) -> dict[str, str]:
-        """By controller; the unified hierarchy has no name."""
-        try:
-            text = (self._proc / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape")
-        except OSError:
-            return {}
-        found: dict[str, str] = {}
-        # No other character ends a line here, though Python knows some: names may hold them.
-        for line in text.split("\n"):
-            _, _, rest = line.partition(":")
-            names, colon, path = rest.partition(":")
-            if colon:
-                found.update(dict.fromkeys(names.split(","), path))
-        return found
+        places = cgroups_of(self._proc / str(pid))
+        return places.get(_CONTROLLER_OF_V1, places.get(""))
 
     def _started_before(self, pid: int, seconds: float) -> bool:
         try:

@@ -40,7 +40,6 @@ class CgroupLimits:
 
     memory_bytes: int | None
     cpu_quota_us: int | None
-    cpu_period_us: int = CPU_PERIOD_US
     pids_max: int | None
     cpu_ids: tuple[int, ...] = ()
     read_bytes_per_second: int | None = None
@@ -92,8 +91,9 @@ def cpu_weight(cpu_milli: int) -> int:
     return min(10_000, max(1, cpu_milli // 10))
 
 
-def cpu_quota_us(cpu_milli: int, *, period_us: int = CPU_PERIOD_US) -> int:
-    return max(CPU_QUOTA_MIN_US, cpu_milli * period_us // 1000)
+def cpu_quota_us(cpu_milli: int) -> int:
+    """In a period of `CPU_PERIOD_US`."""
+    return max(CPU_QUOTA_MIN_US, cpu_milli * CPU_PERIOD_US // 1000)
 
 
 def cpu_milli_of(quota_us: int, period_us: int) -> int:

@@ -13,13 +13,13 @@ import os
 import random
 import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from nodeservice.limits.disk_scan import LEAST_BYTES, Measured
-from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.limits.hierarchy import mount_of, read_mounts
 from nodeservice.limits.tree_walk import walk
 
 _FILE_SYSTEMS = ("xfs", "ext4")
@@ -49,11 +49,11 @@ class QuotaSupport:
     why_not: str = ""
 
 
-def quota_support(directory: Path, *, mounts: tuple[Mount, ...] | None = None) -> QuotaSupport:
+def quota_support(directory: Path) -> QuotaSupport:
     """Asks the kernel, since a mount option may stand there without effect. Changes nothing. Never raises."""
     existing = next((place for place in (directory, *directory.parents) if place.exists()), Path("/"))
     number = os.stat(existing).st_dev
-    mount = _mount_of(existing, read_mounts() if mounts is None else mounts)
+    mount = mount_of(existing.resolve(), read_mounts())
     if mount is None:
         return QuotaSupport(filesystem="", mount_point="", device="", number=number, why_not="its mount can't be found")
     why_not = ""
@@ -141,7 +141,7 @@ class ProjectQuotas:
     def use_of(self, number: int) -> Measured | None:
         with suppress(OSError):
             _, _, used_bytes, _, _, inodes, *_ = self._get(number)
-            return Measured(used_bytes, inodes, True)
+            return Measured(used_bytes, inodes)
         return None
 
     def lift(self, number: int) -> None:
@@ -168,16 +168,6 @@ class ProjectQuotas:
     def _set(self, number: int, blocks: int, inodes: int) -> None:
         limits = _QUOTA.pack(blocks, 0, 0, inodes, 0, 0, 0, 0, _BLOCK_LIMITS | _INODE_LIMITS)
         _quotactl(_SET_QUOTA, self._support.device, number, bytearray(limits))
-
-
-def _mount_of(directory: Path, mounts: Iterable[Mount]) -> Mount | None:
-    """The one that shows: the longest point that the directory lies below, the later of equals."""
-    real = directory.resolve()
-    found: Mount | None = None
-    for mount in mounts:
-        if real.is_relative_to(mount.point) and (found is None or len(mount.point) >= len(found.point)):
-            found = mount
-    return found
 
 
 def _is_enforced(device: str) -> bool:

@@ -18,7 +18,7 @@ from jeepney.io.blocking import DBusConnection, open_dbus_connection
 
 from nodeservice.core.model import AttemptId
 from nodeservice.limits.hierarchy import TASKS_SLICE, Mount
-from nodeservice.limits.plan import CgroupLimits, cpu_weight
+from nodeservice.limits.plan import CPU_PERIOD_US, CgroupLimits, cpu_weight
 from nodeservice.limits.tree import remove_tree
 from nodeservice.limits.v2 import UnifiedCgroup, V2CgroupTree
 
@@ -160,8 +160,8 @@ def _properties(limits: CgroupLimits, disks: tuple[str, ...]) -> list[tuple[str,
         found += [("MemoryMax", ("t", limits.memory_bytes)), ("MemorySwapMax", ("t", 0))]
     if limits.cpu_quota_us is not None:
         found += [
-            ("CPUQuotaPerSecUSec", ("t", limits.cpu_quota_us * 1_000_000 // limits.cpu_period_us)),
-            ("CPUQuotaPeriodUSec", ("t", limits.cpu_period_us)),
+            ("CPUQuotaPerSecUSec", ("t", limits.cpu_quota_us * 1_000_000 // CPU_PERIOD_US)),
+            ("CPUQuotaPeriodUSec", ("t", CPU_PERIOD_US)),
         ]
     if limits.cpu_weight_milli is not None:
         found.append(("CPUWeight", ("t", cpu_weight(limits.cpu_weight_milli))))

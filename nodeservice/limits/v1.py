@@ -21,7 +21,7 @@ from nodeservice.limits.block_devices import device_file
 from nodeservice.limits.hierarchy import Mount, v1_mount
 from nodeservice.limits.kernel_log import OomLog
 from nodeservice.limits.oom import OomWatches
-from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_shares
+from nodeservice.limits.plan import CPU_PERIOD_US, CgroupLimits, cpu_milli_of, cpu_shares
 from nodeservice.limits.tree import (
     NO_LIMIT,
     children_of,
@@ -216,7 +216,7 @@ class V1CgroupTree:
         if name == "memory" and limits.memory_bytes is not None:
             _set_memory(controller, limits.memory_bytes)
         elif name == "cpu" and limits.cpu_quota_us is not None:
-            controller.cfs_period_us = limits.cpu_period_us
+            controller.cfs_period_us = CPU_PERIOD_US
             controller.cfs_quota_us = limits.cpu_quota_us
         elif name == "pids" and limits.pids_max is not None:
             controller.max = limits.pids_max

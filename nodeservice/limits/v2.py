@@ -17,7 +17,7 @@ from nodeservice.core.model import Usage
 from nodeservice.limits.asked import ids_of, ids_text
 from nodeservice.limits.files import BandwidthFile, FlatKeyedFile, LimitFile
 from nodeservice.limits.hierarchy import Mount, v2_mount
-from nodeservice.limits.plan import CgroupLimits, cpu_milli_of, cpu_weight
+from nodeservice.limits.plan import CPU_PERIOD_US, CgroupLimits, cpu_milli_of, cpu_weight
 from nodeservice.limits.tree import (
     DirectoryCall,
     children_of,
@@ -101,7 +101,7 @@ class UnifiedCgroup:
         if limits.oom_group:
             self.set_if_offered("memory_oom_group", True)
         if limits.cpu_quota_us is not None:
-            self.cpu_max = (limits.cpu_quota_us, limits.cpu_period_us)
+            self.cpu_max = (limits.cpu_quota_us, CPU_PERIOD_US)
         if limits.cpu_weight_milli is not None:
             self.set_if_offered("cpu_weight", cpu_weight(limits.cpu_weight_milli))
         if limits.pids_max is not None:

@@ -10,6 +10,7 @@ from nodeservice.master.amounts import GIB, Amounts
 from nodeservice.master.gpu_checks import wish_of
 from nodeservice.master.request import Request
 from nodeservice.task_bounds import (
+    ID,
     TIMES,
     check_cpu,
     check_grace,
@@ -24,7 +25,6 @@ from nodeservice.task_bounds import (
 from nodeservice.wire import master_worker_pb2 as pb
 
 TASK_MAX_BYTES = 1024**2
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LABEL = re.compile(r"[^\x00-\x1f\x7f/\\]{1,128}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
@@ -47,7 +47,7 @@ def shown(text: str) -> str:
 
 
 def is_id(text: str) -> bool:
-    return _ID.fullmatch(text) is not None and ".." not in text
+    return ID.match(text) is not None
 
 
 def check_id(field: str, text: str) -> str:

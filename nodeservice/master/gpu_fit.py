@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nodeservice.master.request import GpuWish
+from nodeservice.task_bounds import capability_of
 from nodeservice.wire import master_worker_pb2 as pb
 
 _WELL = "WELL"
@@ -191,12 +192,6 @@ def _unit(info: pb.GpuInfo, parent: pb.GpuInfo | None) -> Unit:
         held_milli=min(1000, max(0, info.held_milli)),
         share_methods=tuple(info.share_methods),
     )
-
-
-def capability_of(text: str) -> tuple[int, int] | None:
-    """`9.0`; None for anything else."""
-    found = re.fullmatch(r"([0-9]{1,2})\.([0-9]{1,2})", text, re.ASCII)
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def room_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nodeservice.master.amounts import LABELS, Amounts, describe, shortage_reason
@@ -32,27 +32,26 @@ class Offer:
 
     def lacking_ever(self, request: Request) -> tuple[str, ...]:
         """Which resources (keys of `LABELS`) are too small here even with nothing assigned; empty when it fits."""
-        if not request.gpus.is_something:
-            has_gpus = True
-        elif self.gpus is not None:
-            has_gpus = self.gpus.could(request.gpus)
-        else:
-            has_gpus = self._counted(self.allocatable, request)
-        return _lacking(self.allocatable, request, has_gpus)
+        return self._lacking(self.allocatable, request, lambda gpus: gpus.could(request.gpus))
 
     def lacking_now(self, request: Request) -> tuple[str, ...]:
-        if not request.gpus.is_something:
-            has_gpus = True
-        elif self.gpus is not None:
-            has_gpus = self.gpus.taking(request.gpus) is not None
-        else:
-            has_gpus = self._counted(self.free, request)
-        return _lacking(self.free, request, has_gpus)
+        return self._lacking(self.free, request, lambda gpus: gpus.taking(request.gpus) is not None)
 
     def taking(self, request: Request) -> Offer:
         """What is left of it with that assigned too."""
         gpus = self.gpus.taking(request.gpus) if self.gpus is not None else None
         return replace(self, assigned=self.assigned.plus(request.amounts), gpus=gpus or self.gpus)
+
+    def _lacking(self, have: Amounts, request: Request, gives: Callable[[GpuRoom], bool]) -> tuple[str, ...]:
+        if not request.gpus.is_something:
+            has_gpus = True
+        else:
+            has_gpus = gives(self.gpus) if self.gpus is not None else self._counted(have, request)
+        lacking = have.lacking(request.amounts)
+        if has_gpus and not lacking:
+            return ()
+        others = tuple(name for name in lacking if name != _GPUS)
+        return others if has_gpus else (*others, _GPUS)
 
     @staticmethod
     def _counted(have: Amounts, request: Request) -> bool:
@@ -140,14 +139,6 @@ def can_take(request: Request, offer: Offer, *, target: str = "", barred: Collec
 def rank(request: Request, offer: Offer, failed_on: Collection[str]) -> tuple[object, ...]:
     """Sort key of the nodes that can take it, the best first; no two nodes have the same."""
     return offer.worker_id in failed_on, *_waste(request, offer)
-
-
-def _lacking(have: Amounts, request: Request, has_gpus: bool) -> tuple[str, ...]:
-    lacking = have.lacking(request.amounts)
-    if has_gpus and not lacking:
-        return ()
-    others = tuple(name for name in lacking if name != _GPUS)
-    return others if has_gpus else (*others, _GPUS)
 
 
 def _waste(request: Request, offer: Offer) -> tuple[int, tuple[bool, bool, int], float, str]:

@@ -14,9 +14,8 @@ from itertools import count
 
 from nodeservice.master.placement import Choice, NeverFits, Offer, Placement, Waiting, can_take, place, rank
 from nodeservice.master.request import Request
+from nodeservice.master.rows import Key
 
-Key = tuple[str, int]
-"""(task_id, attempt)."""
 _MOST_RANKINGS = 8
 """Each has an entry for every node."""
 

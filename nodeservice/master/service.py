@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import NoReturn
 
 import grpc
 import grpc.aio
 import structlog
 
-from nodeservice.errors import InvariantError, NodeServiceError, RequestError, TransientError
+from nodeservice.errors import NodeServiceError, RequestError, TransientError
 from nodeservice.master.checks import check_id, check_traceparent
 from nodeservice.master.identity import check_worker_id, names_of_call
 from nodeservice.master.log_proxy import LogProxy
@@ -119,7 +120,6 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
         except NodeServiceError as error:
             log.warning("upload.refused", reason=error.reason, message=str(error))
             await _abort(context, error)
-            raise InvariantError("abort returned") from error
 
     def _check_caller(self, worker_id: str, context: Context) -> None:
         if self._certified:
@@ -143,7 +143,6 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             return pb.SubmitAck(success=False, message=str(error), reason=error.reason, task_id=request.task_id[:128])
         except NodeServiceError as error:
             await _abort(context, error)
-            raise InvariantError("abort returned") from error
         self._scheduler.wake()
         return pb.SubmitAck(success=True, message=row.state.value, task_id=row.task_id)
 
@@ -153,7 +152,6 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
             rows = await self._book.newest(limit)
         except NodeServiceError as error:
             await _abort(context, error)
-            raise InvariantError("abort returned") from error
         return pb.TaskList(tasks=[self._view(row, brief=True) for row in rows])
 
     async def GetTask(self, request: pb.TaskID, context: Context) -> pb.TaskView:  # noqa: N802
@@ -212,11 +210,10 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
                 raise RequestError(f"there is no {which}", reason="NOT_FOUND", field="task_id")
         except NodeServiceError as error:
             await _abort(context, error)
-            raise InvariantError("abort returned") from error
         return row
 
 
-async def _abort(context: Context, error: NodeServiceError) -> None:
+async def _abort(context: Context, error: NodeServiceError) -> NoReturn:
     if not isinstance(error, RequestError):
         log.warning("call.failed", reason=error.reason, error=str(error))
     fallback = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, RequestError) else grpc.StatusCode.UNAVAILABLE

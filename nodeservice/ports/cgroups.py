@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
-
-NOBODY: Mapping[AttemptId, Sequence[int]] = MappingProxyType({})
-"""Has exclusive CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +54,7 @@ class TaskCgroups(Protocol):
         self,
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
-        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] | None = None,
     ) -> bool:
         """Hold all tasks of this node together to these amounts (processes too), so that the host keeps its reserve.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nodeservice.core.model import Manifest, ManifestEntry, TaskSpec
+from nodeservice.durable import sync_directory
 from nodeservice.errors import NodeFaultError
 from nodeservice.ports import ResultBundle, ResultFile
 from nodeservice.results import layout
@@ -107,11 +108,7 @@ def write_durably(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

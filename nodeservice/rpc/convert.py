@@ -44,7 +44,6 @@ class TaskDefaults:
     pids_limit: int
     timeout_seconds: float | None
     grace_seconds: float
-    open_files_limit: int = DEFAULT_OPEN_FILES
 
 
 # ---- from the wire ----------------------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def spec_from_task(task: pb.Task, defaults: TaskDefaults) -> TaskSpec:
         total_timeout_seconds=_limit(task, "total_timeout_seconds"),
         disconnect_limit_seconds=_limit(task, "disconnect_limit_seconds"),
         exclusive_cpus=task.exclusive_cpus,
-        open_files_limit=task.open_files_limit if task.HasField("open_files_limit") else defaults.open_files_limit,
+        open_files_limit=task.open_files_limit if task.HasField("open_files_limit") else DEFAULT_OPEN_FILES,
         open_files_asked=task.HasField("open_files_limit"),
         read_bytes_per_second=_exact(task, "read_bytes_per_second") or None,
         write_bytes_per_second=_exact(task, "write_bytes_per_second") or None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 
 from nodeservice.core.gpus import GpuRequest, GpuShare, GpuUnit, GpuUsage, ShareMethod
@@ -12,9 +11,9 @@ from nodeservice.errors import invalid_request
 from nodeservice.gpu.health import GpuState
 from nodeservice.gpu.throttle import throttle_names
 from nodeservice.ports import Gpu, GpuInventory, MigInstance
+from nodeservice.task_bounds import gpu_capability
 from nodeservice.wire import master_worker_pb2 as pb
 
-_CAPABILITY = re.compile(r"([0-9]{1,2})\.([0-9]{1,2})\Z")
 _MOST_GPUS = 1_000_000
 State = Callable[[str], tuple[GpuState, str]]
 _OPTIONAL = (
@@ -46,7 +45,7 @@ def gpu_request(task: pb.Task) -> tuple[int, GpuRequest]:
     return count, GpuRequest(
         model=asked.model,
         min_memory_bytes=asked.min_memory_bytes,
-        min_compute_capability=_capability(asked.min_compute_capability),
+        min_compute_capability=gpu_capability(capability) if (capability := asked.min_compute_capability) else None,
         mig_profile=asked.mig_profile,
         uuids=tuple(asked.uuids),
         share=share,
@@ -63,15 +62,6 @@ def _count(value: float) -> tuple[int, int]:
     if value > 1 or not 1 <= milli <= 999:
         raise invalid_request("req_gpu", f"is {value!r}", "ask for whole GPUs, or for a part of one such as 0.5")
     return 0, milli
-
-
-def _capability(text: str) -> tuple[int, int] | None:
-    if not text:
-        return None
-    match = _CAPABILITY.match(text)
-    if match is None:
-        raise invalid_request("gpu.min_compute_capability", f"is {text[:20]!r}", "give it as NVIDIA does, such as 9.0")
-    return int(match[1]), int(match[2])
 
 
 # ---- to the wire ------------------------------------------------------------------------------------------------------

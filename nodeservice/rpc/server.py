@@ -13,7 +13,7 @@ import structlog
 from nodeservice.clock import SystemClock
 from nodeservice.core.admission import check_task_id
 from nodeservice.core.model import AttemptId, Outcome, Phase, StopCause, StopRequest, TaskRecord, TraceIds
-from nodeservice.errors import InvariantError, NodeServiceError, RequestError, invalid_request
+from nodeservice.errors import NodeServiceError, RequestError, invalid_request
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
@@ -21,12 +21,12 @@ from nodeservice.lifecycle.workdir import WorkDirs
 from nodeservice.listening import not_bound
 from nodeservice.rpc import convert
 from nodeservice.rpc.log_stream import stream_log
+from nodeservice.task_bounds import MAX_SECONDS
 from nodeservice.wire import master_worker_pb2 as pb
 from nodeservice.wire import master_worker_pb2_grpc as pb_grpc
 
 log = structlog.get_logger(__name__)
 
-_LONGEST_DRAIN_SECONDS = 366 * 86_400.0
 RpcContext = grpc.aio.ServicerContext[object, object]
 
 _SERVER_OPTIONS = (
@@ -134,7 +134,6 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         except RequestError as error:
             code = grpc.StatusCode.NOT_FOUND if error.reason == "NOT_FOUND" else grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(code, str(error))
-            raise InvariantError("abort returned") from error
         path = self._dirs.log(record.id)
         async for chunk in stream_log(self._driver, self._logs, record.id, path, follow=request.follow):
             yield chunk
@@ -167,7 +166,7 @@ def _deadline(request: pb.NodeMode) -> float | None:
     if not request.HasField("deadline_seconds"):
         return None
     seconds = request.deadline_seconds
-    if not 0 <= seconds <= _LONGEST_DRAIN_SECONDS:
+    if not 0 <= seconds <= MAX_SECONDS:
         raise invalid_request("deadline_seconds", f"is {seconds!r}", "use seconds from 0 to a year")
     return seconds
 

@@ -14,7 +14,7 @@ import structlog
 
 from nodeservice.certificates import EXPIRED
 from nodeservice.core.model import AttemptId, Phase, TaskRecord
-from nodeservice.core.retry import Backoff
+from nodeservice.core.retry import Backoff, is_worth_telling
 from nodeservice.errors import TransientError
 from nodeservice.ports import Clock
 from nodeservice.rpc import convert
@@ -144,7 +144,7 @@ class MasterLink:
                     failures = 0
                     await self._beat()
                 except TransientError as error:
-                    if failures in (0, 10) or (failures and failures % 100 == 0):
+                    if is_worth_telling(failures + 1):
                         # Who does not take our certificate only hangs up.
                         hint = self._status.driver.warnings.get(EXPIRED)
                         told = {"failures": failures, "error": str(error)} | ({"hint": hint} if hint else {})

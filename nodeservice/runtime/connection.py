@@ -23,6 +23,7 @@ _SIGNAL_THREADS = 4
 _READER_THREADS = 4096
 """More than containers that run at a time: one that waited for its turn would lose what its log is bounded to."""
 _CONNECT_TIMEOUT_SECONDS = 5.0
+_CALL_TIMEOUT_SECONDS = 120
 _GREETING_TIMEOUT_SECONDS = 10
 """For the first answer. Who takes connections and is silent counts as no engine, long before a call would."""
 
@@ -33,9 +34,8 @@ class EngineConnection:
     Signals have threads of their own, so a burst of slow starts never delays a kill.
     """
 
-    def __init__(self, endpoint: Endpoint, *, call_timeout_seconds: float) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.call_timeout_seconds = call_timeout_seconds
         self._client: APIClient | None = None
         self._connecting = threading.Lock()
         self._is_closed = False
@@ -78,7 +78,7 @@ class EngineConnection:
         try:
             return await asyncio.shield(call)
         except asyncio.CancelledError:
-            await asyncio.wait({call}, timeout=self.call_timeout_seconds)
+            await asyncio.wait({call}, timeout=_CALL_TIMEOUT_SECONDS)
             if call.done() and not call.cancelled():
                 call.exception()
             raise
@@ -113,12 +113,12 @@ class EngineConnection:
             client = EngineClient(
                 self.endpoint,
                 version="auto",
-                timeout=min(_GREETING_TIMEOUT_SECONDS, int(self.call_timeout_seconds)),
+                timeout=_GREETING_TIMEOUT_SECONDS,
                 max_pool_size=_CALL_THREADS + _SIGNAL_THREADS,
             )
         except (DockerException, OSError) as error:
             raise engine_unavailable(error, address=self.endpoint.url) from error
-        client.timeout = int(self.call_timeout_seconds)
+        client.timeout = _CALL_TIMEOUT_SECONDS
         # A local socket needs neither proxies nor netrc, which requests would look up anew for every call.
         client.trust_env = False
         return client

@@ -71,14 +71,13 @@ class DockerRuntime:
         *,
         node_id: str,
         base_url: str | None = None,
-        call_timeout_seconds: float = 120,
         pull_total_timeout_seconds: float = 1800,
         pull_inactivity_timeout_seconds: float = 120,
         relist_seconds: float = 10,
     ) -> None:
         self._node_id = node_id
         self._relist_seconds = relist_seconds
-        self._connection = EngineConnection(resolve_endpoint(base_url), call_timeout_seconds=call_timeout_seconds)
+        self._connection = EngineConnection(resolve_endpoint(base_url))
         self._pulls = ImagePulls(
             self._connection,
             total_timeout_seconds=pull_total_timeout_seconds,

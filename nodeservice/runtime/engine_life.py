@@ -250,11 +250,11 @@ class EngineLife:
             return None if pid is None else read_start(pid), head.status, body
 
 
-def read_start(pid: int, *, root: Path = Path("/")) -> EngineStart | None:
+def read_start(pid: int) -> EngineStart | None:
     """None for one that can't be seen."""
     try:
-        stat = (root / "proc" / str(pid) / "stat").read_bytes()
-        up_seconds = float((root / "proc/uptime").read_text(encoding="ascii").split()[0])
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        up_seconds = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
         ticks = int(stat.rpartition(b")")[2].split()[_STARTED])
     except (OSError, ValueError, IndexError):
         return None

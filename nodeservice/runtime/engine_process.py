@@ -24,7 +24,7 @@ _CONNECT_SECONDS = 5.0
 _GPU_DRIVER = "proc/driver/nvidia/version"
 _SYSTEMD = 1
 """It listens in the place of an engine that it starts when asked, which then has this PATH and the host's root."""
-_DOCKER_PIDFILE = "run/docker.pid"
+_DOCKER_PIDFILE = "/run/docker.pid"
 _SYSTEMD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -84,7 +84,7 @@ def _has_gone(pid: int) -> bool:
     return False
 
 
-def peer_pid(connection: socket.socket, *, root: Path = Path("/")) -> int | None:
+def peer_pid(connection: socket.socket) -> int | None:
     """The engine's process at the other end of a Unix socket; None where that cannot be told.
 
     Where systemd listens in its place, Docker's own pid file names it (dockerd(8), --pidfile).
@@ -93,8 +93,8 @@ def peer_pid(connection: socket.socket, *, root: Path = Path("/")) -> int | None
     if pid != _SYSTEMD:
         return pid or None  # 0: it lives outside of our pid namespace
     try:
-        named = int((root / _DOCKER_PIDFILE).read_text(encoding="ascii"))
-        is_docker = (root / "proc" / str(named) / "comm").read_text(encoding="ascii").strip() == "dockerd"
+        named = int(Path(_DOCKER_PIDFILE).read_text(encoding="ascii"))
+        is_docker = Path(f"/proc/{named}/comm").read_text(encoding="ascii").strip() == "dockerd"
     except (OSError, ValueError):
         return None
     return named if is_docker else None

@@ -44,6 +44,7 @@ _NOT_EXECUTABLE = re.compile(
     r"executable file not found|no such file or directory|permission denied|exec format error|is a directory"
     r"|not a directory",
 )
+_LONGEST_TEXT = 600
 _HALF_STARTED = re.compile(r"id already in use|with given id already exists|task .*already exists")
 """What containerd and the runtime say of a container that a killed dockerd had handed to them, and has forgotten."""
 _CONTAINERD_AWAY = re.compile(r": unavailable$")
@@ -201,6 +202,6 @@ def is_status(error: Exception, *statuses: int) -> bool:
     return isinstance(error, APIError) and error.status_code in statuses
 
 
-def _shorten(text: str, limit: int = 600) -> str:
+def _shorten(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"

@@ -13,8 +13,7 @@ from nodeservice.ports import DiskBound, DiskUse, Enforcement, Room
 class FakeTaskDisk:
     """Bounds and counts nothing by itself: `write` says what an attempt has written in all."""
 
-    def __init__(self, *, enforcement: Enforcement = Enforcement.WATCHED) -> None:
-        self._enforcement = enforcement
+    def __init__(self) -> None:
         self._limits: dict[AttemptId, int] = {}
         self.prepared_places: dict[AttemptId, tuple[Path, Path]] = {}
         """Work directory and log, as they were named; remembered past the end."""
@@ -22,9 +21,9 @@ class FakeTaskDisk:
         self._used: dict[AttemptId, DiskUse] = {}
         self._changed = asyncio.Event()
 
-    def write(self, id_: AttemptId, total_bytes: int, *, file_count: int = 1) -> None:
+    def write(self, id_: AttemptId, total_bytes: int) -> None:
         peak_bytes = max(total_bytes, self._used[id_].peak_bytes if id_ in self._used else 0)
-        self._used[id_] = DiskUse(bytes=total_bytes, file_count=file_count, peak_bytes=peak_bytes)
+        self._used[id_] = DiskUse(bytes=total_bytes, file_count=1, peak_bytes=peak_bytes)
         self._tell()
 
     def _tell(self) -> None:
@@ -41,7 +40,7 @@ class FakeTaskDisk:
         self._tell()
 
     def holds_layers(self) -> bool:
-        return self._enforcement is Enforcement.HARD
+        return False
 
     async def add_layer(self, id_: AttemptId, layer: Sequence[Path], beside: Sequence[Path] = ()) -> None:
         self._places[id_] = tuple(dict.fromkeys((*self._places.get(id_, ()), *layer, *beside)))
@@ -49,13 +48,13 @@ class FakeTaskDisk:
     async def bound(self, id_: AttemptId) -> DiskBound | None:
         if id_ not in self._limits:
             return None
-        places = tuple((place, self._enforcement) for place in self._places[id_])
-        return DiskBound(limit_bytes=self._limits[id_], enforcement=self._enforcement, places=places)
+        places = tuple((place, Enforcement.WATCHED) for place in self._places[id_])
+        return DiskBound(limit_bytes=self._limits[id_], enforcement=Enforcement.WATCHED, places=places)
 
     async def crossed(self, id_: AttemptId) -> DiskUse:
         while True:
-            used, is_watched = self._used.get(id_), self._enforcement is Enforcement.WATCHED
-            if is_watched and used is not None and id_ in self._limits and used.bytes > self._limits[id_]:
+            used = self._used.get(id_)
+            if used is not None and id_ in self._limits and used.bytes > self._limits[id_]:
                 return used
             await self._changed.wait()
 
@@ -78,8 +77,8 @@ class FakeTaskDisk:
 class FakeFreeSpace:
     """A FreeSpace that is told what is free."""
 
-    def __init__(self, free_bytes: int | None = None) -> None:
-        self.free_bytes = free_bytes
+    def __init__(self) -> None:
+        self.free_bytes: int | None = None
         self.rooms: dict[Path, Callable[[], Room]] = {}
         """What `of` answers, asked at each call."""
 

@@ -10,12 +10,12 @@ from nodeservice.errors import NodeFaultError
 from nodeservice.ports import NOBODY, Gpu, GpuInventory, GpuXid
 
 
-def fake_gpu(number: int = 0, *, memory_total_bytes: int = 80 * GIB, utilization_percent: float | None = 0.0) -> Gpu:
+def fake_gpu(number: int = 0, *, utilization_percent: float | None = 0.0) -> Gpu:
     """A GPU whose UUID and PCI address follow from its number."""
     return Gpu(
         uuid=f"GPU-00000000-0000-0000-0000-{number:012d}",
         name="Fake GPU",
-        memory_total_bytes=memory_total_bytes,
+        memory_total_bytes=80 * GIB,
         memory_used_bytes=0,
         utilization_percent=utilization_percent,
         pci_address=f"00000000:{number + 1:02x}:00.0",

@@ -24,7 +24,6 @@ class FakeImage:
     exit_code: int = 0
     output: bytes = b""
     holds: bool = False
-    oom_killed: bool = False
     ignores_term: bool = False
     has_command: bool = True
     inside: Mapping[tuple[str, ...], str] = field(default_factory=dict)

@@ -42,16 +42,13 @@ class FakeRuntime:
     set to true is an engine that does not answer: all methods raise TransientError, and waits go on when it is false again.
     """
 
-    def __init__(
-        self, *, images: Mapping[str, FakeImage] | None = None, node_id: str = "node", cpu_count: int = 8
-    ) -> None:
+    def __init__(self, *, images: Mapping[str, FakeImage] | None = None, node_id: str = "node") -> None:
         self.images: dict[str, FakeImage] = dict(images or {"demo": FakeImage()})
         self.calls: list[tuple[str, str]] = []
         self.marks: list[LogMark] = []
         self.specs: list[ContainerSpec] = []
         """The specs of all containers that were created."""
         self._node_id = node_id
-        self._cpu_count = cpu_count
         self._shelf = FakeImageShelf(self.images)
         self._containers: dict[str, _Container] = {}
         self._untouched: set[str] = set()
@@ -131,7 +128,7 @@ class FakeRuntime:
             storage_driver="memory",
             cgroup_driver="none",
             cgroup_version=2,
-            cpu_count=self._cpu_count,
+            cpu_count=8,
             memory_bytes=64 * GIB,
         )
 
@@ -206,7 +203,7 @@ class FakeRuntime:
         )
         started = container.state
         if not container.image.holds:
-            self._end(container, container.image.exit_code, oom_killed=container.image.oom_killed)
+            self._end(container, container.image.exit_code)
         return started
 
     async def find(self, name_or_id: str) -> ContainerState | None:

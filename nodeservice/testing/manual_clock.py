@@ -52,7 +52,7 @@ class ManualClock:
             await self.settle()
         self._now = target
 
-    async def settle(self, rounds: int = 20) -> None:
-        """Let tasks that are ready run, `rounds` times over."""
-        for _ in range(rounds):
+    async def settle(self) -> None:
+        """Let tasks that are ready run, and what they make ready in turn."""
+        for _ in range(20):
             await asyncio.sleep(0)

@@ -42,8 +42,8 @@ SpanPredicate = Callable[[Sequence[ReceivedSpan]], bool]
 class OtlpReceiver:
     """Listens from `start` to `stop`; can be started again, then on the same port. Spans are kept over a restart."""
 
-    def __init__(self, port: int = 0) -> None:
-        self._port = port
+    def __init__(self) -> None:
+        self._port = 0
         self._server: grpc.Server | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._spans: list[ReceivedSpan] = []
@@ -51,7 +51,7 @@ class OtlpReceiver:
 
     @property
     def port(self) -> int:
-        """The port in use; 0 before the first start of a receiver that was given none."""
+        """The port in use; 0 before the first start."""
         return self._port
 
     @property
@@ -96,11 +96,9 @@ class OtlpReceiver:
                 raise TimeoutError(f"after {timeout_seconds:g} s there are {len(names)} spans: {names[:50]}")
             return tuple(self._spans)
 
-    async def wait_for_async(
-        self, wanted: int | SpanPredicate, *, timeout_seconds: float = 10.0
-    ) -> tuple[ReceivedSpan, ...]:
+    async def wait_for_async(self, wanted: int | SpanPredicate) -> tuple[ReceivedSpan, ...]:
         """`wait_for` without blocking the event loop."""
-        return await asyncio.to_thread(self.wait_for, wanted, timeout_seconds=timeout_seconds)
+        return await asyncio.to_thread(self.wait_for, wanted)
 
     def __enter__(self) -> OtlpReceiver:
         self.start()

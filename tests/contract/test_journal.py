@@ -24,11 +24,11 @@ from nodeservice.core.model import AttemptId, Lease, Phase, PhaseTiming, Resourc
 from nodeservice.errors import ConfigError, InvariantError, NodeFaultError, TransientError
 from nodeservice.journal.codec import encode_record
 from nodeservice.journal.lock import StateDirLock, not_writable
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.journal.schema import MIGRATIONS
 from nodeservice.journal.sqlite import SqliteJournal
 from nodeservice.ports import Journal
 from nodeservice.testing.failing_journal import FailingJournal
+from nodeservice.testing.memory_journal import MemoryJournal
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 Reopen = Callable[[], Journal]

@@ -42,6 +42,14 @@ async def bench(
 
 
 @pytest_asyncio.fixture
+async def master() -> AsyncIterator[OldMaster]:
+    """Where a test file has no other."""
+    server = await OldMaster().start()
+    yield server
+    await server.stop()
+
+
+@pytest_asyncio.fixture
 async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
     if not engine.startswith("unix://"):
         pytest.skip(f"the engine at {engine} has no Unix socket to put a proxy before")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from minio import MinioAdmin
+from minio.credentials import StaticProvider
 
 from nodeservice.results.access import S3Access
 
@@ -43,6 +45,10 @@ class MinioServer:
             "secure": False,
         }
         return S3Access(**(values | changes))  # type: ignore[arg-type]
+
+    def admin(self) -> MinioAdmin:
+        credentials = StaticProvider(self.access_key, self.secret_key)
+        return MinioAdmin(endpoint=self.endpoint, credentials=credentials, secure=False)
 
 
 def find_minio() -> Path | None:

@@ -29,13 +29,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.crash, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
-async def master() -> AsyncIterator[OldMaster]:
-    server = await OldMaster().start()
-    yield server
-    await server.stop()
-
-
-@pytest.fixture
 def task() -> str:
     """An id that no other test on this engine has: its container is called by it."""
     return f"t-{uuid.uuid4().hex[:8]}"

@@ -54,13 +54,6 @@ async def runtime(engine: str, node_id: str) -> AsyncIterator[DockerRuntime]:
     await made.close()
 
 
-@pytest.fixture
-async def master() -> AsyncIterator[OldMaster]:
-    server = await OldMaster().start()
-    yield server
-    await server.stop()
-
-
 def all_names(client: docker.APIClient) -> set[str]:
     return {name for image in client.images() for key in ("RepoTags", "RepoDigests") for name in image[key] or ()}
 

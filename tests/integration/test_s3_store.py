@@ -572,13 +572,8 @@ def test_a_refusal_is_heard_before_a_large_body_has_gone_out(
 async def test_a_user_who_may_not_write_is_refused(
     open_store: OpenStore, client: Minio, minio: MinioServer, bucket: str, tmp_path: Path
 ) -> None:
-    from minio import MinioAdmin
-    from minio.credentials import StaticProvider
-
     client.make_bucket(bucket)
-    admin = MinioAdmin(
-        endpoint=minio.endpoint, credentials=StaticProvider(minio.access_key, minio.secret_key), secure=False
-    )
+    admin = minio.admin()
     name, secret = f"reader-{secrets.token_hex(3)}", secrets.token_hex(16)
     admin.user_add(name, secret)
     admin.attach_policy(["readonly"], user=name)
@@ -589,13 +584,8 @@ async def test_a_user_who_may_not_write_is_refused(
 async def test_a_user_bound_to_its_prefix_stores_there_and_nowhere_else(
     open_store: OpenStore, client: Minio, minio: MinioServer, bucket: str, tmp_path: Path
 ) -> None:
-    from minio import MinioAdmin
-    from minio.credentials import StaticProvider
-
     client.make_bucket(bucket)
-    admin = MinioAdmin(
-        endpoint=minio.endpoint, credentials=StaticProvider(minio.access_key, minio.secret_key), secure=False
-    )
+    admin = minio.admin()
     name, secret = f"node-{secrets.token_hex(3)}", secrets.token_hex(16)
     below = "node-a/*"
     allowed = [

@@ -37,13 +37,6 @@ ENV = {
 
 
 @pytest.fixture
-async def master() -> AsyncIterator[OldMaster]:
-    server = await OldMaster().start()
-    yield server
-    await server.stop()
-
-
-@pytest.fixture
 async def node(tmp_path: Path, node_id: str, demo_image: str, master: OldMaster) -> AsyncIterator[NodeProcess]:
     """Not started yet."""
     made = NodeProcess(tmp_path / "node", node_id, ("--master", f"127.0.0.1:{master.port}"), dict(ENV))

@@ -26,13 +26,6 @@ RESTARTS = int(os.environ.get("TEST_RESTARTS", "5"))
 
 
 @pytest_asyncio.fixture
-async def master() -> AsyncIterator[OldMaster]:
-    server = await OldMaster().start()
-    yield server
-    await server.stop()
-
-
-@pytest_asyncio.fixture
 async def node(tmp_path: Path, node_id: str, demo_image: str, master: OldMaster) -> AsyncIterator[NodeProcess]:
     process = NodeProcess(tmp_path / "node", node_id, ("--master", f"127.0.0.1:{master.port}"))
     await process.start()

@@ -18,7 +18,6 @@ from nodeservice.gpu.health import HealthBoard
 from nodeservice.gpu.locks import GpuLocks
 from nodeservice.gpu.units import SharingPolicy
 from nodeservice.journal.codec import decode_record, encode_record
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.context import Context, Settings
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.gpu_keeper import GpuKeeper
@@ -34,6 +33,7 @@ from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids
 from nodeservice.testing.fake_disk import FakeFreeSpace, FakeTaskDisk
 from nodeservice.testing.fake_gpu import FakeGpuProvider, FakeOwners
 from nodeservice.testing.fake_runtime import FakeRuntime
+from nodeservice.testing.memory_journal import MemoryJournal
 from nodeservice.testing.memory_store import MemoryResultStore
 
 NODE = Resources(cpu_milli=4000, memory_bytes=2**32, disk_bytes=2**40)

@@ -16,12 +16,12 @@ from nodeservice.core.model import MIB, AttemptId, Phase, Resources
 from nodeservice.daemon.look import look
 from nodeservice.daemon.node import Node, build
 from nodeservice.errors import TransientError
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.ports import DiskFacts, GpuInventory, HostFacts, NodeCapacity, UsageSample
 from nodeservice.telemetry.tracing import new_trace_ids
 from nodeservice.testing.fake_runtime import FakeImage
 from nodeservice.testing.manual_clock import ManualClock
+from nodeservice.testing.memory_journal import MemoryJournal
 from tests.unit.node_harness import NODE, World, living, running, spec
 
 T = AttemptId("t")

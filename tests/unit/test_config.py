@@ -185,6 +185,7 @@ WRONG = [
     ("docker_host", "/var/run/docker.sock"),
     ("docker_host", "ssh://user@host"),
     ("http_upload_url", "ftp://host/upload"),
+    ("http_upload_url", "http:///upload"),
     ("otlp_endpoint", "not an endpoint"),
     ("log_max_bytes", [1]),
     ("state_dir", {"a": 1}),

@@ -10,9 +10,9 @@ import pytest
 
 from nodeservice.clock import SystemClock
 from nodeservice.core.model import AttemptId, Phase, Reason
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.disconnect_keeper import DisconnectKeeper
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from nodeservice.testing.memory_journal import MemoryJournal
 from tests.unit.node_harness import World, living, spec
 
 pytestmark = pytest.mark.slow

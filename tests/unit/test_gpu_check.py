@@ -9,8 +9,8 @@ import pytest
 from nodeservice.core.model import AttemptId, Lease, Resources, TaskSpec
 from nodeservice.limits.bpf_devices import Program, UnreadableProgramError, rules
 from nodeservice.limits.device_nodes import GpuNodes, gpu_nodes, of_words, to_word
-from nodeservice.limits.device_rules import read_device_rules, rules_of
-from nodeservice.limits.gpu_check import foreign_nodes, foreign_rules, foreign_uuids, seen_uuids
+from nodeservice.limits.device_rules import forbidden, read_device_rules, rules_of
+from nodeservice.limits.gpu_check import foreign_nodes, foreign_uuids, seen_uuids
 from nodeservice.limits.receipt import receipt
 from nodeservice.ports import Reading
 
@@ -111,13 +111,13 @@ def test_a_node_goes_to_a_word_and_back() -> None:
     ],
 )
 def test_a_container_may_open_its_own_gpus_and_no_others(granted: tuple[str, ...], rules: str, said: str) -> None:
-    found = foreign_rules(rules, HOST, granted)
+    found = forbidden(rules, HOST, granted)
     assert bool(found) is bool(said)
     assert said in found
 
 
 def test_one_who_has_all_gpus_may_open_their_whole_major() -> None:
-    assert foreign_rules("c 195:* rw", (A,), ("GPU-a",)) == ""
+    assert forbidden("c 195:* rw", (A,), ("GPU-a",)) == ""
 
 
 # ---- what the driver shows ----
@@ -306,7 +306,7 @@ def test_of_several_programs_all_must_allow() -> None:
 def test_a_program_that_always_allows_guards_nothing() -> None:
     assert rules([Program.of(ALLOW)]) == ["b *:* rwm", "c *:* rwm"]
     assert rules([Program.of(DENY)]) == []
-    assert foreign_rules(", ".join(rules([Program.of(ALLOW)])), HOST, ("GPU-a",))
+    assert forbidden(", ".join(rules([Program.of(ALLOW)])), HOST, ("GPU-a",))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from nodeservice.cli.client import submit
 from nodeservice.cli.gpu_options import GpuAsk, gpus_asked
 from nodeservice.cli.run_command import run
 from nodeservice.cli.submission import Submission
-from nodeservice.core.gpu_request import check_gpu_request
 from nodeservice.core.gpus import GpuRequest, GpuShare
 from nodeservice.core.model import GIB
 from nodeservice.errors import RequestError
@@ -106,8 +105,3 @@ def test_both_commands_have_the_same_gpu_options() -> None:
     )
     assert of_run == of_submit
     assert len(of_run) == 8
-
-
-@pytest.mark.parametrize(("_options", "asked"), GIVEN, ids=str)
-def test_what_the_options_let_through_admission_lets_through(_options: dict[str, object], asked: GpuAsk) -> None:
-    check_gpu_request(asked.request, gpu_count=asked.count)

@@ -13,7 +13,6 @@ from nodeservice.core.cpus import Cpu
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, Resources, TaskSpec
 from nodeservice.limits.cgroup import NoTaskCgroups
-from nodeservice.ports.cgroups import NOBODY
 from nodeservice.testing.fake_disk import FakeFreeSpace
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import NODE, LiveNode, World, living, spec
@@ -43,7 +42,7 @@ class Cgroups(NoTaskCgroups):
         self,
         allocatable: Resources,
         cpu_ids: Sequence[int] = (),
-        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] = NOBODY,
+        exclusive_cpu_ids: Mapping[AttemptId, Sequence[int]] | None = None,
     ) -> bool:
         self.told.append((allocatable, cpu_ids, exclusive_cpu_ids))
         self.fail_count -= 1

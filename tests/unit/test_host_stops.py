@@ -16,8 +16,8 @@ from nodeservice.core.model import (
     TraceIds,
 )
 from nodeservice.daemon.host_stops import HostStops
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.testing.failing_journal import FailingJournal
+from nodeservice.testing.memory_journal import MemoryJournal
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -30,7 +30,6 @@ from nodeservice.core.model import (
 )
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import CapacityError, NodeFaultError, TransientError
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle import driver, timekeeper, workdir
 from nodeservice.lifecycle.host_keeper import DISK_LOW
 from nodeservice.lifecycle.orphans import Orphans
@@ -41,6 +40,7 @@ from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
 from nodeservice.results.layout import MOVED_NAME, stored_path
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from nodeservice.testing.memory_journal import MemoryJournal
 from nodeservice.testing.memory_store import MemoryResultStore
 from tests.unit.node_harness import NODE, HeldJournal, LiveNode, RecordingUplink, World, living, running, spec
 

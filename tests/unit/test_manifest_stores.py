@@ -1,4 +1,4 @@
-"""Which store a URL means, and a directory that is full."""
+"""What stores keep to themselves, and a directory that is full."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from pathlib import Path
 import pytest
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec
-from nodeservice.errors import ConfigError, TransientError
+from nodeservice.errors import TransientError
 from nodeservice.results import file, manifest
 from nodeservice.results.access import S3Access
-from nodeservice.results.choose import open_result_store
 from nodeservice.results.file import FileResultStore
 from nodeservice.results.hand_over import Bundles
-from nodeservice.results.http import HttpResultStore
 from nodeservice.results.mount import ResultsMount
-from nodeservice.results.s3 import S3ResultStore
 from tests.synced import Renames
 
 ACCESS = S3Access(endpoint="127.0.0.1:9000", bucket="", access_key="the-key", secret_key="the-secret")
@@ -45,52 +42,13 @@ except TransientError as error:
 """
 
 
-async def test_each_scheme_opens_its_store(tmp_path: Path) -> None:
-    opened = [
-        (FileResultStore, open_result_store(f"file://{tmp_path}/with%20space")),
-        (S3ResultStore, open_result_store("s3://bucket/pre/fix", s3=ACCESS)),
-        (HttpResultStore, open_result_store("http://127.0.0.1:8080/upload", http_limit_bytes=5)),
-        (HttpResultStore, open_result_store("https://master/upload")),
-    ]
-    for kind, store in opened:
-        assert type(store) is kind
-        await store.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "results",
-        "ftp://host/dir",
-        "file://host/dir",
-        "file:dir",
-        "s3://",
-        "s3://UPPER/x",
-        "s3://..",
-        "http:///upload",
-    ],
-)
-def test_a_url_that_means_no_store_is_a_configuration_error(url: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        open_result_store(url, s3=ACCESS)
-    assert caught.value.field == "results"
-    assert caught.value.hint
-
-
-def test_a_bucket_needs_credentials() -> None:
-    with pytest.raises(ConfigError, match="credentials"):
-        open_result_store("s3://bucket")
-
-
 def test_credentials_never_show() -> None:
     assert "the-" not in repr(ACCESS)
 
 
-def test_choosing_a_store_loads_no_heavy_library() -> None:
+def test_a_store_loads_no_heavy_library_before_it_is_used() -> None:
     code = (
-        "import sys; from nodeservice.results.choose import open_result_store; open_result_store('file:///x');"
+        "import sys; from nodeservice.results import file, http, s3;"
         "print([name for name in ('minio', 'requests', 'urllib3', 'grpc') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

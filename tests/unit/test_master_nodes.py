@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from nodeservice.master.amounts import Amounts
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.nodes import NodeRegistry
@@ -41,13 +43,16 @@ async def test_a_node_that_is_silent_for_long_is_given_up() -> None:
     assert nodes.is_gone("w")
 
 
-async def test_time_in_which_the_master_was_frozen_is_no_silence_of_its_nodes() -> None:
+@pytest.mark.parametrize("was_heard", [True, False])
+async def test_time_in_which_the_master_was_frozen_is_no_silence_of_its_nodes(was_heard: bool) -> None:
     clock = Hours()
     nodes = await registry(clock)
+    if not was_heard:  # as after a restart of the master
+        nodes._nodes["w"].heard_at = None
     clock.now += 7200
     nodes.notice_silence()
     assert not nodes.is_gone("w")
-    assert nodes.is_active("w")
+    assert nodes.is_active("w") is was_heard
     for _ in range(31):
         clock.now += 1
         nodes.notice_silence()

@@ -8,9 +8,9 @@ import pytest
 
 from nodeservice.core.model import AttemptId, Phase, Reason
 from nodeservice.errors import CapacityError, TransientError
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
+from nodeservice.testing.memory_journal import MemoryJournal
 from tests.unit.node_harness import LiveNode, World, living, running, spec
 
 T = AttemptId("t")

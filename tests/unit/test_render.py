@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from nodeservice.cli import render
+from nodeservice.cli.cells import bytes_ratio
 from nodeservice.cli.gpu_json import gpus_document
 from nodeservice.cli.gpu_tables import gpu_tables
 from nodeservice.cli.render import show_nodes
@@ -110,3 +111,8 @@ def test_a_time_limit_of_zero_is_none(name: str) -> None:
     given = limits_given(**NOTHING | {f"{name}_timeout": "0s"})  # type: ignore[arg-type]
     assert given == {f"{name}_timeout_seconds": None}
     assert not pb.Task(**given).HasField(f"{name}_timeout_seconds")  # type: ignore[arg-type]
+
+
+def test_a_part_of_an_amount_is_shown_in_the_unit_of_the_whole() -> None:
+    assert bytes_ratio(512 * 1024**2, 22 * 1024**3) == "0.5/22 GiB"
+    assert bytes_ratio(0, 0) == "0/0 B"

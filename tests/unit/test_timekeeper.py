@@ -13,13 +13,13 @@ import pytest
 from nodeservice.core import events as ev
 from nodeservice.core.ledger import Ledger
 from nodeservice.core.model import AttemptId, Phase, Resources, StopCause, TaskSpec, TraceIds
-from nodeservice.journal.memory import MemoryJournal
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.timekeeper import Timekeeper
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import TaskCgroups
 from nodeservice.telemetry.tracing import NoTraceSink
 from nodeservice.testing.manual_clock import ManualClock
+from nodeservice.testing.memory_journal import MemoryJournal
 from tests.unit.node_harness import spec
 
 T = AttemptId("t")

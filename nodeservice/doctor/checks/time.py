@@ -21,7 +21,7 @@ def probes(patience: float = 1.0) -> tuple[Probe, ...]:
     return (Probe(name="time", script=_SCRIPT, judge=judge, timeout_seconds=_RUN_SECONDS),)
 
 
-def judge_time(seen: Seen, *, late_seconds: float = _LATE_SECONDS) -> Sequence[Finding]:
+def judge_time(seen: Seen, *, late_seconds: float) -> Sequence[Finding]:
     if missing := not_tried(seen, ["time"], "see the message"):
         return missing
     record, ended_at = seen.record, seen.ended_at

@@ -6,6 +6,7 @@ import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
+from nodeservice.core.retry import is_worth_telling
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.patience import back_off
@@ -20,7 +21,7 @@ async def report(context: Context, record: TaskRecord) -> ev.Event:
             await context.uplink.report(record)
         except TransientError as error:
             failures += 1
-            if failures in (1, 10) or failures % 100 == 0:
+            if is_worth_telling(failures):
                 log.warning("report.not_delivered", task_id=record.id.task_id, failures=failures, error=str(error))
             await back_off(context.clock, context.settings.report_backoff, failures)
         else:

@@ -9,10 +9,11 @@ import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
+from nodeservice.core.retry import is_worth_telling
 from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.patience import Patience
+from nodeservice.lifecycle.patience import Patience, back_off
 from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
@@ -55,7 +56,7 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
                     return await _set_aside(context, driver, record, kept)
                 del kept
         bundle = None  # its names can take much memory, and are read again in no time
-        pause, left = _pause(context, failures), patience.left_seconds
+        pause, left = settings.store_backoff.delay(failures, random.random()), patience.left_seconds  # noqa: S311
         # The last try is at the limit, not one long pause after it.
         await context.clock.sleep(min(pause, left) if left > 0 else pause)
 
@@ -104,7 +105,7 @@ async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
                 location = await context.store.put(await asyncio.to_thread(context.bundles.kept, record.spec))
         except NodeServiceError as error:
             failures += 1
-            if failures in (1, 10) or failures % 100 == 0:
+            if is_worth_telling(failures):
                 log.warning("results.still_retained", task_id=record.id.task_id, failures=failures, error=str(error))
             if error.reason in _FOR_EVER and patience.is_over:
                 log.error("results.given_up", task_id=record.id.task_id, error=str(error))
@@ -114,8 +115,4 @@ async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
             await asyncio.to_thread(context.bundles.discard_kept, record.spec, location)
             log.info("results.stored_late", task_id=record.id.task_id, location=location)
             return ev.ResultsStored(at=context.clock.now(), location=location)
-        await context.clock.sleep(_pause(context, failures))
-
-
-def _pause(context: Context, failures: int) -> float:
-    return context.settings.store_backoff.delay(failures, random.random())  # noqa: S311
+        await back_off(context.clock, context.settings.store_backoff, failures)

@@ -188,10 +188,10 @@ class FalseDriver:
         with self._state.edit() as sections:
             sections[_failure(call, device)] = {"code": str(code)}
 
-    def heal(self, call: str, *, device: str | None = None) -> None:
+    def heal(self, call: str) -> None:
         """Take back what `fail` said; repeating is harmless."""
         with self._state.edit() as sections:
-            sections.pop(_failure(call, device), None)
+            sections.pop(_failure(call, None), None)
 
     def hang(self, seconds: float, calls: str = "*") -> None:
         """Calls, names with commas between, block for that long from now on.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nodeservice.limits.hierarchy import read_mounts, v1_mount
+from nodeservice.limits.hierarchy import cgroups_of, read_mounts, v1_mount
 from nodeservice.testing.false_driver.state import Sections, StateFile
 
 PROGRAM = "nvidia-container-runtime-hook"
@@ -149,21 +149,13 @@ def _make(node: Path, number: tuple[int, int]) -> None:
 def _allow(pid: int, numbers: Iterable[tuple[int, int]]) -> str:
     """Add a rule for each to the process's cgroup, beside those of the engine; why not, where that can't be."""
     mount = v1_mount(read_mounts(), "devices")
-    place = _devices_cgroup(pid)
+    place = cgroups_of(Path(f"/proc/{pid}")).get("devices")
     if mount is None or place is None:
         return _ON_V2
     rules = Path(mount.point) / os.path.relpath(place, mount.root) / "devices.allow"
     for major, minor in numbers:
         rules.write_text(f"c {major}:{minor} rw")
     return ""
-
-
-def _devices_cgroup(pid: int) -> str | None:
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-        _, controllers, place = line.split(":", 2)
-        if "devices" in controllers.split(","):
-            return place
-    return None
 
 
 def _unused_major() -> int:

@@ -1,4 +1,4 @@
-"""Keeps the journal in memory: for tests and for one-shot runs that nobody recovers."""
+"""Keeps the journal in memory, for tests."""
 
 from __future__ import annotations
 
