@@ -23,8 +23,8 @@ from nodeservice.errors import ConfigError
 OTHER_VARIABLES = frozenset(
     PREFIX + name
     for name in (
-        "CONFIG", "NODE", "DATABASE_URL", "GONE_AFTER", "HEARTBEAT_TIMEOUT", "HTTP_LIMIT", "HTTP_LISTEN",
-        "NODE_LOSS_RETRIES", "TASK_ID", "ATTEMPT",
+        "CONFIG", "NODE", "CERTIFIED_WORKER_IDS", "DATABASE_URL", "FINISHED_RETENTION", "GONE_AFTER", "HEARTBEAT_TIMEOUT",
+        "HTTP_LIMIT", "HTTP_LISTEN", "NODE_LOSS_RETRIES", "PUSH_LIMIT", "TASK_ID", "ATTEMPT",
     )
 )  # fmt: skip
 """Variables with our prefix that are no settings of a node: options of other commands, and what a task finds set."""

@@ -133,6 +133,7 @@ def test_what_the_node_or_its_surroundings_broke_may_be_tried_again_and_nothing_
         Reason.NODE_FAULT,
         Reason.ENGINE_FAULT,
         Reason.GPU_FAULT,
+        Reason.COLLECT_FAILED,
         Reason.CONTAINER_LOST,
         Reason.NODE_DRAINED,
         Reason.MASTER_LOST,

@@ -98,7 +98,8 @@ def test_quotas_that_the_kernel_only_counts_are_no_limits(
 
     monkeypatch.setattr(project_quota, "_quotactl", answer)
     mount = Mount(root="/", point="/", filesystem="xfs", device="/dev/none", super_options=frozenset())
-    assert (quota_support(Path("/"), mounts=(mount,)).why_not == "") is holds
+    monkeypatch.setattr(project_quota, "read_mounts", lambda: (mount,))
+    assert (quota_support(Path("/")).why_not == "") is holds
 
 
 def test_what_is_made_later_bears_the_number_too_and_empty_files_are_bounded(
