@@ -8,6 +8,7 @@ systemd.slice(5), systemd.resource-control(5), systemd.unit(5), org.freedesktop.
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import time
 from contextlib import suppress
@@ -27,6 +28,10 @@ _MANAGER = DBusAddress(
 )
 _ROOT_SLICE = "nodeservice.slice"
 _LITERAL = re.compile(r"[A-Za-z0-9:_.]")
+_MAX_NAME = 255
+"""Characters of a unit's name, its suffix included (systemd.unit(5))."""
+_MAX_NODE = 180
+"""Of a node's part of it, so that a task's has room."""
 _CALL_SECONDS = 10.0
 _EXISTS = "org.freedesktop.systemd1.UnitExists"
 _NO_SUCH_UNIT = "org.freedesktop.systemd1.NoSuchUnit"
@@ -42,17 +47,27 @@ def escape(text: str) -> str:
     return "".join(parts)
 
 
+def _digest(text: str) -> str:
+    """In place of a name that is too long. No id of a node or task begins with the mark."""
+    return "_" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
 class SlicePlaces:
-    """`nodeservice.slice/nodeservice-NODE.slice/nodeservice-NODE-TASK.slice`."""
+    """`nodeservice.slice/nodeservice-NODE.slice/nodeservice-NODE-TASK.slice`.
+
+    A dash takes four characters there, so that an id which is short enough elsewhere may be too long.
+    """
 
     def __init__(self, node_id: str) -> None:
-        self._stem = f"nodeservice-{escape(node_id)}"
+        node = escape(node_id)
+        self._stem = f"nodeservice-{node if len(node) <= _MAX_NODE else _digest(node_id)}"
 
     def of_node(self) -> str:
         return f"{_ROOT_SLICE}/{self._stem}.slice"
 
     def of_task(self, id_: AttemptId) -> str:
-        return f"{self.of_node()}/{self._stem}-{escape(str(id_))}.slice"
+        name = f"{self._stem}-{escape(str(id_))}.slice"
+        return f"{self.of_node()}/{name if len(name) <= _MAX_NAME else f'{self._stem}-{_digest(str(id_))}.slice'}"
 
     def parent_for_engine(self, id_: AttemptId) -> str:
         return self.of_task(id_).rpartition("/")[2]
