@@ -11,7 +11,6 @@ import errno
 import hashlib
 import re
 import time
-from contextlib import suppress
 from typing import Any, ClassVar
 
 from jeepney import DBusAddress, MessageType, new_method_call
@@ -117,12 +116,15 @@ class SliceTree(V2CgroupTree):
         node = place.rpartition("/")[0]
         # The one above is shared with other nodes of this host, and may be a package's.
         if gone and node != _ROOT_SLICE and not self.children(node) and not self.processes(node):
-            self._stop(node)
+            # The next task must not find it just before it goes: then systemd would make it anew, without limits.
+            _ = self._stop(node) and self._await(node, there=False)
         return gone
 
-    def _stop(self, place: str) -> None:
-        with suppress(OSError):
-            self._call("StopUnit", "ss", (place.rpartition("/")[2], "replace"), tolerated=(_NO_SUCH_UNIT,))
+    def _stop(self, place: str) -> bool:
+        try:
+            return self._call("StopUnit", "ss", (place.rpartition("/")[2], "replace"), tolerated=(_NO_SUCH_UNIT,))
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self._bus is not None:
@@ -137,19 +139,21 @@ class SliceTree(V2CgroupTree):
             )
             if not made:  # it has a file of its own, as the top one of a package has, or is on its way
                 self._call("StartUnit", "ss", (unit, "replace"))
-            self._await_directory(place)
+            if not self._await(place, there=True):
+                raise OSError(errno.ETIMEDOUT, "systemd did not start the slice", place)
             if made:
                 return
         if properties:
             self._call("SetUnitProperties", "sba(sv)", (unit, True, properties))
 
-    def _await_directory(self, place: str) -> None:
-        """The job is queued when the call returns."""
+    def _await(self, place: str, *, there: bool) -> bool:
+        """The job is queued when the call returns. False where it is not done in time."""
         until = time.monotonic() + _CALL_SECONDS
-        while not (self._top / place).is_dir():
+        while (self._top / place).is_dir() is not there:
             if time.monotonic() > until:
-                raise OSError(errno.ETIMEDOUT, "systemd did not start the slice", place)
+                return False
             time.sleep(0.001)
+        return True
 
     def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> bool:
         """False for a tolerated refusal. Raises OSError: ECONNREFUSED where D-Bus can't be reached, else EPERM or EIO."""

@@ -1,14 +1,21 @@
-"""How the slices of tasks are called where systemd makes the cgroups."""
+"""The slices of tasks, where systemd makes the cgroups: their names, and that none is made without its limits."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from pathlib import PurePosixPath
+import time
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from nodeservice.core.model import AttemptId
-from nodeservice.limits.slices import SlicePlaces, escape
+from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec
+from nodeservice.limits import slices
+from nodeservice.limits.cgroup import KernelTaskCgroups
+from nodeservice.limits.hierarchy import Mount
+from nodeservice.limits.slices import SlicePlaces, SliceTree, escape
 
 LONGEST = "a" + "-" * 127
 """Ids of nodes and tasks have 128 characters at most; a dash takes four of a unit's 255."""
@@ -35,3 +42,57 @@ def test_names_that_are_too_long_stay_apart_from_one_another_and_from_all_others
 def test_a_name_that_is_short_enough_can_be_read() -> None:
     assert SlicePlaces("node-1").parent_for_engine(AttemptId("task", 1)) == "nodeservice-node\\x2d1-task.1.slice"
     assert escape("t" * 128) == "t" * 128
+
+
+class SlowSystemd(SliceTree):
+    """Answers as systemd does: a stop is queued, and carried out when the caller waits, or before the next call."""
+
+    def __init__(self, top: Path) -> None:
+        self.limits: dict[str, dict[str, Any]] = {}
+        """By name of the slice."""
+        self._to_stop: list[str] = []
+        self._directory = top
+        mount = Mount(root="/", point=str(top), filesystem="cgroup2", device="cgroup2", super_options=frozenset())
+        super().__init__((mount,))
+
+    def work(self, _seconds: float = 0) -> None:
+        while self._to_stop:
+            unit = self._to_stop.pop()
+            self.limits.pop(unit, None)
+            with contextlib.suppress(FileNotFoundError):  # the service has taken the task's own away
+                self._path(unit).rmdir()
+
+    def _path(self, unit: str) -> Path:
+        words = unit.removesuffix(".slice").split("-")
+        return self._directory.joinpath(*(f"{'-'.join(words[:n])}.slice" for n in range(1, len(words) + 1)))
+
+    def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> bool:
+        self.work()
+        if method == "StartTransientUnit":
+            for name in self._path(body[0]).relative_to(self._directory).parts:
+                self.limits.setdefault(name, {})  # what is above it comes along, without limits
+            self._path(body[0]).mkdir(parents=True)
+        if method in ("StartTransientUnit", "SetUnitProperties"):
+            self.limits[body[0]] |= {name: value for name, (_, value) in body[2]}
+        if method == "StopUnit":
+            self._to_stop.append(body[0])
+        return True
+
+
+async def test_the_share_of_a_node_is_held_again_though_its_slice_was_just_about_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes with the last task, when systemd comes to it; the next task may be quicker."""
+    systemd = SlowSystemd(tmp_path)
+    monkeypatch.setattr(slices, "time", SimpleNamespace(monotonic=time.monotonic, sleep=systemd.work))
+    cgroups = KernelTaskCgroups(places=SlicePlaces("n"), tree=systemd)
+    await cgroups.share(Resources(cpu_milli=1500, memory_bytes=512 * MIB))
+    for number in range(3):
+        id_ = AttemptId(f"task{number}", 1)
+        request = Resources(cpu_milli=500, memory_bytes=64 * MIB)
+        task = TaskSpec(id=id_, image="nodeservice/demo", request=request, pids_limit=32, fingerprint="")
+        assert await cgroups.prepare(task) == f"nodeservice-n-task{number}.1.slice"
+        assert systemd.limits["nodeservice-n.slice"]["MemoryMax"] == 512 * MIB
+        assert systemd.limits[f"nodeservice-n-task{number}.1.slice"]["MemoryMax"] == 64 * MIB
+        await cgroups.remove(id_)
+    await cgroups.close()
