@@ -158,13 +158,18 @@ class SliceTree(V2CgroupTree):
     def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> bool:
         """False for a tolerated refusal. Raises OSError: ECONNREFUSED where D-Bus can't be reached, else EPERM or EIO."""
         message = new_method_call(_MANAGER, method, signature, body)
-        try:
-            if self._bus is None:
-                self._bus = open_dbus_connection(bus="SYSTEM")
-            reply = self._bus.send_and_get_reply(message, timeout=_CALL_SECONDS)
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            self.close()
-            raise OSError(errno.ECONNREFUSED, f"systemd can't be reached over D-Bus: {error}") from error
+        may_be_stale = self._bus is not None
+        while True:
+            try:
+                if self._bus is None:
+                    self._bus = open_dbus_connection(bus="SYSTEM")
+                reply = self._bus.send_and_get_reply(message, timeout=_CALL_SECONDS)
+                break
+            except (OSError, ValueError, EOFError, KeyError) as error:
+                self.close()
+                if isinstance(error, TimeoutError) or not may_be_stale:
+                    raise OSError(errno.ECONNREFUSED, f"systemd can't be reached over D-Bus: {error}") from error
+                may_be_stale = False  # D-Bus may have been started anew since it was asked last
         if reply.header.message_type is MessageType.error:
             name = next((str(v) for k, v in reply.header.fields.items() if k.name == "error_name"), "")
             if name in tolerated:

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jeepney import HeaderFields, MessageType
 
 from nodeservice.core.model import MIB, AttemptId, Resources, TaskSpec
 from nodeservice.limits import slices
 from nodeservice.limits.cgroup import KernelTaskCgroups
 from nodeservice.limits.hierarchy import Mount
+from nodeservice.limits.plan import CgroupLimits
 from nodeservice.limits.slices import SlicePlaces, SliceTree, escape
 
 LONGEST = "a" + "-" * 127
@@ -96,3 +98,56 @@ async def test_the_share_of_a_node_is_held_again_though_its_slice_was_just_about
         assert systemd.limits[f"nodeservice-n-task{number}.1.slice"]["MemoryMax"] == 64 * MIB
         await cgroups.remove(id_)
     await cgroups.close()
+
+
+class Bus:
+    """A connection that answers so many calls; then it raises `end`."""
+
+    def __init__(self, answers: int, end: Exception, heard: list[str]) -> None:
+        self._answers, self._end, self._heard = answers, end, heard
+
+    def send_and_get_reply(self, message: Any, *, timeout: float) -> Any:
+        assert timeout > 0
+        if self._answers == 0:
+            raise self._end
+        self._answers -= 1
+        self._heard.append(message.header.fields[HeaderFields.member])
+        return SimpleNamespace(header=SimpleNamespace(message_type=MessageType.method_return))
+
+    def close(self) -> None:
+        self._answers = 0
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Mount]:
+    """A hierarchy in which there is the slice of a task."""
+    (tmp_path / "nodeservice.slice/nodeservice-n.slice/nodeservice-n-task.1.slice").mkdir(parents=True)
+    return (Mount(root="/", point=str(tmp_path), filesystem="cgroup2", device="", super_options=frozenset()),)
+
+
+LIMITS = CgroupLimits(memory_bytes=64 * MIB, cpu_quota_us=None, pids_max=None)
+TASK = SlicePlaces("n").of_task(AttemptId("task", 1))
+
+
+def test_a_bus_that_was_started_anew_keeps_no_task_from_its_slice(
+    made: tuple[Mount], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    buses = [Bus(1, BrokenPipeError(), heard), Bus(2, ConnectionResetError(), heard)]
+    monkeypatch.setattr(slices, "open_dbus_connection", lambda bus: buses.pop(0))
+    tree = SliceTree(made)
+    tree.create(TASK, LIMITS)
+    assert (heard, buses) == (["GetUnitByControlGroup", "SetUnitProperties"], [])
+
+
+@pytest.mark.parametrize("end", [ConnectionResetError(), TimeoutError()])
+def test_a_bus_that_stays_away_is_told_after_one_more_try_and_silence_at_once(
+    made: tuple[Mount], monkeypatch: pytest.MonkeyPatch, end: Exception
+) -> None:
+    heard: list[str] = []
+    buses = [Bus(1, end, heard), Bus(0, ConnectionResetError(), heard), Bus(1, end, heard)]
+    monkeypatch.setattr(slices, "open_dbus_connection", lambda bus: buses.pop(0))
+    tree = SliceTree(made)
+    with pytest.raises(OSError, match="can't be reached over D-Bus"):
+        tree.create(TASK, LIMITS)
+    assert len(buses) == (2 if isinstance(end, TimeoutError) else 1)
