@@ -8,9 +8,9 @@ systemd.slice(5), systemd.resource-control(5), systemd.unit(5), org.freedesktop.
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import time
-from contextlib import suppress
 from typing import Any, ClassVar
 
 from jeepney import DBusAddress, MessageType, new_method_call
@@ -26,6 +26,10 @@ _MANAGER = DBusAddress(
     "/org/freedesktop/systemd1", bus_name="org.freedesktop.systemd1", interface="org.freedesktop.systemd1.Manager"
 )
 _LITERAL = re.compile(r"[A-Za-z0-9:_.]")
+_MAX_NAME = 255
+"""Characters of a unit's name, its suffix included (systemd.unit(5))."""
+_MAX_NODE = 180
+"""Of a node's part of it, so that a task's has room."""
 _CALL_SECONDS = 10.0
 _EXISTS = "org.freedesktop.systemd1.UnitExists"
 _NO_SUCH_UNIT = "org.freedesktop.systemd1.NoSuchUnit"
@@ -41,17 +45,27 @@ def escape(text: str) -> str:
     return "".join(parts)
 
 
+def _digest(text: str) -> str:
+    """In place of a name that is too long. No id of a node or task begins with the mark."""
+    return "_" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
 class SlicePlaces:
-    """`nodeservice.slice/nodeservice-NODE.slice/nodeservice-NODE-TASK.slice`."""
+    """`nodeservice.slice/nodeservice-NODE.slice/nodeservice-NODE-TASK.slice`.
+
+    A dash takes four characters there, so that an id which is short enough elsewhere may be too long.
+    """
 
     def __init__(self, node_id: str) -> None:
-        self._stem = f"nodeservice-{escape(node_id)}"
+        node = escape(node_id)
+        self._stem = f"nodeservice-{node if len(node) <= _MAX_NODE else _digest(node_id)}"
 
     def of_node(self) -> str:
         return f"{TASKS_SLICE}/{self._stem}.slice"
 
     def of_task(self, id_: AttemptId) -> str:
-        return f"{self.of_node()}/{self._stem}-{escape(str(id_))}.slice"
+        name = f"{self._stem}-{escape(str(id_))}.slice"
+        return f"{self.of_node()}/{name if len(name) <= _MAX_NAME else f'{self._stem}-{_digest(str(id_))}.slice'}"
 
     def parent_for_engine(self, id_: AttemptId) -> str:
         return self.of_task(id_).rpartition("/")[2]
@@ -101,12 +115,15 @@ class SliceTree(V2CgroupTree):
         node = place.rpartition("/")[0]
         # The one above is shared with other nodes of this host, and may be a package's.
         if gone and node != TASKS_SLICE and not self.children(node) and not self.processes(node):
-            self._stop(node)
+            # The next task must not find it just before it goes: then systemd would make it anew, without limits.
+            _ = self._stop(node) and self._await(node, there=False)
         return gone
 
-    def _stop(self, place: str) -> None:
-        with suppress(OSError):
-            self._call("StopUnit", "ss", (place.rpartition("/")[2], "replace"), tolerated=(_NO_SUCH_UNIT,))
+    def _stop(self, place: str) -> bool:
+        try:
+            return self._call("StopUnit", "ss", (place.rpartition("/")[2], "replace"), tolerated=(_NO_SUCH_UNIT,))
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self._bus is not None:
@@ -121,30 +138,37 @@ class SliceTree(V2CgroupTree):
             )
             if not made:  # it has a file of its own, as the top one of a package has, or is on its way
                 self._call("StartUnit", "ss", (unit, "replace"))
-            self._await_directory(place)
+            if not self._await(place, there=True):
+                raise OSError(errno.ETIMEDOUT, "systemd did not start the slice", place)
             if made:
                 return
         if properties:
             self._call("SetUnitProperties", "sba(sv)", (unit, True, properties))
 
-    def _await_directory(self, place: str) -> None:
-        """The job is queued when the call returns."""
+    def _await(self, place: str, *, there: bool) -> bool:
+        """The job is queued when the call returns. False where it is not done in time."""
         until = time.monotonic() + _CALL_SECONDS
-        while not (self._top / place).is_dir():
+        while (self._top / place).is_dir() is not there:
             if time.monotonic() > until:
-                raise OSError(errno.ETIMEDOUT, "systemd did not start the slice", place)
+                return False
             time.sleep(0.001)
+        return True
 
     def _call(self, method: str, signature: str, body: tuple[Any, ...], *, tolerated: tuple[str, ...] = ()) -> bool:
         """False for a tolerated refusal. Raises OSError: ECONNREFUSED where D-Bus can't be reached, else EPERM or EIO."""
         message = new_method_call(_MANAGER, method, signature, body)
-        try:
-            if self._bus is None:
-                self._bus = open_dbus_connection(bus="SYSTEM")
-            reply = self._bus.send_and_get_reply(message, timeout=_CALL_SECONDS)
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            self.close()
-            raise OSError(errno.ECONNREFUSED, f"systemd can't be reached over D-Bus: {error}") from error
+        may_be_stale = self._bus is not None
+        while True:
+            try:
+                if self._bus is None:
+                    self._bus = open_dbus_connection(bus="SYSTEM")
+                reply = self._bus.send_and_get_reply(message, timeout=_CALL_SECONDS)
+                break
+            except (OSError, ValueError, EOFError, KeyError) as error:
+                self.close()
+                if isinstance(error, TimeoutError) or not may_be_stale:
+                    raise OSError(errno.ECONNREFUSED, f"systemd can't be reached over D-Bus: {error}") from error
+                may_be_stale = False  # D-Bus may have been started anew since it was asked last
         if reply.header.message_type is MessageType.error:
             name = next((str(v) for k, v in reply.header.fields.items() if k.name == "error_name"), "")
             if name in tolerated:

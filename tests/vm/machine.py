@@ -1,7 +1,7 @@
 """A virtual machine with systemd and cgroup v2 alone: another kernel, in which this project's own code and tests run.
 
-Its disk is built once by `tools/vm/build.sh` and kept; each machine writes to an overlay that goes with it. KVM is used only
-where a guest really boots with it; elsewhere QEMU emulates, about ten times slower than this host.
+Its disk is built once by `tools/vm/build.sh` and kept; each machine writes to an overlay that goes with it. QEMU emulates
+it, about ten times slower than this host.
 """
 
 from __future__ import annotations
