@@ -88,9 +88,8 @@ async def build(config: NodeConfig) -> Node:
     _make("state_dir", config.state_dir, 0o755)
     try:
         results_mount(config).check()
-    except (
-        TransientError
-    ) as error:  # nothing is to be made in its place, and it is waited for as any store that is away
+    except TransientError as error:
+        # Nothing is to be made in its place; it is waited for as any store that is away.
         log.error("results_dir.away", error=str(error))
     else:
         _make("results_dir", config.results_dir, 0o750)
