@@ -1,6 +1,6 @@
 """What eight GPUs cost the service, on a false driver: the time of `inspect`, and the CPU of an idle node; JSON on stdout.
 
-    .venv/bin/python benchmarks/gpu.py [SECONDS]
+    .venv/bin/python -m benchmarks.gpu [SECONDS]
 
 `inspect` runs ten times with eight pretended H200 and ten times without, in turn, from the start of the process to its end.
 Then an idle node is measured for SECONDS (30) without and with them. It needs a C compiler and a container engine.
@@ -19,8 +19,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from idle import COMMAND, idle_node
-
+from benchmarks.idle import COMMAND, idle_node
 from nodeservice.testing.false_driver import FalseDriver
 
 RUNS = 10

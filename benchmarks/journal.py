@@ -60,9 +60,9 @@ async def _sizes(found: Finding, path: Path, *, counts: tuple[int, ...]) -> None
     sizes: list[float] = []
     try:
         for number in range(0, counts[-1], _AT_ONCE):
-            ids = [replace(like.id, task_id=f"j-{number + offset}") for offset in range(_AT_ONCE)]
+            ids = [like.id._replace(task_id=f"j-{number + offset}") for offset in range(_AT_ONCE)]
             await journal.save([replace(like, spec=replace(like.spec, id=id_)) for id_ in ids])
-            await journal.forget([replace(like.id, task_id=f"j-{old}") for old in _as_old(number)])
+            await journal.forget([like.id._replace(task_id=f"j-{old}") for old in _as_old(number)])
             if number + _AT_ONCE in counts:
                 sizes.append(sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 2**20)
                 found.add(

@@ -164,7 +164,7 @@ async def _master(home: Path) -> AsyncIterator[tuple[str, int]]:
     address = f"127.0.0.1:{free_port()}"
     argv = [
         sys.executable, "-m", "nodeservice", "master", "--insecure", "--listen", address, "--state-dir", str(home / "m"),
-        "--heartbeat-timeout", "1h", "--log-level", "warning",
+        "--heartbeat-timeout", "1h", "--gone-after", "1h", "--log-level", "warning",
     ]  # fmt: skip
     env = {key: value for key, value in os.environ.items() if not key.startswith("NODESERVICE_")}
     with (home / "master.log").open("wb") as log:

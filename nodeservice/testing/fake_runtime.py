@@ -42,13 +42,16 @@ class FakeRuntime:
     set to true is an engine that does not answer: all methods raise TransientError, and waits go on when it is false again.
     """
 
-    def __init__(self, *, images: Mapping[str, FakeImage] | None = None, node_id: str = "node") -> None:
+    def __init__(
+        self, *, images: Mapping[str, FakeImage] | None = None, node_id: str = "node", cpu_count: int = 8
+    ) -> None:
         self.images: dict[str, FakeImage] = dict(images or {"demo": FakeImage()})
         self.calls: list[tuple[str, str]] = []
         self.marks: list[LogMark] = []
         self.specs: list[ContainerSpec] = []
         """The specs of all containers that were created."""
         self._node_id = node_id
+        self._cpu_count = cpu_count
         self._shelf = FakeImageShelf(self.images)
         self._containers: dict[str, _Container] = {}
         self._untouched: set[str] = set()
@@ -128,7 +131,7 @@ class FakeRuntime:
             storage_driver="memory",
             cgroup_driver="none",
             cgroup_version=2,
-            cpu_count=8,
+            cpu_count=self._cpu_count,
             memory_bytes=64 * GIB,
         )
 

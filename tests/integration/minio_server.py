@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from minio import MinioAdmin
-from minio.credentials import StaticProvider
+from minio.credentials.providers import StaticProvider
 
 from nodeservice.results.access import S3Access
 

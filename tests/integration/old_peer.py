@@ -99,7 +99,7 @@ class OldMaster:
     _server: grpc.aio.Server | None = None
 
     async def start(self, port: int = 0) -> OldMaster:
-        def unary(method: Any, request: str, reply: str) -> grpc.RpcMethodHandler:
+        def unary(method: Any, request: str, reply: str) -> grpc.RpcMethodHandler[Any, Any]:
             return grpc.unary_unary_rpc_method_handler(method, OLD[request].FromString, OLD[reply].SerializeToString)
 
         handlers = {
