@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from nodeservice.master.settings import MasterSettings
 
+_LEAST_RETENTION_SECONDS = 86400.0
+
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Keys of the file become defaults: an option and its environment variable win."""
@@ -175,9 +177,12 @@ def master(
     daemon, settings_type = _import_master()
     settings = settings_type(
         **_amounts(
-            http_limit=http_limit, push_limit=push_limit, heartbeat_timeout=heartbeat_timeout, gone_after=gone_after
+            http_limit=http_limit,
+            push_limit=push_limit,
+            heartbeat_timeout=heartbeat_timeout,
+            gone_after=gone_after,
+            finished_retention=finished_retention,
         ),
-        finished_retention_seconds=_retention(finished_retention),
         listen=listen,
         state_dir=_directory("state_dir", state_dir),
         results_dir=None if results_dir is None else _directory("results_dir", results_dir),
@@ -201,7 +206,9 @@ def _directory(key: str, path: str) -> Path:
     return Path(path)
 
 
-def _amounts(*, http_limit: str, push_limit: str, heartbeat_timeout: str, gone_after: str) -> dict[str, Any]:
+def _amounts(
+    *, http_limit: str, push_limit: str, heartbeat_timeout: str, gone_after: str, finished_retention: str | None
+) -> dict[str, Any]:
     """As settings. What is no amount is a wrong configuration, not a request that is refused."""
     from nodeservice.cli.units import parse_bytes, parse_seconds
 
@@ -212,6 +219,9 @@ def _amounts(*, http_limit: str, push_limit: str, heartbeat_timeout: str, gone_a
             "heartbeat_timeout_seconds": parse_seconds(heartbeat_timeout, option="--heartbeat-timeout"),
             "gone_after_seconds": parse_seconds(gone_after, option="--gone-after"),
         }
+        if finished_retention is not None:
+            option = "--finished-retention"
+            amounts["finished_retention_seconds"] = parse_seconds(finished_retention, option=option)
     except RequestError as error:
         raise ConfigError(error.message, field=error.field, hint=error.hint) from error
     if amounts["heartbeat_timeout_seconds"] <= 0:
@@ -224,22 +234,10 @@ def _amounts(*, http_limit: str, push_limit: str, heartbeat_timeout: str, gone_a
         raise ConfigError(
             words, field="gone_after", hint=f"give at least what --heartbeat-timeout is, {heartbeat_timeout}"
         )
-    return amounts
-
-
-def _retention(text: str | None) -> float | None:
-    if text is None:
-        return None
-    from nodeservice.cli.units import parse_seconds
-
-    try:
-        seconds = parse_seconds(text, option="--finished-retention")
-    except RequestError as error:
-        raise ConfigError(error.message, field=error.field, hint=error.hint) from error
-    if seconds < 86400:
-        words = f"--finished-retention is {text}: who waits for a task may not hear its end"
+    if amounts.get("finished_retention_seconds", _LEAST_RETENTION_SECONDS) < _LEAST_RETENTION_SECONDS:
+        words = f"--finished-retention is {finished_retention}: who waits for a task may not hear its end"
         raise ConfigError(words, field="finished_retention", hint="give a day at least, such as 90d")
-    return seconds
+    return amounts
 
 
 def _import_master() -> tuple[Any, type[MasterSettings]]:

@@ -110,13 +110,18 @@ class Processes(NoTaskCgroups):
         return {id_: [4711] if self.alive else [] for id_ in ids}
 
 
+async def starting(room: Room, clock: ManualClock) -> None:
+    """Bring a task with a time limit of 60 s so far that its start has no answer."""
+    await room.assign(spec(timeout_seconds=60.0))
+    at = clock.now()
+    room.driver.post(T, ev.ImagePulled(at=at, digest="d"))
+    room.driver.post(T, ev.ContainerCreated(at=at, container_id="c"))
+
+
 async def test_what_is_seen_to_run_while_its_start_is_not_answered_has_its_time_and_no_more() -> None:
     clock, cgroups = ManualClock(), Processes()
     async with opened(Room(clock, cgroups=cgroups)) as room:
-        await room.assign(spec(timeout_seconds=60.0))
-        at = clock.now()
-        room.driver.post(T, ev.ImagePulled(at=at, digest="d"))
-        room.driver.post(T, ev.ContainerCreated(at=at, container_id="c"))
+        await starting(room, clock)
         await clock.advance(300.0)
         cgroups.alive = True
         await clock.advance(59.0)
@@ -130,10 +135,7 @@ async def test_from_the_answer_to_its_start_its_time_counts_from_there() -> None
     clock, cgroups = ManualClock(), Processes()
     cgroups.alive = True
     async with opened(Room(clock, cgroups=cgroups)) as room:
-        await room.assign(spec(timeout_seconds=60.0))
-        at = clock.now()
-        room.driver.post(T, ev.ImagePulled(at=at, digest="d"))
-        room.driver.post(T, ev.ContainerCreated(at=at, container_id="c"))
+        await starting(room, clock)
         await clock.advance(30.0)
         room.driver.post(T, ev.ContainerStarted(at=clock.now(), started_at=clock.now()))
         await clock.advance(59.0)
