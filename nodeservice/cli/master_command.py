@@ -122,7 +122,7 @@ def master(
         str | None,
         typer.Option(
             envvar="NODESERVICE_FINISHED_RETENTION",
-            help="Forget tasks that ended longer ago, such as 90d. Default: never.",
+            help="Forget tasks that ended, and nodes last heard of, longer ago, such as 90d. Default: never.",
         ),
     ] = None,
     tls_cert: Annotated[

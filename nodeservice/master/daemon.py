@@ -85,8 +85,10 @@ class Master:
             self._spawn(opened, self._scheduler.run(), "scheduler")
             self._spawn(opened, self._watch_certificates(), "certificates")
             if self.settings.finished_retention_seconds is not None:
-                seconds = self.settings.finished_retention_seconds
-                retention = Retention(self._book, self._nodes, self._store, MasterClock(), seconds=seconds)
+                seconds, newest = self.settings.finished_retention_seconds, await self._book.newest(1)
+                known_ms = newest[0].queued_at_ms if newest else None
+                parts = (self._book, self._nodes, self._store, MasterClock())
+                retention = Retention(*parts, seconds=seconds, known_ms=known_ms)
                 self._spawn(opened, retention.run(), "retention")
             if self.settings.nodes:
                 self._announce(opened)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import structlog
 
+from nodeservice.errors import TransientError
 from nodeservice.master.amounts import GIB, Amounts, from_message
 from nodeservice.master.checks import amount_of, check_id, invalid
 from nodeservice.master.clock import MasterClock
@@ -299,10 +300,33 @@ class NodeRegistry:
             node.worker_id
             for node in self._nodes.values()
             if not (self._active(node) and node.heartbeat.worker_id and not node.unsettled)
-            and not (node.heard_at_ms < before_ms and self._silent_for(node) > _RETURN_SECONDS)
+            and not self._is_past(node, before_ms)
         ]
         listed = [task.task_id for node in self._nodes.values() for task in node.heartbeat.running_tasks]
         return Untold(frozenset(away), frozenset(listed))
+
+    def _is_past(self, node: Node, before_ms: int) -> bool:
+        return node.heard_at_ms < before_ms and self._silent_for(node) > _RETURN_SECONDS
+
+    async def forget(self, before_ms: int, holders: Container[str]) -> list[str]:
+        """Remove those that were last heard of before, but for `holders` of open attempts; returns which.
+
+        One that comes back is told that it is not known, and registers.
+        """
+        gone = [n for n in self._nodes.values() if n.worker_id not in holders and self._is_past(n, before_ms)]
+        names = [node.worker_id for node in gone]
+        for name in names:
+            del self._nodes[name]
+        self._lately_able = [name for name in self._lately_able if name in self._nodes]
+        try:
+            await self._store.forget_nodes(names, before_ms)
+        except TransientError:
+            self._nodes = {node.worker_id: node for node in gone} | self._nodes
+            raise
+        for node in gone:
+            if not self._in_use(node.address):
+                await self._dialer.drop(node.address)
+        return names
 
     async def run(self) -> None:
         """Keep watch over our own time until cancelled."""

@@ -37,7 +37,7 @@ class MasterSettings:
     node_loss_retries: int = NODE_RETRIES
     """How often that happens to a task, and how often it is tried again after another fault of a node."""
     finished_retention_seconds: float | None = None
-    """Tasks that ended longer ago are forgotten; None: never."""
+    """Tasks that ended, and nodes last heard of, longer ago are forgotten; None: never."""
     server_credentials: grpc.ServerCredentials | None = field(default=None, repr=False)
     dial_credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     http_tls: ssl.SSLContext | None = field(default=None, repr=False)

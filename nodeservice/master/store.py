@@ -123,6 +123,20 @@ class MasterStore:
     async def load_nodes(self) -> list[NodeRow]:
         return [schema.node_row(found) for found in await self._rows(sa.select(schema.nodes))]
 
+    async def forget_nodes(self, worker_ids: Sequence[str], before_ms: int) -> None:
+        """Remove these, but for those that have registered since."""
+
+        def forget() -> None:
+            table = schema.nodes
+            with self._live().begin() as connection:
+                for worker_id in worker_ids:
+                    connection.execute(
+                        table.delete().where(table.c.worker_id == worker_id, table.c.heard_at_ms < before_ms)
+                    )
+
+        if worker_ids:
+            await self._run(forget)
+
     async def save_orphan(self, row: OrphanRow) -> None:
         """Insert or replace; only the newest 1,000 are kept, since any peer can send them."""
         await self._run(lambda: self._save_orphan(row))

@@ -212,6 +212,13 @@ async def test_a_node_is_replaced_by_its_name(store: MasterStore) -> None:
     assert await store.load_nodes() == [changed]
 
 
+async def test_nodes_are_forgotten_by_name_but_for_one_that_has_registered_since(store: MasterStore) -> None:
+    for worker_id, heard_at_ms in (("old", 1), ("back", 9), ("other", 1)):
+        await store.save_node(NodeRow(worker_id=worker_id, address="h:1", registered_at_ms=1, heard_at_ms=heard_at_ms))
+    await store.forget_nodes(["old", "back"], 9)
+    assert {node.worker_id for node in await store.load_nodes()} == {"back", "other"}
+
+
 async def test_nodes_that_register_at_once_share_a_transaction_and_are_all_stored(
     store: MasterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
