@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,19 @@ if TYPE_CHECKING:
     from nodeservice.wire import master_worker_pb2 as pb
 
 _POLL_SECONDS = 0.5
+
+
+class TaskState(StrEnum):
+    """Of a task, which is that of its current attempt."""
+
+    QUEUED = "QUEUED"
+    ASSIGNED = "ASSIGNED"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    REJECTED = "REJECTED"
+
 
 TaskId = Annotated[str, typer.Argument(metavar="ID", help="The task's id.")]
 Attempt = Annotated[
@@ -150,14 +164,26 @@ def ps(
     link: Connection,
     *,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="The newest so many.")] = 100,
+    states: Annotated[
+        list[TaskState] | None, typer.Option("--state", case_sensitive=False, help="In this state; repeatable.")
+    ] = None,
+    node: Annotated[str, typer.Option(help="Given to the node with this worker id.")] = "",
+    since: Annotated[str | None, typer.Option(help="Submitted in the last, such as 2h or 7d.")] = None,
 ) -> None:
     """List tasks, newest first."""
+    import time
+
     from nodeservice.cli.task_json import task_summary
+    from nodeservice.cli.units import parse_seconds
     from nodeservice.wire import master_worker_pb2 as pb
 
+    since_ms = 0 if since is None else int((time.time() - parse_seconds(since, option="--since")) * 1000)
+    wanted = pb.ListTasksRequest(limit=limit, states=states or (), worker_id=node, since_unix_ms=since_ms)
     with link.open() as stub:
-        answer = stub.ListTasks(pb.ListTasksRequest(limit=limit), timeout=CALL_SECONDS)
+        answer = stub.ListTasks(wanted, timeout=CALL_SECONDS)
     tasks = [task_summary(view) for view in answer.tasks]
+    if len(tasks) == limit:
+        say(f"these are the newest {limit}; there may be more: see --limit, --state, --node and --since")
     if link.as_json:
         _print_json(tasks)
     else:
@@ -288,14 +314,24 @@ def cancel(
         raise typer.Exit(ExitCode.REJECTED)
 
 
-def nodes(link: Connection) -> None:
-    """List the nodes: state, what is assigned of what tasks may have, last heartbeat."""
+def nodes(
+    link: Connection,
+    *,
+    worker_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="NODE...", help="Worker ids. Default: all nodes.")
+    ] = None,
+) -> None:
+    """List the nodes: state, what is assigned of what tasks may have, last heartbeat. Exit code 66 for an unknown one."""
+    from nodeservice.cli.exit_codes import ExitCode
     from nodeservice.cli.task_json import node_document
     from nodeservice.wire import master_worker_pb2 as pb
 
     with link.open() as stub:
         answer = stub.ListNodes(pb.ListNodesRequest(), timeout=CALL_SECONDS)
-    documents = [node_document(view) for view in answer.nodes]
+    documents = [node_document(view) for view in answer.nodes if not worker_ids or view.worker_id in worker_ids]
+    unknown = set(worker_ids or ()).difference(view.worker_id for view in answer.nodes)
+    if unknown:
+        raise link.failure(ExitCode.NOT_FOUND, "NOT_FOUND", f"the master knows no node {', '.join(sorted(unknown))}")
     if link.as_json:
         _print_json(documents)
     else:

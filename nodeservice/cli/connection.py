@@ -112,18 +112,19 @@ class Connection:
         metadata: dict[str, Any] = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.Call) else {}
         reason = str(metadata.get(_REASON_KEY, ""))
         if code is grpc.StatusCode.UNAVAILABLE and reason:
-            return self._exit(ExitCode.UNAVAILABLE, reason, details[:2000])
+            return self.failure(ExitCode.UNAVAILABLE, reason, details[:2000])
         if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return self._exit(
+            return self.failure(
                 ExitCode.UNAVAILABLE,
                 f"{self.peer.upper()}_UNREACHABLE",
                 f"{self._cause(details)} ({code.name}: {details[:300]})",
             )
         if code is grpc.StatusCode.NOT_FOUND:
-            return self._exit(ExitCode.NOT_FOUND, code.name, details[:2000] or f"the {self.peer} knows no such task")
-        return self._exit(ExitCode.REJECTED, code.name, f"the {self.peer} refused: {details[:2000]} ({code.name})")
+            return self.failure(ExitCode.NOT_FOUND, code.name, details[:2000] or f"the {self.peer} knows no such task")
+        return self.failure(ExitCode.REJECTED, code.name, f"the {self.peer} refused: {details[:2000]} ({code.name})")
 
-    def _exit(self, code: ExitCode, reason: str, message: str) -> typer.Exit:
+    def failure(self, code: ExitCode, reason: str, message: str) -> typer.Exit:
+        """Said; to be raised."""
         say(message)
         if self.as_json:
             sys.stdout.write(json.dumps({"outcome": None, "reason": reason, "message": message}) + "\n")

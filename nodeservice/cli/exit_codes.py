@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     IMAGE = 65
     """The image is not there or may not be pulled (EX_DATAERR)."""
     NOT_FOUND = 66
-    """The master knows no such task (EX_NOINPUT)."""
+    """The master knows no such task or node (EX_NOINPUT)."""
     UNAVAILABLE = 69
     """No engine, master or node answers (EX_UNAVAILABLE)."""
     NODE_FAULT = 70

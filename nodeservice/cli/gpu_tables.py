@@ -21,8 +21,21 @@ _SHORT = 12
 def gpu_tables(gpus: Sequence[Gpu], *, title: str) -> Iterator[RenderableType]:
     """How each GPU is and how much of it is held; then why one is not well; then what hardware it is."""
     yield _states(gpus, title)
-    yield from _complaints(gpus)
+    yield from complaints(gpus)
     yield _hardware(gpus)
+
+
+def complaints(gpus: Sequence[Gpu]) -> Iterator[Text]:
+    """Why each is not well, where one isn't."""
+    from rich.text import Text
+
+    for gpu in gpus:
+        if gpu["state_reason"]:
+            words = f"{gpu['uuid']} {gpu['state']}: {gpu['state_reason']}"
+            yield Text(printable(words), style=color_of(gpu["state"]))
+        if gpu["throttle_reasons"]:
+            words = f"{gpu['uuid']}: its clocks are held back by {', '.join(gpu['throttle_reasons'])}"
+            yield Text(printable(words), style="yellow")
 
 
 def driver_words(driver: str | None, cuda: str | None) -> str:
@@ -149,18 +162,6 @@ def _hardware(gpus: Sequence[Gpu]) -> FittedTable:
             text(_parts(gpu)),
         )
     return made
-
-
-def _complaints(gpus: Sequence[Gpu]) -> Iterator[Text]:
-    from rich.text import Text
-
-    for gpu in gpus:
-        if gpu["state_reason"]:
-            words = f"{gpu['uuid']} {gpu['state']}: {gpu['state_reason']}"
-            yield Text(printable(words), style=color_of(gpu["state"]))
-        if gpu["throttle_reasons"]:
-            words = f"{gpu['uuid']}: its clocks are held back by {', '.join(gpu['throttle_reasons'])}"
-            yield Text(printable(words), style="yellow")
 
 
 # ---- cells -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from nodeservice.cli.cells import bytes_ratio, bytes_text, printable, state, table, text
 from nodeservice.cli.fitted import FittedTable, console
-from nodeservice.cli.gpu_tables import asked_words, bill_table, driver_words, gpu_tables, part_words
+from nodeservice.cli.gpu_tables import asked_words, bill_table, complaints, driver_words, gpu_tables, part_words
 from nodeservice.cli.receipt_view import other_limits, receipt_rows, receipt_summary
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 _LONGEST_MESSAGE = 120
+_MOST_WITH_GPUS = 16
+"""Nodes: of more, two tables each would be thousands of lines."""
 
 
 def show_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
@@ -93,8 +95,16 @@ def show_nodes(nodes: Sequence[Mapping[str, Any]]) -> None:
     for node in nodes:
         for words in (*node["conditions"], *node["warnings"]):
             out.print(Text(printable(f"{node['worker_id']} {words}"), style="red"))
-    for node in nodes:
-        if node["gpus"]:
+    with_gpus = [node for node in nodes if node["gpus"]]
+    if len(with_gpus) > _MOST_WITH_GPUS:
+        for node in with_gpus:
+            for words in complaints(node["gpus"]):
+                out.print(Text(f"{printable(node['worker_id'])} ").append_text(words))
+        out.print(
+            text(f"The GPUs of {len(with_gpus)} nodes are not listed: name up to {_MOST_WITH_GPUS} to see theirs.")
+        )
+    else:
+        for node in with_gpus:
             versions = driver_words(node["gpu_driver_version"], node["cuda_version"])
             title = text(f"GPUs of {node['worker_id']}" + (f": {versions}" if versions else ""))
             for part in gpu_tables(node["gpus"], title=title):

@@ -9,6 +9,7 @@ from nodeservice.errors import RequestError
 from nodeservice.master.amounts import GIB, Amounts
 from nodeservice.master.gpu_checks import wish_of
 from nodeservice.master.request import Request
+from nodeservice.master.rows import State, Wanted
 from nodeservice.task_bounds import (
     ID,
     TIMES,
@@ -61,6 +62,15 @@ def check_attempt(field: str, attempt: int) -> int:
     if not 1 <= attempt <= 1_000_000:
         raise invalid(field, f"{attempt} is not between 1 and 1000000")
     return attempt
+
+
+def check_wanted(request: pb.ListTasksRequest) -> Wanted:
+    unknown = set(request.states) - {state.value for state in State}
+    if unknown:
+        raise invalid("states", f"{shown(min(unknown))} is none of {', '.join(State)}")
+    if request.worker_id:
+        check_id("worker_id", request.worker_id)
+    return Wanted(states=frozenset(request.states), worker_id=request.worker_id, since_ms=max(0, request.since_unix_ms))
 
 
 def check_traceparent(text: str) -> str:

@@ -23,7 +23,7 @@ from nodeservice.master.dialing import NodeDialer
 from nodeservice.master.fault_points import armed
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.retention import Retention
-from nodeservice.master.rows import State
+from nodeservice.master.rows import State, Wanted
 from nodeservice.master.scheduler import Scheduler
 from nodeservice.master.service import MasterServicer
 from nodeservice.master.settings import MasterSettings
@@ -85,7 +85,7 @@ class Master:
             self._spawn(opened, self._scheduler.run(), "scheduler")
             self._spawn(opened, self._watch_certificates(), "certificates")
             if self.settings.finished_retention_seconds is not None:
-                seconds, newest = self.settings.finished_retention_seconds, await self._book.newest(1)
+                seconds, newest = self.settings.finished_retention_seconds, await self._book.newest(1, Wanted())
                 known_ms = newest[0].queued_at_ms if newest else None
                 parts = (self._book, self._nodes, self._store, MasterClock())
                 retention = Retention(*parts, seconds=seconds, known_ms=known_ms)

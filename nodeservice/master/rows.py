@@ -89,6 +89,16 @@ class OrphanRow:
     received_at_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which tasks are to be listed, by their current attempts. What is empty leaves none out."""
+
+    states: frozenset[str] = frozenset()
+    worker_id: str = ""
+    since_ms: int = 0
+    """Submitted then or later."""
+
+
 @dataclass(frozen=True, slots=True)
 class Untold:
     """Of which nodes may have more to tell: all of `worker_ids`, which are away, and tasks that others list."""

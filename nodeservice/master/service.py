@@ -10,7 +10,7 @@ import grpc.aio
 import structlog
 
 from nodeservice.errors import NodeServiceError, RequestError, TransientError
-from nodeservice.master.checks import check_id, check_traceparent
+from nodeservice.master.checks import check_id, check_traceparent, check_wanted
 from nodeservice.master.identity import check_worker_id, names_of_call
 from nodeservice.master.log_proxy import LogProxy
 from nodeservice.master.nodes import NodeRegistry
@@ -149,7 +149,7 @@ class MasterServicer(pb_grpc.MasterWorkerServicer):
     async def ListTasks(self, request: pb.ListTasksRequest, context: Context) -> pb.TaskList:  # noqa: N802
         limit = min(request.limit, _LIST_LIMIT) if request.limit > 0 else _LIST_LIMIT
         try:
-            rows = await self._book.newest(limit)
+            rows = await self._book.newest(limit, check_wanted(request))
         except NodeServiceError as error:
             await _abort(context, error)
         return pb.TaskList(tasks=[self._view(row, brief=True) for row in rows])

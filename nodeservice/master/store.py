@@ -15,13 +15,14 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from nodeservice.errors import ConfigError, TransientError
 from nodeservice.master import schema
-from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow, Untold
+from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow, Untold, Wanted
 
 T = TypeVar("T")
 
 ORPHANS_KEPT = 1_000
 _FORGOTTEN_COUNT = 100
 """Attempts that are looked at in one transaction: some 1 MiB, which others wait for."""
+_ANY = Wanted()
 _OPEN_STATES = tuple(state.value for state in State if not state.is_final)
 
 
@@ -70,11 +71,18 @@ class MasterStore:
         query = sa.select(schema.tasks).where(schema.tasks.c.state.in_(_OPEN_STATES)).order_by(schema.tasks.c.sequence)
         return [schema.task_row(found) for found in await self._rows(query)]
 
-    async def newest_tasks(self, limit: int) -> list[TaskRow]:
-        """The current attempt of each task, the newest first."""
+    async def newest_tasks(self, limit: int, wanted: Wanted = _ANY) -> list[TaskRow]:
+        """The current attempt of each task that is wanted, the newest first."""
         tasks, newer = schema.tasks, schema.tasks.alias()
         is_newer = sa.and_(newer.c.task_id == tasks.c.task_id, newer.c.sequence > tasks.c.sequence)
-        query = sa.select(tasks).where(~sa.exists().where(is_newer)).order_by(tasks.c.sequence.desc()).limit(limit)
+        query = sa.select(tasks).where(~sa.exists().where(is_newer), tasks.c.submitted_at_ms >= wanted.since_ms)
+        if wanted.states:
+            # By their own index only those that are few: the ended ones would all be read, to be put in order.
+            state = tasks.c.state if wanted.states <= set(_OPEN_STATES) else tasks.c.state.concat("")
+            query = query.where(state.in_(wanted.states))
+        if wanted.worker_id:
+            query = query.where(tasks.c.worker_id == wanted.worker_id)
+        query = query.order_by(tasks.c.sequence.desc()).limit(limit)
         return [schema.task_row(found) for found in await self._rows(query)]
 
     async def find_task(self, task_id: str, attempt: int | None = None) -> TaskRow | None:

@@ -20,7 +20,7 @@ from nodeservice.master.attempts import Claim, Moment, Taken
 from nodeservice.master.checks import check_task, request_of
 from nodeservice.master.clock import MasterClock
 from nodeservice.master.request import Request
-from nodeservice.master.rows import Key, OrphanRow, State, TaskRow, Untold
+from nodeservice.master.rows import Key, OrphanRow, State, TaskRow, Untold, Wanted
 from nodeservice.master.store import MasterStore
 from nodeservice.master.submissions import conflict, submitted_before
 from nodeservice.wire import master_worker_pb2 as pb
@@ -88,9 +88,9 @@ class TaskBook:
         """All of a task, the oldest first."""
         return [self._open.get(row.key, row) for row in await self._store.attempts(task_id)]
 
-    async def newest(self, limit: int) -> list[TaskRow]:
-        """The current attempt of each task, the newest first."""
-        return [self._open.get(row.key, row) for row in await self._store.newest_tasks(limit)]
+    async def newest(self, limit: int, wanted: Wanted) -> list[TaskRow]:
+        """The current attempt of each task that is wanted, the newest first."""
+        return [self._open.get(row.key, row) for row in await self._store.newest_tasks(limit, wanted)]
 
     def changed(self) -> asyncio.Event:
         """Set at the next change of any attempt's state; take a new one for each wait, and before looking."""

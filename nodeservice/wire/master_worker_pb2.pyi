@@ -543,10 +543,16 @@ class SubmitAck(_message.Message):
     def __init__(self, success: _Optional[bool] = ..., message: _Optional[str] = ..., task_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ListTasksRequest(_message.Message):
-    __slots__ = ("limit",)
+    __slots__ = ("limit", "states", "worker_id", "since_unix_ms")
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     limit: int
-    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+    states: _containers.RepeatedScalarFieldContainer[str]
+    worker_id: str
+    since_unix_ms: int
+    def __init__(self, limit: _Optional[int] = ..., states: _Optional[_Iterable[str]] = ..., worker_id: _Optional[str] = ..., since_unix_ms: _Optional[int] = ...) -> None: ...
 
 class TaskView(_message.Message):
     __slots__ = ("task", "state", "worker_id", "phase", "message", "result", "submitted_at_unix_ms", "assigned_at_unix_ms", "finished_at_unix_ms", "reason", "running", "attempts")

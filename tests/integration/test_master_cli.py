@@ -103,7 +103,8 @@ async def test_the_whole_life_of_a_task_from_the_command_line(master: MasterProc
         assert [(one["worker_id"], one["state"], one["allocatable"]["cpu_milli"]) for one in nodes] == [
             ("w1", "ACTIVE", 4000)
         ]
-        assert "ACTIVE" in (await run("nodes", *at)).out
+        assert "ACTIVE" in (await run("nodes", *at, "w1")).out
+        assert (await run("nodes", *at, "w1", "w9", "--json")).json["message"] == "the master knows no node w9"
 
 
 async def test_the_log_of_a_node_that_does_not_answer_is_told_apart_from_an_empty_one(master: MasterProcess) -> None:
@@ -194,6 +195,11 @@ async def test_waiting_for_several_succeeds_only_if_all_did(master: MasterProces
         assert (await run("wait", "a", **env)).code == 0
         assert (await run("wait", "b", **env)).code == 137
         assert (await run("wait", "a", "b", **env)).code == 1
+        failed = await run("ps", "--state", "failed", "--node", "w1", "--since", "1h", "--json", **env)
+        assert ([task["task_id"] for task in failed.json], failed.err) == (["b"], "")
+        newest = await run("ps", "-n", "1", "--json", **env)
+        assert (len(newest.json), "there may be more" in newest.err) == (1, True)
+        assert (await run("ps", "--state", "OVER", **env)).code == 2
 
 
 async def test_what_a_task_or_node_says_steers_no_terminal(master: MasterProcess) -> None:

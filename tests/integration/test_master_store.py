@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from nodeservice.errors import ConfigError, TransientError
 from nodeservice.master import schema
-from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow, Untold
+from nodeservice.master.rows import NodeRow, OrphanRow, State, TaskRow, Untold, Wanted
 from nodeservice.master.store import ORPHANS_KEPT, MasterStore, sqlite_url
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.integration.postgresql import Cluster, running_postgresql, why_not
@@ -122,6 +122,26 @@ async def test_open_tasks_come_in_the_order_of_the_queue_and_lists_newest_first(
     assert [found.task_id for found in await store.open_tasks()] == ["b", "c"]
     assert [found.task_id for found in await store.newest_tasks(2)] == ["c", "b"]
     assert await store.last_sequence() == 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "listed"),
+    [
+        (Wanted(), ["d", "c", "b"]),
+        (Wanted(states=frozenset({"FAILED", "RUNNING"})), ["c", "b"]),
+        (Wanted(states=frozenset({"LOST"})), []),
+        (Wanted(worker_id="w"), ["c"]),
+        (Wanted(since_ms=6), ["c"]),
+    ],
+)
+async def test_those_that_are_wanted_are_listed_by_their_current_attempt(
+    store: MasterStore, wanted: Wanted, listed: list[str]
+) -> None:
+    other = replace(row("c", sequence=3, state=State.FAILED, worker_id="w"), submitted_at_ms=6)
+    lost = row("d", sequence=4, state=State.LOST, worker_id="w")
+    running = row("b", sequence=2, state=State.RUNNING, worker_id="x")
+    await store.save_tasks([row("a", state=State.SUCCEEDED), running, other, lost, row("d", 2, 5)])
+    assert [found.task_id for found in await store.newest_tasks(3, wanted)] == listed
 
 
 async def forget(store: MasterStore, before_ms: int, untold: Untold = _NOBODY) -> int:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from nodeservice.errors import TransientError
-from nodeservice.master.rows import OrphanRow, TaskRow
+from nodeservice.master.rows import OrphanRow, TaskRow, Wanted
 
 
 class MemoryMasterStore:
@@ -35,7 +35,8 @@ class MemoryMasterStore:
     async def open_tasks(self) -> list[TaskRow]:
         return sorted((row for row in self.rows.values() if not row.state.is_final), key=lambda row: row.sequence)
 
-    async def newest_tasks(self, limit: int) -> list[TaskRow]:
+    async def newest_tasks(self, limit: int, wanted: Wanted) -> list[TaskRow]:
+        assert wanted == Wanted(), "all tasks alone"
         newest = {row.task_id: row for row in sorted(self.rows.values(), key=lambda row: row.sequence)}
         return sorted(newest.values(), key=lambda row: -row.sequence)[:limit]
 

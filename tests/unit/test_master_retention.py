@@ -14,6 +14,7 @@ from nodeservice.master.clock import MasterClock
 from nodeservice.master.nodes import NodeRegistry
 from nodeservice.master.request import Request
 from nodeservice.master.retention import Retention
+from nodeservice.master.rows import Wanted
 from nodeservice.master.store import MasterStore, sqlite_url
 from nodeservice.master.tasks import TaskBook
 from nodeservice.wire import master_worker_pb2 as pb
@@ -79,7 +80,7 @@ async def test_a_task_is_forgotten_once_it_ended_long_ago_and_its_node_holds_not
         master.nodes.heartbeat(pb.Heartbeat(worker_id="w", running_tasks=[still]))
         assert await master.retention.look() == removed
     assert await master.book.find("ended") is None
-    assert [row.task_id for row in await master.book.newest(9)] == ["waits", "kept"]
+    assert [row.task_id for row in await master.book.newest(9, Wanted())] == ["waits", "kept"]
     master.nodes.heartbeat(pb.Heartbeat(worker_id="w"))
     assert await master.retention.look() == 1
     assert [row.task_id for row in master.book.open_rows()] == ["waits"]
@@ -116,7 +117,7 @@ async def test_a_clock_that_jumped_ahead_makes_nothing_forgotten_before_it_stood
     await master.end("t")
     master.clock.wrong_days = 300
     if was_restarted:
-        master.retention = master.new_retention((await master.book.newest(1))[0].queued_at_ms)
+        master.retention = master.new_retention((await master.book.newest(1, Wanted()))[0].queued_at_ms)
     for _ in range(24):
         master.nodes.heartbeat(pb.Heartbeat(worker_id="w"))
         assert await master.retention.look() == 0

@@ -36,6 +36,17 @@ def test_the_last_heartbeat_of_a_node_is_shown_to_the_second_and_its_version(
     assert "16:00" not in next(line for line in lines if "never-heard" in line)
 
 
+def test_of_many_nodes_with_gpus_the_trouble_alone_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    gpus = [pb.GpuInfo(uuid="GPU-a", state="WELL"), pb.GpuInfo(uuid="GPU-b", state="FAULTY", state_reason="XID 79")]
+    views = [node_document(pb.NodeView(worker_id=f"node-{number}", gpus=gpus)) for number in range(17)]
+    show_nodes(views[:16])
+    assert "GPU-a" in capsys.readouterr().out
+    show_nodes(views)
+    out = capsys.readouterr().out
+    assert ("GPU-a" in out, "GPUs of 17 nodes are not listed" in out) == (False, True)
+    assert "node-16 GPU-b FAULTY: XID 79" in out
+
+
 def _tasks() -> list[dict[str, object]]:
     """As long as they come: ids like those of a master, the longest words for state and reason."""
     ended = pb.TaskView(
