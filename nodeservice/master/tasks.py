@@ -81,6 +81,8 @@ class TaskBook:
 
     async def find(self, task_id: str, attempt: int | None = None) -> TaskRow | None:
         """An attempt in whatever state; without `attempt` the current one."""
+        if attempt is not None and (row := self._open.get((task_id, attempt))) is not None:
+            return row
         found = await self._store.find_task(task_id, attempt)
         return None if found is None else self._open.get(found.key, found)
 

@@ -46,6 +46,14 @@ async def test_a_client_that_hangs_up_during_the_write_leaves_a_task_that_is_sch
     assert (await submit(book)).state is State.QUEUED, "the same task again is the same row"
 
 
+async def test_who_follows_an_attempt_that_has_not_ended_costs_the_database_nothing(
+    store: MemoryMasterStore, book: TaskBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = await submit(book)
+    monkeypatch.setattr(store, "find_task", None)
+    assert await book.find(*row.key) == row
+
+
 async def test_a_write_that_fails_changes_nothing_in_memory(store: MemoryMasterStore, book: TaskBook) -> None:
     await submit(book)
     store.fails = True
