@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import signal
 from collections.abc import Coroutine
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ import structlog
 
 from nodeservice.certificates import doubts_about
 from nodeservice.errors import ConfigError, InvariantError, RequestError, TransientError
-from nodeservice.listening import not_bound
+from nodeservice.listening import not_bound, server_options
 from nodeservice.master.announce import announce
 from nodeservice.master.checks import check_address, shown
 from nodeservice.master.clock import MasterClock
@@ -38,8 +39,7 @@ log = structlog.get_logger(__name__)
 _WILDCARDS = ("0.0.0.0", "[::]", "::", "*", "")  # noqa: S104
 _CALLS_GRACE_SECONDS = 2.0
 _USABLE = "choose a directory that this user may write to"
-_SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
-"""Without this, two masters could listen on one port, and each would get some of the calls."""
+_MOST_FILES = 65_536
 
 
 class Master:
@@ -150,7 +150,7 @@ class Master:
 
     async def _listen(self, opened: contextlib.AsyncExitStack) -> None:
         host, _ = _split(self.settings.listen, "listen")
-        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        server = grpc.aio.server(options=server_options())
         servicer = MasterServicer(
             book=self._book,
             nodes=self._nodes,
@@ -231,6 +231,7 @@ async def serve_master(settings: MasterSettings, manager: ServiceManager | None 
     Raises ConfigError or TransientError (no database, no port) when it can't start, InvariantError when a part broke.
     """
     manager = manager or ServiceManager()
+    _allow_files()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -249,6 +250,14 @@ async def serve_master(settings: MasterSettings, manager: ServiceManager | None 
         await master.stop()
     if master.broken.is_set():
         raise InvariantError("a part of the master ended by itself; see the log")
+
+
+def _allow_files() -> None:
+    """As many as are allowed: each node takes two, one for each direction."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _MOST_FILES if most == resource.RLIM_INFINITY else min(most, _MOST_FILES)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
 
 
 def _split(address: str, field: str) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.logs import LogBook
 from nodeservice.lifecycle.node_mode import Mode, ModeKeeper
 from nodeservice.lifecycle.workdir import WorkDirs
-from nodeservice.listening import not_bound
+from nodeservice.listening import not_bound, server_options
 from nodeservice.rpc import convert
 from nodeservice.rpc.log_stream import stream_log
 from nodeservice.task_bounds import MAX_SECONDS
@@ -34,7 +34,6 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -43,7 +42,7 @@ def bind_server(listen: str, credentials: grpc.ServerCredentials | None) -> tupl
 
     Raises TransientError (NOT_LISTENING).
     """
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(options=(*server_options(), *_SERVER_OPTIONS))
     try:
         if credentials is None:
             return server, int(server.add_insecure_port(listen))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import resource
 import socket
 from collections.abc import Iterator
 
 import pytest
 
+from nodeservice import listening
 from nodeservice.cli.exit_codes import ExitCode, code_of_error
 from nodeservice.errors import TransientError
 from nodeservice.rpc.server import bind_server
@@ -35,3 +39,46 @@ async def test_an_address_that_cannot_be_had_now_is_told_with_the_reason_and_tri
         bind_server(address, None)
     assert str(caught.value).startswith(f"listen {address} cannot be bound: {why} (")
     assert (caught.value.field, code_of_error(caught.value)) == ("listen", ExitCode.UNAVAILABLE)
+
+
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How a client of HTTP/2 begins: with the preface and settings (RFC 9113, 3.4)."""
+
+
+@pytest.mark.parametrize("said", [b"", GREETING[:9], GREETING], ids=["nothing", "half", "all"])
+async def test_who_connects_and_makes_no_call_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(listening, "_HANDSHAKE_MS", 50)
+    monkeypatch.setattr(listening, "_IDLE_MS", 50)
+    server, port = bind_server("127.0.0.1:0", None)
+    await server.start()
+    await _until_hung_up(await _connected(port, said))
+    await server.stop(None)
+
+
+async def test_connections_leave_this_process_files_for_its_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
+    server, port = bind_server("127.0.0.1:0", None)
+    await server.start()
+    first, second = await _connected(port, GREETING), await _connected(port, GREETING)
+    for kept in (first, second):
+        assert await kept[0].read(9), "its settings"
+    await _until_hung_up(await _connected(port, GREETING))
+    await server.stop(None)
+
+
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _connected(port: int, said: bytes) -> _Streams:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(said)
+    return reader, writer
+
+
+async def _until_hung_up(streams: _Streams) -> None:
+    reader, writer = streams
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
+    writer.close()
