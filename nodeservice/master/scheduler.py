@@ -50,6 +50,9 @@ class Scheduler:
         self._waits_since: dict[Key, float] = {}
         """Since when (monotonic) each that may not wait for ever has waited."""
         self._impossible_since: dict[Key, float] = {}
+        self._looked_seconds = 0.0
+        """A long queue of unlike tasks takes long to look at, and nobody is answered meanwhile: others get as much time
+        afterwards. What a pass waits for the database is not in it."""
         self.delivery = Delivery(book, nodes, clock, retry_seconds=self._settings.retry_seconds, on_room=self.wake)
 
     def wake(self) -> None:
@@ -61,14 +64,12 @@ class Scheduler:
         try:
             while True:
                 self._wake.clear()
-                began = self._clock.monotonic()
+                self._looked_seconds = 0.0
                 try:
                     await self._pass()
                 except NodeServiceError as error:
                     log.error("scheduler.pass_failed", error=str(error))
-                # A long queue of unlike tasks takes long to look at, and nobody is answered meanwhile.
-                took_seconds = self._clock.monotonic() - began
-                await self._clock.sleep(max(self._settings.least_pause_seconds, took_seconds))
+                await self._clock.sleep(max(self._settings.least_pause_seconds, self._looked_seconds))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._settings.tick_seconds):
                         await self._wake.wait()
@@ -81,6 +82,7 @@ class Scheduler:
         self._nodes.notice_silence()
         await self._give_up_gone_nodes()
         await self._give_up_unanswered(now)
+        began = self._clock.monotonic()
         queue = self._candidates(now)
         # What all nodes have to offer is asked only where somebody waits for it: it costs some time for each node.
         offers = self._offers() if queue else ()
@@ -90,6 +92,7 @@ class Scheduler:
         )
         self._book.explain({key: (why.reason, why.message) for key, why in plan.never.items()})
         self._explain_silence()
+        self._looked_seconds = self._clock.monotonic() - began
         since = self._impossible_since
         self._impossible_since = {key: since.get(key, now) for key in plan.never}
         hopeless = [k for k, at in self._impossible_since.items() if now - at >= self._settings.impossible_seconds]
