@@ -327,6 +327,16 @@ async def test_a_restart_of_postgresql_costs_a_reconnect(cluster: Cluster) -> No
         await store.close()
 
 
+async def test_a_postgresql_that_is_gone_without_a_word_is_not_waited_for_by_the_hour(cluster: Cluster) -> None:
+    store = MasterStore(cluster.url())
+    await store.open()
+    with store._live().connect() as connection:
+        told = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+    await store.close()
+    idle, interval, count = (int(told[f"keepalives_{name}"]) for name in ("idle", "interval", "count"))
+    assert max(idle + interval * count, int(told["tcp_user_timeout"]) // 1000) <= 30
+
+
 async def test_only_its_owner_may_read_a_new_sqlite_file_since_it_holds_the_environment_of_tasks(
     tmp_path: Path,
 ) -> None:
