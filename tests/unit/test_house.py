@@ -32,6 +32,7 @@ from nodeservice.core.model import (
     Usage,
     Verdict,
 )
+from nodeservice.daemon.instruments import INSTRUMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 WIRE = ROOT / "nodeservice" / "wire"
@@ -214,6 +215,13 @@ def test_the_manual_lists_every_setting_with_its_default() -> None:
     assert set(listed) == set(settings)
     fixed = {name: written(field.default) for name, field in settings.items() if field.default_factory is None}
     assert {name: listed[name] for name in fixed} == fixed
+
+
+def test_the_manual_lists_every_metric() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text().partition("## Metrics\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (\w+) \| `(.+?)` \| (.+?) \|", text, re.MULTILINE)
+    told = [(each.name, each.kind.value, each.unit, each.attributes) for each in INSTRUMENTS]
+    assert [(name, kind, unit, tuple(re.findall("`(.+?)`", names))) for name, kind, unit, names in rows] == told
 
 
 def test_the_manual_explains_every_exit_code() -> None:

@@ -103,7 +103,9 @@ async def test_an_image_that_was_here_before_or_got_another_name_is_never_remove
             await look(node)
             await look(node)
         assert shelf.present == {"theirs", "named"}
-        assert [line["image"] for line in logs if line["event"] == "image.removed"] == [(full_name("ours"),)]
+        (removed,) = [line for line in logs if line["event"] == "image.removed"]
+        assert removed["image"] == (full_name("ours"),)
+        assert node.tally.removed_image_bytes == removed["size_bytes"] > 0
 
 
 async def test_an_image_of_a_running_task_stays_however_full_the_disk_is(world: World) -> None:

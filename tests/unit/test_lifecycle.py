@@ -127,6 +127,9 @@ async def test_a_store_that_fails_at_first_is_tried_again(world: World) -> None:
         assert record.verdict is not None
         assert record.verdict.outcome is Outcome.SUCCEEDED
         assert world.store.put_count == 6
+        assert record.collected is not None
+        assert node.tally.stored_bytes == record.collected.total_bytes > 0
+        assert +node.tally.finished == {(Outcome.SUCCEEDED, Reason.COMPLETED): 1}
 
 
 async def test_results_are_kept_here_when_the_store_stays_away(world: World) -> None:
@@ -140,6 +143,8 @@ async def test_results_are_kept_here_when_the_store_stays_away(world: World) -> 
         assert report.verdict.reason is Reason.RESULTS_NOT_STORED
         assert report.verdict.exit_code == 0
         assert "t/1" in world.kept.stored
+        assert node.tally.stored_bytes == 0
+        assert +node.tally.finished == {(Outcome.FAILED, Reason.RESULTS_NOT_STORED): 1}
 
 
 async def test_a_long_pause_between_tries_does_not_prolong_the_limit(world: World) -> None:
@@ -176,10 +181,12 @@ async def test_an_unreachable_master_gets_the_report_later_and_holds_no_cpu(worl
         await node.assign(spec())
         await node.until(lambda: node.phase(T) is Phase.REPORTING)
         assert node.driver.ledger.leased.cpu_milli == 0
+        assert node.tally.finished.total() == 1
     world.uplink.down = False
     async with living(world) as node:
         await node.until_finished(T)
         assert len(world.uplink.reports) == 1
+        assert node.tally.finished.total() == 0  # it was counted by the process in which it ended
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,9 @@ def test_a_record_that_cannot_be_told_never_raises(receiver: OtlpReceiver) -> No
 def test_a_node_without_a_collector_does_not_load_opentelemetry() -> None:
     code = (
         "import sys; from nodeservice.telemetry.tracing import open_trace_sink;"
+        "from nodeservice.telemetry.metrics import open_metrics; import nodeservice.daemon.instruments;"
         "open_trace_sink(None, insecure=False, worker_id='node-1');"
+        "open_metrics(None, insecure=False, worker_id='node-1', instruments=(), read=dict);"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

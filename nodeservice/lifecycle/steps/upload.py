@@ -38,7 +38,7 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
         try:
             if bundle is None:
                 bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
-            return ev.ResultsStored(location=await context.store.put(bundle), at=context.clock.now())
+            return ev.ResultsStored(location=await _store(context, bundle), at=context.clock.now())
         except (TransientError, NodeFaultError, RequestError) as error:
             context.store_in_doubt.set()
             failures += 1
@@ -59,6 +59,12 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
         pause, left = settings.store_backoff.delay(failures, random.random()), patience.left_seconds  # noqa: S311
         # The last try is at the limit, not one long pause after it.
         await context.clock.sleep(min(pause, left) if left > 0 else pause)
+
+
+async def _store(context: Context, bundle: ResultBundle) -> str:
+    location = await context.store.put(bundle)
+    context.on_stored(bundle.manifest.total_bytes)
+    return location
 
 
 async def _keep_here(
@@ -102,7 +108,7 @@ async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
         try:
             location = await asyncio.to_thread(context.bundles.moved_to, record.spec)
             if location is None:
-                location = await context.store.put(await asyncio.to_thread(context.bundles.kept, record.spec))
+                location = await _store(context, await asyncio.to_thread(context.bundles.kept, record.spec))
         except NodeServiceError as error:
             failures += 1
             if is_worth_telling(failures):
