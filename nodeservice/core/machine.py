@@ -301,7 +301,8 @@ def _collect_failed(record: TaskRecord, event: ev.CollectFailed) -> Step:
 
 
 def _stored(record: TaskRecord, event: ev.ResultsStored) -> Step:
-    return _enter(record, Phase.REPORTING, event.at, result_location=event.location)
+    stored = replace(record, collected=event.collected or record.collected, remarks=(*record.remarks, *event.remarks))
+    return _enter(stored, Phase.REPORTING, event.at, result_location=event.location)
 
 
 def _retained(record: TaskRecord, event: ev.ResultsRetained) -> Step:
