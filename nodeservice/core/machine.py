@@ -165,6 +165,7 @@ def _stop_noted(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 def _stop_while_starting(record: TaskRecord, event: ev.StopRequested) -> Step:
     """It may run already though the engine has not answered, and may not answer for long."""
+    event = replace(event, stop=verdicts.of_what_may_run(event.stop))
     step = _stop_noted(record, event)
     return replace(step, effects=(fx.StopContainer(),) if step.changed else ())
 
