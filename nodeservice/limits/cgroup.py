@@ -24,7 +24,7 @@ from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.block_devices import disks_of
 from nodeservice.limits.hierarchy import TASKS_DIRECTORY, read_mounts
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
-from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
+from nodeservice.limits.tree import CgroupTree, do_all, online_cpus, unread_limits
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
@@ -109,6 +109,7 @@ class KernelTaskCgroups:
         """What an engine made in the node's place while we were away has no limits."""
         self._shared_cpu_ids: Sequence[int] = ()
         """For tasks without exclusive CPUs; empty means all."""
+        self._without: dict[AttemptId, str] = {}  # a cgroup of their own, and why
 
     async def share(
         self,
@@ -132,9 +133,8 @@ class KernelTaskCgroups:
         try:
             await self._run(apply)
         except OSError as error:
-            fault = f"tasks are not held to the node's share: {error}"
-            level = log.debug if fault == self._fault else log.warning
-            self._fault = fault
+            before, self._fault = self._fault, f"tasks are not held to the node's share: {error}"
+            level = log.debug if before == self._fault else log.warning
             level("cgroup.share_not_set", path=place, error=str(error))
             return False
         self._fault = None
@@ -156,17 +156,18 @@ class KernelTaskCgroups:
                     field=_asked_rate(spec) or "exclusive_cpus",
                     hint="leave that limit out, or repair the cgroups of this node",
                 ) from error
+            self._without[spec.id] = str(error)
             return None
+        self._without.pop(spec.id, None)
         return self._places.parent_for_engine(spec.id)
 
     def rate_devices(self) -> Sequence[Path]:
         return self._tree.rate_devices()
 
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
-        nothing: list[Reading] = []
-        return await self._look(
-            id_, lambda place: self._tree.readings(place) if self._tree.was_used(place) else nothing, nothing
-        )
+        nothing = unread_limits(self._without.get(id_, ""))
+        look = self._tree.readings
+        return await self._look(id_, lambda place: look(place) if self._tree.was_used(place) else nothing, nothing)
 
     async def was_used(self, id_: AttemptId) -> bool:
         return await self._look(id_, self._tree.was_used, False)
@@ -197,6 +198,7 @@ class KernelTaskCgroups:
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
+        self._without.pop(id_, None)
         place = self._places.of_task(id_)
         for attempt in range(_REMOVE_ATTEMPTS):
             if attempt:
@@ -315,7 +317,7 @@ class NoTaskCgroups:
         return ()
 
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
-        return ()
+        return unread_limits(self._why)
 
     async def was_used(self, id_: AttemptId) -> bool:
         return False

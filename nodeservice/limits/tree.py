@@ -83,6 +83,13 @@ class CgroupTree(Protocol):
     def close(self) -> None: ...
 
 
+def unread_limits(why: str) -> list[Reading]:
+    """Of what a task's own cgroup would hold where it has none, and why; empty where that is no matter."""
+    names = ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit") if why else ()
+    note = f"the task has no cgroup of its own: {why}"
+    return [Reading(limit=name, value=None, source="", readable=False, note=note) for name in names]
+
+
 def do_all(calls: Iterable[Callable[[], None]]) -> None:
     """What the kernel refuses keeps nothing else from being done; the first refusal is raised at the end."""
     refused: OSError | None = None

@@ -79,7 +79,8 @@ class TaskCgroups(Protocol):
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         """The limits as the kernel holds them now: of the task's cgroup and of the container's below it.
 
-        Empty where there is no such cgroup, or where nothing ever ran in it: then it limits nobody.
+        Empty where there is no such cgroup, or where nothing ever ran in it: then it limits nobody. Where none could be made
+        they are not readable, and their notes say why.
         """
         ...
 

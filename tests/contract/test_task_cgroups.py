@@ -537,6 +537,11 @@ async def test_a_kernel_that_refuses_costs_the_cgroup_and_one_warning(tmp_path: 
 
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["cgroup.not_prepared"]
     assert not (stand_in.top / "nodeservice").exists()
+    told = {
+        reading.limit: reading.note for reading in await cgroups.readings(AttemptId("task")) if not reading.readable
+    }
+    assert told.keys() >= {"cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit"}
+    assert all("no cgroup of its own: " in note and "controllers" in note for note in told.values()), told
     await cgroups.close()
 
 
@@ -590,7 +595,7 @@ async def test_without_an_engine_or_with_a_driver_that_is_not_known_limits_sit_o
     for cgroups in (task_cgroups(node_id="node", facts=None), task_cgroups(node_id="node", facts=facts)):
         assert isinstance(cgroups, NoTaskCgroups)
         assert await cgroups.prepare(spec()) is None
-        assert await cgroups.readings(AttemptId("task", 1)) == ()
+        assert all(reading.note for reading in await cgroups.readings(AttemptId("task", 1)))
         assert cgroups.describe()
         assert await cgroups.usage(AttemptId("task", 1)) == Usage()
         await cgroups.remove(AttemptId("task", 1))
