@@ -8,21 +8,20 @@ limits sit on the container alone, and that is logged once, with the reason.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.block_devices import disks_of
-from nodeservice.limits.hierarchy import TASKS_DIRECTORY, read_mounts
+from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.places import DirectoryPlaces, Places
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
 from nodeservice.limits.tree import CgroupTree, do_all, online_cpus, unread_limits
 from nodeservice.limits.v1 import V1CgroupTree
@@ -33,7 +32,6 @@ from nodeservice.threads import Threads
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}\Z")
 _CREATE_ATTEMPTS = 3
 _REMOVE_ATTEMPTS = 20
 _REMOVE_PAUSE_SECONDS = 0.05
@@ -67,32 +65,6 @@ def _with_slices(node_id: str, facts: EngineFacts, disks: tuple[str, ...]) -> Ta
     from nodeservice.limits.slices import SlicePlaces, SliceTree  # only such hosts need a D-Bus library
 
     return KernelTaskCgroups(places=SlicePlaces(node_id), tree=SliceTree(read_mounts(), disks=disks))
-
-
-class Places(Protocol):
-    """Where cgroups lie below the root, and what the engine is told."""
-
-    def of_node(self) -> str: ...
-
-    def of_task(self, id_: AttemptId) -> str: ...
-
-    def parent_for_engine(self, id_: AttemptId) -> str: ...
-
-
-class DirectoryPlaces:
-    """Plain directories. The suffix keeps a node's id clear of the names of kernel files."""
-
-    def __init__(self, node_id: str) -> None:
-        self._node = f"{TASKS_DIRECTORY}/{_safe(node_id)}.node"
-
-    def of_node(self) -> str:
-        return self._node
-
-    def of_task(self, id_: AttemptId) -> str:
-        return f"{self._node}/{_safe(str(id_))}"
-
-    def parent_for_engine(self, id_: AttemptId) -> str:
-        return f"/{self.of_task(id_)}"
 
 
 class KernelTaskCgroups:
@@ -171,6 +143,9 @@ class KernelTaskCgroups:
 
     async def was_used(self, id_: AttemptId) -> bool:
         return await self._look(id_, self._tree.was_used, False)
+
+    async def crowded(self, id_: AttemptId) -> str:
+        return await self._look(id_, self._tree.crowded, "")
 
     async def look_after(self, id_: AttemptId) -> None:
         if self._tree.needs_looks:
@@ -322,6 +297,9 @@ class NoTaskCgroups:
     async def was_used(self, id_: AttemptId) -> bool:
         return False
 
+    async def crowded(self, id_: AttemptId) -> str:
+        return ""
+
     async def look_after(self, id_: AttemptId) -> None:
         """The container's own cgroup is all there is."""
 
@@ -391,10 +369,3 @@ def _online(cpu_ids: Sequence[int]) -> tuple[int, ...]:
 
 def _name_of(place: str) -> str:
     return place.rpartition("/")[2]
-
-
-def _safe(name: str) -> str:
-    """The name itself where it is safe as a directory, else a digest, which no safe name can look like."""
-    if _SAFE_NAME.match(name) and ".." not in name:
-        return name
-    return "+" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:40]

@@ -88,6 +88,10 @@ class TaskCgroups(Protocol):
         """Whether a process ever was in it, by the kernel's counts; false where there is no such cgroup."""
         ...
 
+    async def crowded(self, id_: AttemptId) -> str:
+        """One above it that has no room for the processes that a start takes, in words; empty where there is none."""
+        ...
+
     async def look_after(self, id_: AttemptId) -> None:
         """What has to be done while it runs. Call it after the start and now and then.
 

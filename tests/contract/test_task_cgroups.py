@@ -23,8 +23,9 @@ from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits import v1
 from nodeservice.limits.asked import ids_of
 from nodeservice.limits.block_devices import disks_of
-from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
+from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.limits.places import DirectoryPlaces
 from nodeservice.limits.plan import PIDS_OVERHEAD, CgroupLimits
 from nodeservice.limits.tree import CgroupTree, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
@@ -43,6 +44,7 @@ V2_DEFAULTS = {
     "memory.peak": "0",
     "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0",
     "pids.max": "max",
+    "pids.current": "0",
     "pids.peak": "0",
     "cpuset.cpus": Path("/sys/devices/system/cpu/online").read_text(),
 }
@@ -152,6 +154,17 @@ async def test_the_limits_read_back_are_those_asked(cgroups: KernelTaskCgroups) 
     assert effective["memory_swap_bytes"] == 64 * MIB
     assert effective["pids_limit"] == 32 + PIDS_OVERHEAD
     assert await cgroups.readings(AttemptId("task", 1)) == [], "nothing ran in it: it limits nobody"
+
+
+async def test_one_above_it_without_room_for_a_start_is_told(cgroups: KernelTaskCgroups) -> None:
+    parent = await cgroups.prepare(spec(pids_limit=1))
+    assert parent is not None
+    assert await cgroups.crowded(AttemptId("task")) == "", "its own limit is no matter"
+    tree = cgroups._tree
+    top = tree._bases["pids"] / "pids" if isinstance(tree, V1CgroupTree) else tree._top  # type: ignore[attr-defined]
+    node = (top / parent.lstrip("/")).parent
+    (node / "pids.max").write_text("9")
+    assert await cgroups.crowded(AttemptId("task")) == f"{node} has 0 of 9 processes"
 
 
 async def test_preparing_again_gives_the_same_place_and_the_limits_of_the_last_call(cgroups: KernelTaskCgroups) -> None:

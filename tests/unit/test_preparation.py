@@ -30,6 +30,10 @@ class Cgroups(NoTaskCgroups):
         self.asked_count = 0
         self.present: set[AttemptId] = set()
         self.used: set[AttemptId] = set()
+        self.crowd = ""
+
+    async def crowded(self, id_: AttemptId) -> str:
+        return self.crowd
 
     async def was_used(self, id_: AttemptId) -> bool:
         return id_ in self.used
@@ -109,6 +113,28 @@ async def test_of_a_task_cancelled_meanwhile_nothing_is_made_after_its_clean_up(
         assert not cgroups.present
         assert not node.dirs.root(T).exists()
         assert not node.context.preparing
+
+
+@pytest.mark.parametrize("crowd", ["", "/above has 9 of 10 processes"])
+@pytest.mark.parametrize("reason", [Reason.START_FAILED, Reason.COMMAND_NOT_FOUND])
+async def test_a_start_for_which_a_cgroup_above_has_no_room_is_no_fault_of_the_task(
+    world: World, crowd: str, reason: Reason
+) -> None:
+    world.cgroups = cgroups = Cgroups()
+    cgroups.allowed.set()
+    cgroups.crowd = crowd
+    world.runtime = FakeRuntime(images={"demo": FakeImage()})
+    world.runtime.fail_next("start", RequestError("can't get final child's PID from pipe: EOF", reason=reason.value))
+    async with living(world) as node:
+        await node.assign(spec())
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    is_crowded = bool(crowd) and reason is Reason.START_FAILED
+    assert record.verdict.reason is (Reason.NODE_FAULT if is_crowded else reason)
+    assert (("/above has 9 of 10" in record.verdict.message), "final child" in record.verdict.message) == (
+        is_crowded,
+        True,
+    )
 
 
 class CreatesLate(FakeRuntime):

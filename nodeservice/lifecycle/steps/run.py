@@ -42,7 +42,7 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
             await persist(context, lambda: _bound_layer(context, record, container_id))
         state = await persist(context, lambda: _start_once(context, record, container_id))
     except (RequestError, NodeFaultError) as error:
-        return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
+        return await _not_started(context, record, error)
     await context.disk.add_layer(record.id, state.layer, state.beside)
     await context.cgroups.look_after(record.id)
     gpu_part = await gpus.bound(context, record, state.pid)
@@ -67,6 +67,17 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         limits=told.as_dict(),
         not_enforced=told.mismatches if state.is_running else (),
     )
+
+
+async def _not_started(context: Context, record: TaskRecord, error: RequestError | NodeFaultError) -> ev.StepFailed:
+    """Engines have many words for a process that the kernel refused to make for them, none of which speaks of that."""
+    reason, message = reason_of(error, Reason.START_FAILED), str(error)
+    if reason is Reason.START_FAILED and (crowded := await context.cgroups.crowded(record.id)):
+        reason = Reason.NODE_FAULT
+        message = (
+            f"{message}; no room is left for the processes of a start: {crowded} (raise TasksMax or pids.max there)"
+        )
+    return ev.StepFailed(at=context.clock.now(), reason=reason, message=message)
 
 
 async def _start_once(context: Context, record: TaskRecord, container_id: str) -> ContainerState:
