@@ -119,6 +119,8 @@ class Context:
     """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
     preparing: dict[AttemptId, asyncio.Task[str | None]] = field(default_factory=dict)
     """What was begun for those that have no container yet: see `steps.prepare`."""
+    creating: dict[AttemptId, asyncio.Task[str]] = field(default_factory=dict)
+    """Containers that are being made, also for those that were stopped meanwhile."""
     ended: dict[AttemptId, Ended] = field(default_factory=dict)
     """Those that are not collected yet: neither the engine nor the kernel need be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest
 from nodeservice.core.retry import Backoff
-from nodeservice.errors import CapacityError, NodeFaultError, RequestError, TransientError
+from nodeservice.errors import CapacityError, NamesRefusedError, NodeFaultError, RequestError, TransientError
 from nodeservice.ports import LogMark
 from nodeservice.testing.failing_journal import FailingJournal
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
-from tests.unit.node_harness import NODE, World, living, spec
+from tests.unit.node_harness import NODE, World, living, running, spec
 
 T = AttemptId("t")
 DOWN = TransientError("store down", reason="STORE_UNREACHABLE")
@@ -173,6 +175,33 @@ async def test_results_too_large_for_the_store_stay_here_for_good(world: World) 
         assert record.verdict is not None
         assert record.verdict.reason is Reason.RESULTS_NOT_STORED
         assert record.result_location == "memory://t/1"
+
+
+@pytest.mark.parametrize("then", [[], [DOWN]], ids=["at once", "after another trouble"])
+async def test_results_whose_names_the_store_cannot_hold_are_told_and_all_others_stored(
+    world: World, then: list[TransientError]
+) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    world.store.fail_next(1, NamesRefusedError("2 results", names={"a:b": "no such name", "_task/MOVED": "nor this"}))
+    for failure in then:
+        world.store.fail_next(1, failure)
+    async with living(world) as node:
+        container = await running(node, spec())
+        for name in ("a:b", "MOVED", "c"):
+            (node.dirs.results(T) / name).write_text(name)
+        world.runtime.finish(container)
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.COMPLETED
+    [report] = world.uplink.reports
+    assert report.remarks[-1].startswith("2 results could not be stored")
+    assert report.remarks[-1].endswith("_task/MOVED: nor this")
+    stored = world.store.stored["t/1"]
+    assert stored.keys() == {"c", "stdout.log", "manifest.json"}
+    assert report.collected is not None
+    assert report.collected.manifest_sha256 == hashlib.sha256(stored["manifest.json"]).hexdigest()
+    assert (report.collected.file_count, report.collected.paths) == (2, ("c", "stdout.log"))
+    assert "a:b: no such name" in json.loads(stored["manifest.json"])["skipped"]
 
 
 async def test_an_unreachable_master_gets_the_report_later_and_holds_no_cpu(world: World) -> None:
