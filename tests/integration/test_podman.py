@@ -25,12 +25,12 @@ from tests.conftest import ROOT
 from tests.integration.podman_service import PodmanService, podman_service, require_podman
 from tests.integration.test_image_settings import packed
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180), pytest.mark.usefixtures("podman_alone")]
 NO_INIT = "/nonexistent/init"
 
 
 @pytest.fixture(scope="module")
-def podman() -> Iterator[PodmanService]:
+def podman(podman_alone: None) -> Iterator[PodmanService]:
     require_podman()
     found = [path for name in ("catatonit", "docker-init", "tini") if (path := shutil.which(name))]
     with podman_service(init=found[0] if found else NO_INIT) as service:
