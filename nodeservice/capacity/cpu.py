@@ -28,9 +28,9 @@ class CpuFacts:
 def read_cpu(
     root: Path = Path("/"), *, tasks_place: str | None = None, affinity: Collection[int] | None = None
 ) -> CpuFacts:
-    """For tasks below `tasks_place` (see `tasks_cgroup`). `affinity` None asks the kernel;
-    what cannot be read does not limit.
+    """For tasks below `tasks_place` (see `tasks_cgroup`). `affinity` None asks the kernel.
 
+    What cannot be read does not limit.
     Tasks have our affinity, as all processes do where the kernel keeps CPUs out of it, but not what our cpuset makes of it.
     """
     logical_count = _logical_count(root)
@@ -86,8 +86,10 @@ def _cpuset(cgroup: Cgroup | None) -> frozenset[int]:
 
 
 def _quotas_milli(cgroup: Cgroup | None) -> Iterator[int]:
-    for directory in cgroup.directories if cgroup is not None else ():
-        if cgroup is not None and cgroup.version == 1:
+    if cgroup is None:
+        return
+    for directory in cgroup.directories:
+        if cgroup.version == 1:
             quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
         else:
             quota, _, period = _read(directory / "cpu.max").partition(" ")

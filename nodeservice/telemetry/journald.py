@@ -67,7 +67,6 @@ class JournalLogger:
             self._sender.sendto(datagram, socket.MSG_DONTWAIT, self._path)
         except OSError:  # too large for a datagram, or journald is away or busy for the moment
             self._fallback.write(f"{line}\n")
-            self._fallback.flush()
 
     log = debug = info = warn = warning = error = exception = critical = fatal = msg
 

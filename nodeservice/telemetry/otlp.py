@@ -170,11 +170,10 @@ class _OutageExporter(SpanExporter):
         self._inner = inner
         self._endpoint = endpoint
         self._lost_count = 0
-        self._closed = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
-            result = SpanExportResult.FAILURE if self._closed else self._inner.export(spans)
+            result = self._inner.export(spans)
         except Exception as error:  # a channel closed in mid-call raises ValueError
             log.debug("trace.export_failed", endpoint=self._endpoint, error=repr(error))
             result = SpanExportResult.FAILURE
@@ -191,9 +190,7 @@ class _OutageExporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inner.shutdown()
+        self._inner.shutdown()
 
 
 def _story(record: TaskRecord) -> Attributes:
@@ -241,8 +238,7 @@ def _failed_phase(record: TaskRecord) -> str | None:
 def _phase_span_id(record: TaskRecord, timing: PhaseTiming) -> str:
     # The root span is part of it, since two attempts can share the caller's trace.
     story = f"{record.trace.trace_id}/{record.trace.span_id}/{timing.name}/{_nanoseconds(timing.started_at)}"
-    span_id = hashlib.sha256(story.encode()).hexdigest()[:16]
-    return span_id if span_id.strip("0") else "1".zfill(16)
+    return hashlib.sha256(story.encode()).hexdigest()[:16]
 
 
 def _nanoseconds(instant: datetime) -> int:
