@@ -52,16 +52,16 @@ class MasterLink:
         *,
         clock: Clock,
         credentials: grpc.ChannelCredentials | None,
-        heartbeat_seconds: float = 5.0,
-        call_deadline_seconds: float = 35.0,
-        backoff: Backoff | None = None,
+        heartbeat_seconds: float,
+        call_deadline_seconds: float,
+        backoff: Backoff,
     ) -> None:
         self._status = status
         self._clock = clock
         self._credentials = credentials
         self._heartbeat_seconds = heartbeat_seconds
         self._deadline = call_deadline_seconds
-        self._backoff = backoff or Backoff(first_seconds=0.5, max_seconds=15.0)
+        self._backoff = backoff
         self._address: str | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: pb_grpc.MasterWorkerStub | None = None
@@ -144,14 +144,14 @@ class MasterLink:
                     failures = 0
                     await self._beat()
                 except TransientError as error:
-                    if is_worth_telling(failures + 1):
+                    failures += 1
+                    if is_worth_telling(failures):
                         # Who does not take our certificate only hangs up.
                         hint = self._status.driver.warnings.get(EXPIRED)
                         told = {"failures": failures, "error": str(error)} | ({"hint": hint} if hint else {})
                         log.warning("master.unreachable", address=self._address, **told)
                     self._registered.clear()
                     pause = self._backoff.delay(failures, random.random())  # noqa: S311
-                    failures += 1
                     self._wants_releases = False  # until it says so again; its first heartbeat then tells all
                     if not self._wanted:
                         self._wake.clear()
@@ -192,7 +192,10 @@ class MasterLink:
             log.warning("report.not_delivered", task_id=record.id.task_id, attempt=record.id.attempt, error=str(error))
 
     async def _register(self) -> None:
-        info = await self._status.registration()
+        try:
+            info = await self._status.registration()
+        except OSError as error:  # a file system that fails; who keeps the tasks to their limits goes on
+            raise TransientError(f"this host cannot be looked at: {error}", reason="HOST_NOT_SEEN") from error
         ack = await self._call("RegisterWorker", lambda stub: stub.RegisterWorker(info, timeout=self._deadline))
         if not ack.success:
             raise TransientError(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
+from nodeservice.certificates import EXPIRED
 from nodeservice.clock import SystemClock
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, Verdict
 from nodeservice.core.retry import Backoff
@@ -27,8 +31,13 @@ class Status:
     """Of a node that has nothing to tell but that it is there."""
 
     worker_id = "w"
+    driver = SimpleNamespace(warnings={EXPIRED: "since yesterday"})
+    failures = 0
 
     async def registration(self) -> pb.WorkerInfo:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
         return pb.WorkerInfo(worker_id="w")
 
     async def heartbeat(self) -> pb.Heartbeat:
@@ -36,9 +45,10 @@ class Status:
 
 
 @contextlib.asynccontextmanager
-async def linked(master: ListeningMaster, **options: Any) -> AsyncIterator[MasterLink]:
-    options = {"heartbeat_seconds": NEVER_SECONDS} | options
-    link = MasterLink(Status(), clock=SystemClock(), credentials=None, **options)  # type: ignore[arg-type]
+async def linked(master: ListeningMaster, *, status: Status | None = None, **options: Any) -> AsyncIterator[MasterLink]:
+    backoff = Backoff(first_seconds=0.01, max_seconds=15.0)
+    options = {"heartbeat_seconds": NEVER_SECONDS, "call_deadline_seconds": 35.0, "backoff": backoff} | options
+    link = MasterLink(status or Status(), clock=SystemClock(), credentials=None, **options)  # type: ignore[arg-type]
     link.set_master(f"127.0.0.1:{master.port}")
     running = asyncio.create_task(link.run())
     try:
@@ -90,6 +100,17 @@ async def test_a_new_master_is_registered_with_at_once_though_the_old_one_does_n
         link.register_again()
         await eventually(lambda: new.registrations == 2)
         assert new.beats == []
+
+
+async def test_a_host_that_cannot_be_looked_at_is_registered_once_it_can() -> None:
+    status = Status()
+    status.failures = 2
+    with capture_logs() as logs:
+        async with AskingMaster() as master, linked(master, status=status):
+            assert (status.failures, master.registrations) == (0, 1)
+    (told,) = (line for line in logs if line["event"] == "master.unreachable")
+    assert "Input/output error" in told["error"]
+    assert (told["failures"], told["hint"]) == (1, "since yesterday")
 
 
 class WordyMaster(ListeningMaster):
