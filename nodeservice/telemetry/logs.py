@@ -48,7 +48,6 @@ def configure_logging(
             colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=28
         )
     processors: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
     ]
     if not into_journal:  # which notes the time itself
