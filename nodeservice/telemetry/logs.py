@@ -47,9 +47,7 @@ def configure_logging(
         renderer = structlog.dev.ConsoleRenderer(
             colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=28
         )
-    processors: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-    ]
+    processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level]
     if not into_journal:  # which notes the time itself
         processors.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
     if fmt == "console":  # JSON escapes by itself

@@ -48,8 +48,7 @@ class OtlpTraceSink:
     def __init__(self, endpoint: str, *, insecure: bool, worker_id: str) -> None:
         # Its own messages repeat with every batch; `_OutageExporter` says the same once.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        scheme = endpoint.partition("://")[0].lower() if "://" in endpoint else ""
-        plain = {"http": True, "https": False}.get(scheme, insecure)
+        plain = insecure or endpoint.startswith("http://")  # https:// wins, in the exporter itself
         self._exporter = _OutageExporter(
             OTLPSpanExporter(endpoint=endpoint, insecure=plain, timeout=EXPORT_TIMEOUT_SECONDS), endpoint
         )
@@ -77,7 +76,7 @@ class OtlpTraceSink:
             self._send(
                 record,
                 name=f"task.{timing.name}",
-                span_id=_phase_span_id(record, timing),
+                span_id=_phase_span_id(record, timing.name),
                 parent_span_id=record.trace.span_id,
                 started_at=timing.started_at,
                 ended_at=timing.ended_at or timing.started_at,
@@ -90,14 +89,13 @@ class OtlpTraceSink:
     def task_ended(self, record: TaskRecord) -> None:
         """The root span `task`, over everything from admission to clean-up."""
         try:
-            ends = [timing.ended_at or timing.started_at for timing in record.timings]
             self._send(
                 record,
                 name="task",
                 span_id=record.trace.span_id,
                 parent_span_id=record.trace.parent_span_id,
-                started_at=min([record.accepted_at, *(timing.started_at for timing in record.timings)]),
-                ended_at=max([record.accepted_at, *ends]),
+                started_at=min(timing.started_at for timing in record.timings),
+                ended_at=max(timing.ended_at or timing.started_at for timing in record.timings),
                 attributes=self._identity(record) | _story(record),
                 failed=_is_failure(record),
             )
@@ -172,11 +170,7 @@ class _OutageExporter(SpanExporter):
         self._lost_count = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        try:
-            result = self._inner.export(spans)
-        except Exception as error:  # a channel closed in mid-call raises ValueError
-            log.debug("trace.export_failed", endpoint=self._endpoint, error=repr(error))
-            result = SpanExportResult.FAILURE
+        result = self._inner.export(spans)
         if result is SpanExportResult.SUCCESS:
             if self._lost_count:
                 log.info("trace.collector_back", endpoint=self._endpoint, lost_span_count=self._lost_count)
@@ -231,13 +225,12 @@ def _failed_phase(record: TaskRecord) -> str | None:
     if phase := _PHASE_OF_REASON.get(record.verdict.reason):
         return phase
     names = [timing.name for timing in record.timings]
-    before = names[: names.index("collect")] if "collect" in names else names
-    return before[-1] if before else None
+    return names[names.index("collect") - 1]
 
 
-def _phase_span_id(record: TaskRecord, timing: PhaseTiming) -> str:
+def _phase_span_id(record: TaskRecord, name: str) -> str:
     # The root span is part of it, since two attempts can share the caller's trace.
-    story = f"{record.trace.trace_id}/{record.trace.span_id}/{timing.name}/{_nanoseconds(timing.started_at)}"
+    story = f"{record.trace.trace_id}/{record.trace.span_id}/{name}"
     return hashlib.sha256(story.encode()).hexdigest()[:16]
 
 

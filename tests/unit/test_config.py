@@ -446,9 +446,14 @@ def test_warnings_of_libraries_come_out_in_the_same_form_once() -> None:
     talkative = logging.getLogger("talkative")
     talkative.setLevel(logging.INFO)
     talkative.info("chatter")
-    (line,) = out.getvalue().splitlines()
-    assert json.loads(line)["event"] == "library.warning"
-    assert json.loads(line)["message"] == "retrying now"
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("urllib3").exception("gave up")
+    first, second = (json.loads(line) for line in out.getvalue().splitlines())
+    assert (first["event"], first["logger"], first["message"]) == ("library.warning", "urllib3", "retrying now")
+    assert (second["event"], second["message"]) == ("library.error", "gave up")
+    assert "ValueError: broken" in second["exception"]
 
 
 @pytest.mark.usefixtures("_restored_logging")
@@ -465,8 +470,7 @@ def test_a_stream_that_fails_never_ends_the_caller() -> None:
 
 
 @pytest.mark.usefixtures("_restored_logging")
-def test_a_pipe_that_nobody_empties_stops_nobody_and_what_it_lost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodeservice.telemetry.logs._PATIENCE_MILLISECONDS", 0)
+def test_a_pipe_that_nobody_empties_stops_nobody_and_what_it_lost_is_counted() -> None:
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as tap, open(writer, "w", encoding="utf-8") as out:
         configure_logging("info", "json", out)
