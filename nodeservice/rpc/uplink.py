@@ -74,9 +74,8 @@ class MasterLink:
         self._wake = asyncio.Event()
         """Something is not to wait for the next heartbeat's time: a new registration (`_wanted`), or a release."""
         self._wants_releases = False
-        self._untold: dict[AttemptId, float] = {}
-        """When (of the loop) attempts released what they computed with that no heartbeat has told yet, the oldest first."""
-        self._telling: asyncio.TimerHandle | None = None
+        self._untold: set[AttemptId] = set()
+        """Attempts that released what they computed with since the last heartbeat."""
         self._again: dict[AttemptId, asyncio.Task[None]] = {}
         self._reports_under_way = 0
         self._no_report = asyncio.Event()
@@ -112,22 +111,15 @@ class MasterLink:
     def note_release(self, record: TaskRecord) -> None:
         """For `Driver.on_change`: that a task's CPU, memory and GPUs are free is told soon, if no report comes first."""
         if record.phase > Phase.UPLOADING:
-            self._untold.pop(record.id, None)
-        elif record.compute_released and self._wants_releases:
-            self._untold.setdefault(record.id, asyncio.get_running_loop().time())
-            if self._telling is None:
-                self._tell_releases()
+            self._untold.discard(record.id)
+        elif record.compute_released and self._wants_releases and record.id not in self._untold:
+            self._untold.add(record.id)
+            asyncio.get_running_loop().call_later(_MOST_IDLE_SECONDS, self._tell_release, record.id)
 
-    def _tell_releases(self) -> None:
-        """Beat once the oldest has waited long enough: a heartbeat tells all, so they are no more than four in a second."""
-        self._telling = None
-        if self._untold and self._wants_releases:
-            loop = asyncio.get_running_loop()
-            left_seconds = next(iter(self._untold.values())) + _MOST_IDLE_SECONDS - loop.time()
-            if left_seconds > 0:
-                self._telling = loop.call_later(left_seconds, self._tell_releases)
-            else:
-                self._wake.set()
+    def _tell_release(self, id_: AttemptId) -> None:
+        """Where it has not been told yet. A heartbeat tells all, so they are no more than four in a second."""
+        if id_ in self._untold and self._wants_releases:
+            self._wake.set()
 
     async def run(self) -> None:
         """Register and beat until cancelled."""
@@ -153,11 +145,9 @@ class MasterLink:
                     self._registered.clear()
                     pause = self._backoff.delay(failures, random.random())  # noqa: S311
                     self._wants_releases = False  # until it says so again; its first heartbeat then tells all
-                    if not self._wanted:
-                        self._wake.clear()
+                    self._untold.clear()
                     await self._wait_until_woken(pause)
         finally:
-            self._registered.clear()
             for task in self._again.values():
                 task.cancel()
             await self._disconnect()
@@ -230,8 +220,8 @@ class MasterLink:
         return await self._call("SendHeartbeat", lambda stub: stub.SendHeartbeat(beat, timeout=self._deadline))
 
     async def _call(self, name: str, call: Callable[[pb_grpc.MasterWorkerStub], Awaitable[T]]) -> T:
-        if self._stub is None:
-            raise TransientError("no master is known yet", reason="NO_MASTER")
+        if self._stub is None:  # the master's address changed between the registration and what waited for it
+            raise TransientError("not connected to a master just now", reason="NO_MASTER")
         try:
             answer = await answered(call(self._stub), name=name)
         except grpc.aio.AioRpcError as error:
@@ -253,7 +243,6 @@ class MasterLink:
         if address == self._connected_to:
             return
         await self._disconnect()
-        self._registered.clear()
         if self._credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
@@ -262,6 +251,7 @@ class MasterLink:
         self._stub = pb_grpc.MasterWorkerStub(self._channel)
 
     async def _disconnect(self) -> None:
+        self._registered.clear()
         channel, self._channel, self._stub, self._connected_to = self._channel, None, None, None
         if channel is not None:
             await channel.close(None)

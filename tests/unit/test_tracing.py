@@ -258,6 +258,7 @@ def test_a_collector_that_comes_back_is_used_again_and_the_outage_is_told_once(r
         while not receiver.spans and time.monotonic() < deadline:
             tell(sink, a_record())
             time.sleep(0.2)
+        tell(sink, a_record())
         close(sink)
     assert receiver.spans
     assert [entry["event"] for entry in logs] == ["trace.collector_unreachable", "trace.collector_back"]
