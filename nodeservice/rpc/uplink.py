@@ -112,13 +112,13 @@ class MasterLink:
         """For `Driver.on_change`: that a task's CPU, memory and GPUs are free is told soon, if no report comes first."""
         if record.phase > Phase.UPLOADING:
             self._untold.discard(record.id)
-        elif record.compute_released and self._wants_releases and record.id not in self._untold:
+        elif record.compute_released and self._wants_releases:
             self._untold.add(record.id)
             asyncio.get_running_loop().call_later(_MOST_IDLE_SECONDS, self._tell_release, record.id)
 
     def _tell_release(self, id_: AttemptId) -> None:
         """Where it has not been told yet. A heartbeat tells all, so they are no more than four in a second."""
-        if id_ in self._untold and self._wants_releases:
+        if id_ in self._untold:
             self._wake.set()
 
     async def run(self) -> None:

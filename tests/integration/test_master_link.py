@@ -17,6 +17,7 @@ from nodeservice.clock import SystemClock
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, Verdict
 from nodeservice.core.retry import Backoff
 from nodeservice.errors import TransientError
+from nodeservice.rpc import uplink
 from nodeservice.rpc.uplink import MasterLink
 from nodeservice.wire import master_worker_pb2 as pb
 from tests.contract.test_journal import a_record
@@ -82,17 +83,22 @@ async def test_many_releases_are_told_in_one_heartbeat() -> None:
         await eventually(lambda: len(master.beats) == 2)
 
 
-async def test_a_release_whose_report_comes_first_is_not_told() -> None:
+async def test_a_release_whose_report_comes_first_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async with AskingMaster() as master, linked(master) as link:
         link.note_release(a_record("runs", phase=Phase.RUNNING))
         release(link, "short")
         release(link, "short", Phase.REPORTING)
-        assert link._untold == set()
         release(link, "long")
         assert link._untold == {AttemptId("long")}
         await link.report(ENDED)
         assert master.beats == [], "it waits for a moment"
         await eventually(lambda: bool(master.beats))
+        monkeypatch.setattr(uplink, "_MOST_IDLE_SECONDS", 0.0)
+        release(link, "short")
+        release(link, "short", Phase.REPORTING)
+        for _ in range(3):
+            await link.report(ENDED)
+        assert len(master.beats) == 1
 
 
 async def test_a_master_that_does_not_ask_is_told_no_release() -> None:

@@ -87,7 +87,7 @@ def test_a_contained_memory_error_fails_the_tasks_and_leaves_the_gpu_well() -> N
 def test_an_unknown_event_fails_the_tasks_and_the_gpu_comes_back_after_a_quiet_while() -> None:
     story = Story(OLD)
     assert story.look(0, 999) == ["XID 999"]
-    assert story.state is FAULTY
+    assert (story.state, story.board.awaited_resets()) == (FAULTY, {})
     story.look(59)
     assert story.state is FAULTY
     story.look(60)
@@ -253,6 +253,7 @@ def test_a_counter_of_memory_errors_that_began_anew_is_no_error() -> None:
     story = Story()
     story.look(0, ecc_uncorrected_count=7)
     assert story.look(1, ecc_uncorrected_count=0) == []
+    assert story.board.memory_errors() == {ONE.uuid: 0}
     assert story.look(2, ecc_uncorrected_count=1) != []
 
 
