@@ -201,11 +201,16 @@ def test_a_lost_gpu_fails_its_tasks_once_and_is_well_some_time_after_it_came_bac
 def test_a_gpu_that_fell_off_the_bus_and_came_back_had_its_reset() -> None:
     story = Story(OLD)
     story.look(0, 79, lost="GPU is lost")
+    story.look(1)
+    assert "reset" in story.why
     story.look(10, lost="")
     assert "reset" not in story.why
     assert story.state is FAULTY
     story.look(69)
     assert story.state is WELL
+    story.look(70, 48)
+    story.look(71)
+    assert "reset" in story.why, "that was before"
 
 
 def test_a_reading_that_is_missing_for_a_moment_hides_neither_a_reset_nor_an_error() -> None:
@@ -223,7 +228,8 @@ def test_of_two_causes_the_one_that_needs_a_reset_is_told_with_the_remedy() -> N
     assert story.look(0, 32, 79) == ["XID 32 (corrupted push buffer stream)"]
     assert story.why.startswith("XID 79 (GPU has fallen off the bus); reset it")
     story.look(1, 32)
-    assert "XID 79" in story.why
+    story.look(2, 48)
+    assert story.why.startswith("XID 79 (GPU has fallen off the bus); reset it")
 
 
 def test_a_later_trouble_begins_the_quiet_while_anew_and_one_of_an_application_does_not() -> None:
@@ -255,6 +261,9 @@ def test_a_counter_of_memory_errors_that_began_anew_is_no_error() -> None:
     assert story.look(1, ecc_uncorrected_count=0) == []
     assert story.board.memory_errors() == {ONE.uuid: 0}
     assert story.look(2, ecc_uncorrected_count=1) != []
+    story = Story()
+    story.look(0, ecc_uncorrected_count=7)
+    assert story.look(1, ecc_uncorrected_count=2) == ["uncorrected memory errors (2 more)"]
 
 
 @pytest.mark.parametrize("action", [1, 2, 6, 7])
