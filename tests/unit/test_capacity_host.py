@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def test_the_board_is_told_from_its_topology(tree: Tree) -> None:
     cpu = read_cpu(tree.root, affinity=range(16))
 
     assert (cpu.model, cpu.logical_count, cpu.physical_count) == ("Test CPU @ 3 GHz", 16, 8)
+    for core in tree.root.glob("sys/devices/system/cpu/cpu*/topology/core_id"):
+        core.unlink()
+    assert read_cpu(tree.root, affinity=range(16)).physical_count == 16
+    (tree.root / "sys/devices/system/cpu/present").unlink()
+    (tree.root / "proc/cpuinfo").unlink()
+    cpu = read_cpu(tree.root, affinity=range(16))
+    assert (cpu.model, cpu.logical_count) == (platform.machine(), os.cpu_count())
 
 
 @pytest.mark.parametrize("text", ["", "\n", "nonsense"])
@@ -219,10 +227,10 @@ def test_what_is_kept_out_of_our_affinity_is_kept_from_tasks_too(v2: Tree) -> No
     assert usable_milli(v2, affinity_count=6, tasks_place="nodeservice.slice") == 14_000
 
 
-def test_a_cpu_that_is_offline_is_not_there_for_tasks(tree: Tree) -> None:
-    tree.write("sys/devices/system/cpu/online", "0-10,12-14\n")
+def test_a_cpu_that_is_offline_is_not_there_for_tasks(v1: Tree) -> None:
+    v1.write("sys/devices/system/cpu/online", "0-10,12-14\n")
 
-    cpu = read_cpu(tree.root, affinity=range(16))
+    cpu = read_cpu(v1.root, affinity=range(16))
 
     assert (cpu.logical_count, cpu.usable_milli) == (16, 14_000)
     assert 11 not in cpu.usable_ids

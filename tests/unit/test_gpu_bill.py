@@ -163,6 +163,7 @@ def meter(**facts: object) -> str:
         meter(seconds=-1),
         meter(seconds=float("nan")),
         meter(percent_seconds=float("inf")),
+        meter(throttled_seconds="1"),
         meter(peak_percent=[]),
         meter(memory_peak_bytes=1.5),
         meter(memory_peak_bytes=2**63),
