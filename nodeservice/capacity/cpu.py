@@ -63,7 +63,7 @@ def _physical_count(root: Path) -> int:
 def _model(root: Path) -> str:
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "cpu model") and value.strip():
+        if key.strip() == "model name":
             return value.strip()
     return platform.machine()
 

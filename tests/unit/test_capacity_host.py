@@ -129,8 +129,10 @@ def test_a_v1_cpuset_limits(v1: Tree) -> None:
 
 def test_a_v2_cpuset_limits_from_the_nearest_cgroup_that_has_one(v2: Tree) -> None:
     v2.cgroup("outer", cpuset__cpus__effective="0-3,8")
+    v2.cgroup("nodeservice", cpuset__cpus__effective="4-5")
 
     assert usable_milli(v2) == 5_000
+    assert usable_milli(v2, affinity_count=9, tasks_place="nodeservice") == 2_000
 
 
 @pytest.mark.parametrize("place", ["a", "a/b"])

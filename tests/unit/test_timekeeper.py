@@ -136,7 +136,7 @@ async def test_nobody_sleeps_once_it_is_closed() -> None:
     clock = ManualClock()
     async with opened(Room(clock)) as room:
         await starting(room, clock)
-        await room.assign(spec("other", total_timeout_seconds=5.0))
+        await room.assign(spec("other", timeout_seconds=60.0, total_timeout_seconds=5.0))
         await clock.settle()
         assert clock.sleeper_count == 2
     assert clock.sleeper_count == 0
@@ -150,7 +150,7 @@ async def test_from_the_answer_to_its_start_its_time_counts_from_there() -> None
         await clock.advance(30.0)
         room.driver.post(T, ev.ContainerStarted(at=clock.now(), started_at=clock.now()))
         await clock.advance(59.0)
-        assert room.cause is None
+        assert (room.cause, room.keeper._starting) == (None, {})
         await clock.advance(2.0)
         assert room.cause is StopCause.DEADLINE
 
