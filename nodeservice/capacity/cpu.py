@@ -78,7 +78,7 @@ def _above_tasks(tasks_place: str | None, root: Path) -> Cgroup | None:
 def _cpuset(cgroup: Cgroup | None) -> frozenset[int]:
     """The CPUs of its cpuset: the kernel keeps it inside those of its ancestors. An empty file inherits."""
     for directory in cgroup.directories if cgroup is not None else ():
-        for name in ("cpuset.effective_cpus", "cpuset.cpus.effective", "cpuset.cpus"):
+        for name in ("cpuset.effective_cpus", "cpuset.cpus.effective"):
             ids = _ids(directory / name)
             if ids:
                 return ids
@@ -93,8 +93,8 @@ def _quotas_milli(cgroup: Cgroup | None) -> Iterator[int]:
             quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
         else:
             quota, _, period = _read(directory / "cpu.max").partition(" ")
-        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
-            yield max(1, int(quota) * 1000 // int(period))
+        if quota.isdecimal() and period.isdecimal():
+            yield int(quota) * 1000 // int(period)
 
 
 def _ids(path: Path) -> frozenset[int]:

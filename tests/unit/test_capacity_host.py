@@ -309,7 +309,7 @@ def test_disk_of_a_path_that_does_not_exist_yet_is_that_of_its_nearest_parent(tm
 def test_where_hardly_a_file_can_be_made_no_disk_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, left: int, is_free: bool
 ) -> None:
-    told = os.statvfs_result((4096, 4096, 1000, 900, 800, files, left, left, 0, 255))
+    told = os.statvfs_result((2**20, 4096, 1000, 900, 800, files, left, left, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _path: told)
 
     room = _room(tmp_path)
@@ -332,7 +332,8 @@ def test_the_longest_mount_point_names_the_filesystem_and_the_later_hides_the_ea
         f"4 1 8:4 / {point}-beside rw - zfs tank rw\n"
     )
 
-    disk = read_disk(state / "deeper", root=root)
+    (tmp_path / "link").symlink_to(state)
+    disk = read_disk(tmp_path / "link" / "deeper", root=root)
 
     assert (disk.filesystem, disk.device) == ("btrfs", "/dev/sdc1")
 
