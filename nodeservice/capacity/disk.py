@@ -39,6 +39,6 @@ def read_space(path: Path) -> tuple[int, int]:
 def nearest_existing(path: Path) -> Path:
     """The path with links resolved, cut back to what exists."""
     candidate = path.resolve()
-    while not candidate.exists() and candidate != candidate.parent:
+    while not candidate.exists():
         candidate = candidate.parent
     return candidate
