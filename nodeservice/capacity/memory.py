@@ -31,9 +31,8 @@ def read_memory(root: Path = Path("/"), *, tasks_place: str | None = None) -> Me
     host = read_meminfo(root)
     limit_bytes, available_bytes = host.limit_bytes, host.available_bytes
     for limit, used in _limits(tasks_cgroup("memory", tasks_place, root)):
-        if limit < host.total_bytes:
-            limit_bytes = min(limit_bytes, limit)
-            available_bytes = min(available_bytes, max(0, limit - used))
+        limit_bytes = min(limit_bytes, limit)
+        available_bytes = min(available_bytes, max(0, limit - used))
     return MemoryFacts(total_bytes=host.total_bytes, limit_bytes=limit_bytes, available_bytes=available_bytes)
 
 

@@ -11,7 +11,9 @@ import pytest
 from nodeservice.capacity.cpu import read_cpu
 from nodeservice.capacity.disk import nearest_existing, read_disk, read_space
 from nodeservice.capacity.memory import read_memory
+from nodeservice.capacity.topology import read_cpus
 from nodeservice.capacity.usage import CpuMeter, gpu_percent, memory_percent
+from nodeservice.core.cpus import Cpu
 from nodeservice.core.model import GIB, MIB
 from nodeservice.limits.free_space import _room
 from nodeservice.limits.hierarchy import host_cgroup_version
@@ -99,6 +101,20 @@ def test_the_board_is_told_from_its_topology(tree: Tree) -> None:
     (tree.root / "proc/cpuinfo").unlink()
     cpu = read_cpu(tree.root, affinity=range(16))
     assert (cpu.model, cpu.logical_count) == (platform.machine(), os.cpu_count())
+
+
+def test_cpus_are_told_with_their_core_and_memory_node(tree: Tree) -> None:
+    tree.write("sys/devices/system/cpu/cpu5/node1/cpulist", "5")
+    tree.write("sys/devices/system/cpu/cpu2/topology/physical_package_id", "-1\n")
+    (tree.root / "sys/devices/system/cpu/cpu3/topology/physical_package_id").unlink()
+    tree.write("sys/devices/system/cpu/cpu9/topology/core_id", "")
+
+    assert read_cpus(tree.root, {9, 5, 3, 2}) == (
+        Cpu(id=2, core=2, numa_node=0),
+        Cpu(id=3, core=3, numa_node=0),
+        Cpu(id=5, core=(1 << 16) + 1, numa_node=1),
+        Cpu(id=9, core=-10, numa_node=0),
+    )
 
 
 @pytest.mark.parametrize("text", ["", "\n", "nonsense"])
