@@ -157,6 +157,9 @@ async def test_while_a_node_is_not_registered_it_waits_with_reports_and_tells_no
         link.register_again()
         await reporting
         assert master.reported_at == 2
+        status.failures, status.meanwhile = 1, lambda: None
+        link.register_again()
+        await eventually(lambda: not link._registered.is_set())
         link.report_again(ENDED)
     await eventually(lambda: link._again == {})
     assert link._channel is None

@@ -199,6 +199,8 @@ def test_of_nested_v2_memory_limits_the_tightest_counts(v2: Tree, name: str) -> 
 
     assert memory.limit_bytes == 2 * GIB
     assert memory.available_bytes == 2 * GIB - 512 * MIB
+    v2.cgroup("outer", memory__current=str(3 * GIB))
+    assert read_memory(v2.root).available_bytes == 0
 
 
 @pytest.mark.parametrize("place", ["", "nodeservice"])
