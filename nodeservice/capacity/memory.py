@@ -45,9 +45,8 @@ def read_meminfo(root: Path = Path("/")) -> MemoryFacts:
         if number and number[0].isdecimal():
             fields[name] = int(number[0]) * 1024
     total = fields["MemTotal"]
-    available = fields.get("MemAvailable", fields.get("MemFree", 0))
     limit = max(0, total - fields.get("Hugetlb", 0))
-    return MemoryFacts(total_bytes=total, limit_bytes=limit, available_bytes=min(available, total))
+    return MemoryFacts(total_bytes=total, limit_bytes=limit, available_bytes=fields["MemAvailable"])
 
 
 def _limits(cgroup: Cgroup | None) -> Iterator[tuple[int, int]]:
