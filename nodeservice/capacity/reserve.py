@@ -26,7 +26,7 @@ def reserved_for_host(reserve: Reserve, capacity: Resources) -> Resources:
     Defaults: CPU 0.1 core and 1 % of the rest (an engine starting containers needs the former, heartbeats and uploads of
     many tasks the latter); memory 5 %, from 256 MiB to 2 GiB; disk 5 %, from 1 to 20 GiB (images and logs beside results).
     """
-    cpu_milli = 100 + max(0, capacity.cpu_milli - 100) // 100
+    cpu_milli = 100 + (capacity.cpu_milli - 100) // 100
     memory_bytes = min(max(256 * MIB, capacity.memory_bytes // 20), 2 * GIB)
     disk_bytes = min(max(GIB, capacity.disk_bytes // 20), 20 * GIB)
     wanted = Resources(

@@ -201,7 +201,7 @@ class MasterLink:
         """Beat until the master forgets us or goes away (TransientError), or a new registration is wanted (return)."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._wait_until_woken(max(0.0, self._beat_at - loop.time()))
+            await self._wait_until_woken(self._beat_at - loop.time())
             if self._wanted and (self._address != self._connected_to or loop.time() < self._beat_at):
                 return
             ack = await self._send_heartbeat()
