@@ -165,6 +165,24 @@ async def test_while_a_node_is_not_registered_it_waits_with_reports_and_tells_no
     assert link._channel is None
 
 
+async def test_a_master_that_forgot_a_node_hears_of_it_again_and_may_ask_for_releases_later() -> None:
+    class Forgetful(AskingMaster):
+        async def RegisterWorker(self, request: pb.WorkerInfo, context: object) -> pb.RegisterAck:  # noqa: N802
+            return pb.RegisterAck(success=True)
+
+        async def SendHeartbeat(self, request: pb.Heartbeat, context: object) -> pb.HeartbeatAck:  # noqa: N802
+            ack = await super().SendHeartbeat(request, context)
+            return pb.HeartbeatAck(success=len(self.beats) != 1, wants_releases=ack.wants_releases)
+
+    with capture_logs() as logs:
+        async with Forgetful() as master, linked(master, heartbeat_seconds=0.05) as link:
+            await eventually(lambda: len(master.beats) >= 3)
+            release(link, "t")
+            assert link._untold == {AttemptId("t")}
+    events = ["master.address", "master.registered", "master.forgot_us", "master.registered"]
+    assert [line["event"] for line in logs] == events
+
+
 async def test_it_has_settled_when_no_report_is_under_way() -> None:
     class Holding(AskingMaster):
         async def ReportTaskCompletion(self, request: pb.TaskResult, context: object) -> pb.Ack:  # noqa: N802
