@@ -183,6 +183,36 @@ async def test_a_master_that_forgot_a_node_hears_of_it_again_and_may_ask_for_rel
     assert [line["event"] for line in logs] == events
 
 
+async def test_a_call_that_a_master_does_not_answer_has_its_end() -> None:
+    class Silent(AskingMaster):
+        """At the first call of each kind."""
+
+        async def RegisterWorker(self, request: pb.WorkerInfo, context: object) -> pb.RegisterAck:  # noqa: N802
+            await first("register")
+            return await super().RegisterWorker(request, context)
+
+        async def SendHeartbeat(self, request: pb.Heartbeat, context: object) -> pb.HeartbeatAck:  # noqa: N802
+            await first("beat")
+            return await super().SendHeartbeat(request, context)
+
+        async def ReportTaskCompletion(self, request: pb.TaskResult, context: object) -> pb.Ack:  # noqa: N802
+            await first("report")
+            return await super().ReportTaskCompletion(request, context)
+
+    async def first(kind: str) -> None:
+        if kind not in called:
+            called.append(kind)
+            await asyncio.Event().wait()
+
+    called: list[str] = []
+    async with Silent() as master, linked(master, heartbeat_seconds=0.05, call_deadline_seconds=0.1) as link:
+        assert link.heard_at is not None
+        await eventually(lambda: bool(master.beats))
+        with pytest.raises(TransientError, match="DEADLINE_EXCEEDED"):
+            await link.report(ENDED)
+    assert called == ["register", "beat", "report"]
+
+
 async def test_it_has_settled_when_no_report_is_under_way() -> None:
     class Holding(AskingMaster):
         async def ReportTaskCompletion(self, request: pb.TaskResult, context: object) -> pb.Ack:  # noqa: N802

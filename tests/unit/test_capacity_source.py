@@ -184,12 +184,15 @@ async def test_the_capacity_is_what_tasks_can_have_where_the_engine_puts_them(
     ):
         (tmp_path / "sys/fs/cgroup" / place).mkdir(parents=True)
         (tmp_path / "sys/fs/cgroup" / place / "memory.max").write_text(f"{300 * MIB}\n")
+        (tmp_path / "sys/fs/cgroup" / place / "cpu.max").write_text("30000 100000\n")
     (tmp_path / "sys/fs/cgroup" / limited / "memory.max").write_text(f"{700 * MIB}\n")
+    (tmp_path / "sys/fs/cgroup" / limited / "cpu.max").write_text("70000 100000\n")
     where = replace(ENGINE, name=name, cgroup_driver=driver, cgroup_version=version)
     source = known_once(where, tmp_path, root=tmp_path)
 
     for _ in range(2):
-        assert (await source.read()).capacity.memory_bytes == 700 * MIB
+        capacity = (await source.read()).capacity
+        assert (capacity.cpu_milli, capacity.memory_bytes) == (700, 700 * MIB)
     await source.close()
 
 
