@@ -108,14 +108,16 @@ async def test_a_master_that_does_not_ask_is_told_no_release() -> None:
 
 
 async def test_a_new_master_is_registered_with_at_once_though_the_old_one_does_not_answer() -> None:
-    async with AskingMaster() as new, contextlib.AsyncExitStack() as stack:
-        async with AskingMaster() as old:
-            link = await stack.enter_async_context(linked(old, backoff=SLOW))
-        link.set_master(f"127.0.0.1:{new.port}")
-        await eventually(lambda: new.registrations == 1)
-        link.register_again()
-        await eventually(lambda: new.registrations == 2)
-        assert new.beats == []
+    with capture_logs() as logs:
+        async with AskingMaster() as new, contextlib.AsyncExitStack() as stack:
+            async with AskingMaster() as old:
+                link = await stack.enter_async_context(linked(old, backoff=SLOW))
+            link.set_master(f"127.0.0.1:{new.port}")
+            await eventually(lambda: new.registrations == 1)
+            link.register_again()
+            await eventually(lambda: new.registrations == 2)
+            assert new.beats == []
+    assert [line["event"] for line in logs] == 2 * ["master.address", "master.registered"]
 
 
 async def test_a_host_that_cannot_be_looked_at_is_registered_once_it_can() -> None:

@@ -12,7 +12,7 @@ from nodeservice.capacity.cpu import read_cpu
 from nodeservice.capacity.disk import nearest_existing, read_disk, read_space
 from nodeservice.capacity.memory import read_memory
 from nodeservice.capacity.topology import read_cpus
-from nodeservice.capacity.usage import CpuMeter, gpu_percent, memory_percent
+from nodeservice.capacity.usage import CpuMeter, disk_percent, gpu_percent, memory_percent
 from nodeservice.core.cpus import Cpu
 from nodeservice.core.model import GIB, MIB
 from nodeservice.limits.free_space import _room
@@ -335,6 +335,7 @@ def test_where_hardly_a_file_can_be_made_no_disk_is_free(
     room = _room(tmp_path)
 
     assert read_space(tmp_path) == (1000 * 4096, 800 * 4096 if is_free else 0)
+    assert disk_percent(tmp_path) == (20.0 if is_free else 100.0)
     assert room is not None
     assert room.free_bytes == (800 * 4096 if is_free else 0)
 
@@ -368,11 +369,11 @@ def test_a_link_is_followed_before_the_mount_is_sought(tmp_path: Path) -> None:
 def test_cpu_load_counts_since_the_last_sample(tree: Tree) -> None:
     tree.write("proc/stat", "cpu  100 0 100 800 0 0 0 0 50 0\n")
     meter = CpuMeter(tree.root)
-    tree.write("proc/stat", "cpu  120 0 110 860 10 0 0 0 60 0\n")
+    tree.write("proc/stat", "cpu  110 0 110 860 10 0 0 10 60 0\n")
     assert meter.percent() == 30.0
 
     assert meter.percent() == 30.0, "no tick has passed: the last value again"
-    tree.write("proc/stat", "cpu  120 0 110 960 10 0 0 0 60 0\n")
+    tree.write("proc/stat", "cpu  110 0 110 960 10 0 0 10 60 0\n")
     assert meter.percent() == 0.0
 
 
@@ -382,6 +383,8 @@ def test_cpu_load_stays_in_bounds_when_the_kernels_counts_go_back(tree: Tree) ->
     tree.write("proc/stat", "cpu  150 0 0 100 20 0 0 0\n")
 
     assert meter.percent() == 100.0
+    tree.write("proc/stat", "cpu  140 0 0 200 20 0 0 0\n")
+    assert meter.percent() == 0.0
 
 
 def test_memory_load_is_what_is_not_available(tree: Tree) -> None:
@@ -389,8 +392,8 @@ def test_memory_load_is_what_is_not_available(tree: Tree) -> None:
 
 
 def test_gpu_load_is_the_mean_over_those_that_tell() -> None:
-    gpus = tuple(fake_gpu(number, utilization_percent=load) for number, load in enumerate((100.0, 50.0, None)))
+    gpus = tuple(fake_gpu(number, utilization_percent=load) for number, load in enumerate((100.0, 0.0, None)))
 
-    assert gpu_percent(GpuInventory(gpus=gpus)) == 75.0
+    assert gpu_percent(GpuInventory(gpus=gpus)) == 50.0
     assert gpu_percent(GpuInventory()) == 0.0
     assert gpu_percent(GpuInventory(gpus=gpus, error="NVML has not answered for 5 s")) == 0.0
