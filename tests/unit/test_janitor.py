@@ -418,8 +418,10 @@ async def test_age_is_what_passed_whoever_set_the_clock_and_nothing_goes_without
         await retention.sweep()
         assert [directory.exists() for directory in directories] == [True, True]
         monkeypatch.setattr(node.clock, "elapsed", lambda: elapsed() + 2 * HOUR.total_seconds())
-        await retention.sweep()
-        assert [directory.exists() for directory in directories] == [keep_seconds is None] * 2
+        for dry_run in (True, False):
+            object.__setattr__(node.context.settings, "janitor_dry_run", dry_run)
+            await retention.sweep()
+            assert [directory.exists() for directory in directories] == [dry_run or keep_seconds is None] * 2
         monkeypatch.undo()
 
 
@@ -484,7 +486,12 @@ async def test_half_made_results_of_a_finished_attempt_go_and_those_of_others_st
     assert anothers.exists()
 
 
-async def test_a_store_is_told_once_of_results_that_will_never_reach_it(world: World) -> None:
+async def test_a_store_is_told_once_of_results_that_will_never_reach_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> int:
+        raise TransientError("away", reason="STORE_UNREACHABLE")
+
     world.store.fail_next(1, RequestError("too large", reason="RESULT_TOO_LARGE"))
     kept = FileResultStore(world.path / "results")
     world.kept = kept  # type: ignore[assignment]
@@ -494,6 +501,9 @@ async def test_a_store_is_told_once_of_results_that_will_never_reach_it(world: W
         await node.assign(spec("stored"))
         await node.until_finished(AttemptId("stored"))
         retention = Retention(node.context, node.driver)
+        with monkeypatch.context() as patch:
+            patch.setattr(world.store, "drop_leftovers", away)
+            await retention.sweep()
         for dry_run, dropped in ((True, []), (False, [T]), (False, [T])):
             object.__setattr__(node.context.settings, "janitor_dry_run", dry_run)
             await retention.sweep()
