@@ -74,11 +74,13 @@ def release(link: MasterLink, name: str, phase: Phase = Phase.COLLECTING) -> Non
 
 async def test_many_releases_are_told_in_one_heartbeat() -> None:
     async with AskingMaster() as master, linked(master) as link:
+        due_at = link._beat_at
         for number in range(100):
             release(link, f"t{number}")
             release(link, f"t{number}", Phase.UPLOADING)
         await eventually(lambda: bool(master.beats))
         assert (link._untold, len(master.beats)) == (set(), 1)
+        assert link._beat_at > due_at, "the next one is not before its time"
         release(link, "later")
         await eventually(lambda: len(master.beats) == 2)
 
