@@ -51,8 +51,9 @@ lint-ansible: setup ## The Ansible collection, by ansible-lint (production profi
 test-fast: setup ## Tests without engine or servers, offline, in seconds
 	@$(BIN)/pytest -q -m "not engine and not minio and not crash and not slow" --hypothesis-profile=fast tests/core tests/unit tests/contract
 
+# Two files of tests at a time: most of the time of most of them is waiting.
 test: setup engine image minio test-deps lint lint-ansible ## Installs what is missing, lints, runs all tests but those of test-vm
-	@$(WITH_ENGINE) $(BIN)/pytest -q -m "not vm"
+	@$(WITH_ENGINE) $(BIN)/pytest -q -m "not vm" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a virtual machine (Debian x86_64, root; slow)
 	@$(BIN)/pytest -q -m vm tests/vm

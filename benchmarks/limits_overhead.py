@@ -79,7 +79,7 @@ class Bench:
         return (time.perf_counter() - began) * 1000
 
     async def limited(self, id_: AttemptId, watch: Stopwatch) -> float:
-        """The calls of lifecycle/steps/run.py and collect.py, in their order."""
+        """The calls of lifecycle/steps/create.py, run.py and collect.py, in their order."""
         task = TaskSpec(id=id_, image=self.image, request=REQUEST, pids_limit=64, fingerprint="")
         began = time.perf_counter()
         work = self.home / str(id_)

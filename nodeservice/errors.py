@@ -7,6 +7,8 @@ out of memory is an outcome (`nodeservice.core.model.Verdict`), not an exception
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class NodeServiceError(Exception):
     """Root of all errors raised on purpose by this package."""
@@ -29,6 +31,15 @@ class RequestError(NodeServiceError):
 def invalid_request(field: str, what: str, remedy: str) -> RequestError:
     """INVALID_REQUEST: the sentence begins with the field and goes on with `what`, which shows the value."""
     return RequestError(f"{field} {what}", reason="INVALID_REQUEST", field=field, hint=remedy)
+
+
+class NamesRefusedError(RequestError):
+    """RESULT_NAME_REFUSED: a store that takes the rest can hold no files of these names."""
+
+    def __init__(self, message: str, *, names: Mapping[str, str]) -> None:
+        super().__init__(message, reason="RESULT_NAME_REFUSED", field="results")
+        self.names = names
+        """Stored paths, each with why."""
 
 
 class CapacityError(NodeServiceError):

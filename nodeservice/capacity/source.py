@@ -73,6 +73,8 @@ class HostCapacity:
         self._root = root
         self._known_engine: EngineFacts | None = None
         """As it answered last: one that is being started anew is where it was."""
+        self.last: NodeCapacity | None = None
+        """What `read` last gave."""
         self._meter = CpuMeter(root)
         self._thread = Threads(1, name="nodeservice-capacity")
         self._last_sample = UsageSample(cpu_percent=0.0, memory_percent=0.0, disk_percent=0.0, gpu_percent=0.0)
@@ -89,7 +91,8 @@ class HostCapacity:
         known = self._known_engine
         local = await self._thread.run(lambda: self._read_local(engine, _place_of_tasks(known)))
         host = _host(local, engine, engine_error, gpus)
-        return _capacity(host, known, local.cpus, self._units(gpus), self._reserve)
+        self.last = _capacity(host, known, local.cpus, self._units(gpus), self._reserve)
+        return self.last
 
     async def sample(self) -> UsageSample:
         """Load now; CPU since the sample before. What cannot be read keeps its last value: a heartbeat never fails here."""

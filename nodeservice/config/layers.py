@@ -29,6 +29,10 @@ OTHER_VARIABLES = frozenset(
 )  # fmt: skip
 """Variables with our prefix that are no settings of a node: options of other commands, and what a task finds set."""
 
+_COLLECTORS = {
+    "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "otlp_metrics_endpoint": "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+}
 _PASSWORD = re.compile(r"//[^/]*:[^/]*@")
 
 
@@ -41,10 +45,11 @@ def load_config(
     Raises ConfigError that names each wrong field, its value, where it came from, and what to give. Secrets are not shown.
     """
     layers = [
-        ({"otlp_endpoint": env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None}, "OTEL_EXPORTER_OTLP_ENDPOINT"),
+        *(({field: env.get(variable) or None}, variable) for field, variable in _COLLECTORS.items()),
         (_from_file(file), f"file {file}"),
         (_from_environment(env), "environment"),
         (_known(flags, "option"), "command line"),
+        ({"otlp_metrics_endpoint": "none" if _wants_no_metrics(env) else None}, "OTEL_METRICS_EXPORTER"),
     ]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -60,6 +65,12 @@ def load_config(
     if serving:
         config.check_transport()
     return config
+
+
+def _wants_no_metrics(env: Mapping[str, str]) -> bool:
+    """By OpenTelemetry's own variables: all of it is switched off, or these go by another way than OTLP."""
+    ways = env.get("OTEL_METRICS_EXPORTER") or "otlp"
+    return env.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or "otlp" not in re.split(r"[\s,]+", ways.lower())
 
 
 def _from_file(file: Path | None) -> Mapping[str, Any]:

@@ -58,6 +58,10 @@ def _endpoint(value: str) -> str:
     return value
 
 
+def _endpoint_or_none(value: str) -> str | None:
+    return None if value.lower() == "none" else _endpoint(value)
+
+
 def _default_worker_id() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("-._")[:128] or "node"
 
@@ -223,6 +227,10 @@ class NodeConfig(BaseSettings):
     otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = Field(
         None,
         description="HOST:PORT or URL of an OTLP/gRPC collector; default OTEL_EXPORTER_OTLP_ENDPOINT, else no traces",
+    )
+    otlp_metrics_endpoint: Annotated[str, AfterValidator(_endpoint_or_none)] | None = Field(
+        default_factory=lambda data: data["otlp_endpoint"],
+        description="HOST:PORT or URL of an OTLP/gRPC collector of metrics, or none; default otlp_endpoint",
     )
     otlp_insecure: bool = Field(False, description="true for plain text to the collector; http:// means the same")
 

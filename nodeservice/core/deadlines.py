@@ -28,7 +28,7 @@ def deadlines(record: TaskRecord) -> list[Deadline]:
         found.append(_deadline(record.expires_at, StopCause.DEADLINE, message, spec.total_timeout_seconds))
     if record.phase < Phase.RUNNING and spec.wait_timeout_seconds is not None:
         at = record.accepted_at + timedelta(seconds=spec.wait_timeout_seconds)
-        message = "Could not be started within its waiting time"
+        message = "Had not started within its waiting time"
         found.append(_deadline(at, StopCause.WAIT_TIMEOUT, message, spec.wait_timeout_seconds))
     if record.phase is Phase.PULLING and spec.pull_timeout_seconds is not None:
         at = record.timings[-1].started_at + timedelta(seconds=spec.pull_timeout_seconds)

@@ -114,6 +114,9 @@ class ResultsStored(Event):
     """Every object and the manifest can be read at `location`."""
 
     location: str
+    collected: Collected | None = None
+    """What is stored, where that is less than was collected: a store may be unable to hold some names."""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,6 +165,7 @@ def _stop_noted(record: TaskRecord, event: ev.StopRequested) -> Step:
 
 def _stop_while_starting(record: TaskRecord, event: ev.StopRequested) -> Step:
     """It may run already though the engine has not answered, and may not answer for long."""
+    event = replace(event, stop=verdicts.of_what_may_run(event.stop))
     step = _stop_noted(record, event)
     return replace(step, effects=(fx.StopContainer(),) if step.changed else ())
 
@@ -301,7 +302,8 @@ def _collect_failed(record: TaskRecord, event: ev.CollectFailed) -> Step:
 
 
 def _stored(record: TaskRecord, event: ev.ResultsStored) -> Step:
-    return _enter(record, Phase.REPORTING, event.at, result_location=event.location)
+    stored = replace(record, collected=event.collected or record.collected, remarks=(*record.remarks, *event.remarks))
+    return _enter(stored, Phase.REPORTING, event.at, result_location=event.location)
 
 
 def _retained(record: TaskRecord, event: ev.ResultsRetained) -> Step:

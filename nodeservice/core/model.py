@@ -149,7 +149,7 @@ class Reason(StrEnum):
     DISK_LIMIT = "DISK_LIMIT"
     DEADLINE = "DEADLINE"
     WAIT_TIMEOUT = "WAIT_TIMEOUT"
-    """It could not be started within the time that it was willing to wait."""
+    """It had not started, as far as is known, within the time that it was willing to wait."""
     GPU_MEMORY_LIMIT = "GPU_MEMORY_LIMIT"
     GPU_FAULT = "GPU_FAULT"
     """A GPU of it failed, or could not be made ready; the message says how."""

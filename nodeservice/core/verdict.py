@@ -6,6 +6,7 @@ The first failure is final; success is provisional until the results are stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from nodeservice.core.events import ContainerExited
 from nodeservice.core.model import Outcome, Reason, StopCause, StopRequest, TaskRecord, Verdict
@@ -20,7 +21,7 @@ _NOT_AN_EXIT = (125, 128, 255)
 _OF_STOP: Mapping[StopCause, tuple[Outcome, Reason, str]] = {
     StopCause.CANCELLED: (Outcome.CANCELLED, Reason.CANCELLED, "Cancelled on request."),
     StopCause.DEADLINE: (Outcome.FAILED, Reason.DEADLINE, "The task ran longer than its time limit."),
-    StopCause.WAIT_TIMEOUT: (Outcome.FAILED, Reason.WAIT_TIMEOUT, "The task could not be started in time."),
+    StopCause.WAIT_TIMEOUT: (Outcome.FAILED, Reason.WAIT_TIMEOUT, "The task had not started in time."),
     StopCause.PULL_TIMEOUT: (Outcome.FAILED, Reason.IMAGE_PULL_TIMEOUT, "The image was not pulled in time."),
     StopCause.DISK_LIMIT: (Outcome.FAILED, Reason.DISK_LIMIT, "The task wrote more than its disk limit."),
     StopCause.NODE_DISK_LOW: (Outcome.FAILED, Reason.NODE_DISK_LOW, "The host was about to run out of disk."),
@@ -77,6 +78,14 @@ def of_stop(stop: StopRequest, *, exit_code: int | None = None) -> Verdict:
     """What was requested decides, whatever code the container then ended with."""
     outcome, reason, message = _OF_STOP[stop.cause]
     return Verdict(outcome=outcome, reason=reason, message=stop.message or message, exit_code=exit_code)
+
+
+def of_what_may_run(stop: StopRequest) -> StopRequest:
+    """Requested while the engine had not answered to the start: the words that say that it never ran say too much then."""
+    if stop.cause is not StopCause.WAIT_TIMEOUT:
+        return stop
+    known = of_stop(stop).message.removesuffix(".")
+    return replace(stop, message=f"{known}, as far as is known: the engine had not answered, and it may have run.")
 
 
 def of_exit(ended: ContainerExited, stop: StopRequest | None = None) -> Verdict:

@@ -42,10 +42,11 @@ from nodeservice.limits.disk import open_task_disk
 from nodeservice.limits.free_space import DirectoriesFreeSpace
 from nodeservice.limits.owners import ProcOwners
 from nodeservice.limits.process import ProcReader
-from nodeservice.ports import EngineFacts, PullProgress, ResultStore, TraceSink, Uplink
+from nodeservice.ports import EngineFacts, PullProgress, ResultStore, Uplink
 from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
 from nodeservice.runtime.docker import DockerRuntime
+from nodeservice.telemetry.tally import Tally
 from nodeservice.telemetry.tracing import open_trace_sink
 
 log = structlog.get_logger(__name__)
@@ -64,7 +65,7 @@ class Node:
     keeper: GpuKeeper
     mode: ModeKeeper
     journal: SqliteJournal
-    traces: TraceSink
+    tally: Tally
     driver: Driver
     logs: LogBook
     dirs: WorkDirs
@@ -79,7 +80,7 @@ class Node:
         await self.gpus.close()
         self.keeper.close()
         await self.journal.close()
-        await self.traces.close()
+        await self.tally.close()
         self.lock.release()
 
 
@@ -119,14 +120,14 @@ async def build(config: NodeConfig) -> Node:
         state_dir=config.state_dir, engine=runtime.facts, gpus=gpus, units=keeper.units, reserve=reserve(config)
     )
     journal = armed(SqliteJournal(config.state_dir / JOURNAL_NAME), "journal")
-    traces = open_trace_sink(config.otlp_endpoint, worker_id=config.worker_id, insecure=config.otlp_insecure)
+    tally = Tally(open_trace_sink(config.otlp_endpoint, worker_id=config.worker_id, insecure=config.otlp_insecure))
     seen = await capacity.read()
     check_reserve(config, seen.capacity)
     driver = Driver(
         journal=journal,
         ledger=Ledger(seen.allocatable, seen.gpu_units, seen.cpus, gpu_sharing_allowed=config.gpu_sharing == "watched"),
         clock=clock,
-        traces=traces,
+        traces=tally,
         finished_retention_count=config.finished_retention_count,
         finished_retention_seconds=config.finished_retention_seconds,
     )
@@ -146,7 +147,7 @@ async def build(config: NodeConfig) -> Node:
     runtime.ended_with_the_host(await host_stops.ended())
     in_doubt = await host_stops.in_doubt(driver.live())
     return Node(
-        config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, traces=traces,
+        config=config, clock=clock, runtime=runtime, capacity=capacity, gpus=gpus, journal=journal, tally=tally,
         driver=driver, logs=logs, dirs=dirs, host_stops=host_stops, lock=lock, keeper=keeper, mode=mode,
         disk=disk, in_doubt=in_doubt,
     )  # fmt: skip
@@ -227,9 +228,11 @@ async def working(
             high_percent=config.image_high_percent,
             low_percent=config.image_low_percent,
             dry_run=config.janitor_dry_run,
+            on_removed=node.tally.note_removed_image,
         ),
         on_pull_progress=on_pull_progress,
         on_capacity_change=on_capacity_change,
+        on_stored=node.tally.note_stored,
         gpu_nodes=lambda: gpu_nodes_of(node.keeper.inventory),
     )
     try:

@@ -15,6 +15,7 @@ from nodeservice.certificates import EXPIRED, EXPIRES, Term, doubts_about, read_
 from nodeservice.config import NodeConfig
 from nodeservice.core.model import Phase
 from nodeservice.core.retry import Backoff
+from nodeservice.daemon.measured import Measured
 from nodeservice.daemon.node import Node, build, working
 from nodeservice.daemon.settings import open_store, task_defaults
 from nodeservice.daemon.standing import standing
@@ -57,7 +58,9 @@ async def serve(
         loop.add_signal_handler(number, stop)
     node = await build(config)
     noting = asyncio.create_task(_note_stop_of_host(node, stopping), name="stop of the host")
+    measured = Measured(node)
     try:
+        measured.open()
         _credentials(config)  # what is wrong with them is not to be found only when the engine answers
         async with (
             telling(config.state_dir, lambda: told(node)),
@@ -65,12 +68,12 @@ async def serve(
         ):
             facts = await _until(stopping, _engine(node, manager))
             if facts is not None:
-                await _serve(node, facts, stopping, manager, on_ready)
+                await _serve(node, facts, stopping, manager, on_ready, measured)
     finally:
         if not stopping.is_set():
             noting.cancel()
         await asyncio.gather(noting, return_exceptions=True)
-        await node.close()
+        await asyncio.gather(node.close(), measured.close())
         log.info("node.stopped", worker_id=config.worker_id)
 
 
@@ -89,6 +92,7 @@ async def _serve(
     stopping: asyncio.Event,
     manager: ServiceManager,
     on_ready: Callable[[int], None] | None,
+    measured: Measured,
 ) -> None:
     config = node.config
     terms = read_terms(config.tls_cert, config.tls_ca)
@@ -116,6 +120,7 @@ async def _serve(
             first_seconds=config.connect_backoff_min_seconds, max_seconds=config.connect_backoff_max_seconds
         ),
     )
+    measured.link = link
     node.driver.on_change(link.note_release)
     node.disk.look_again = link.register_again
     known_master = config.master or await node.journal.get_note(MASTER_NOTE)
@@ -131,6 +136,7 @@ async def _serve(
         mode=node.mode,
         on_master=lambda address: _master_called(node, link, address),
         report_again=link.report_again,
+        on_refusal=node.tally.note_refusal,
     )
     servicer.serve_on(server)
     async with working(

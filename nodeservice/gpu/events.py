@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -33,6 +33,7 @@ class XidListener:
     def __init__(self, uuids: Callable[[], Sequence[str]]) -> None:
         self._uuids = uuids
         self._events: deque[GpuXid] = deque(maxlen=_MOST_WAITING)
+        self._counts: Counter[tuple[str, int]] = Counter()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -48,6 +49,10 @@ class XidListener:
             while True:
                 taken.append(self._events.popleft())
         return taken
+
+    def counts(self) -> dict[tuple[str, int], int]:
+        """How many came since this process began, by UUID and code."""
+        return self._counts.copy()
 
     def end(self) -> None:
         """Let the thread end after its present wait. Does not wait."""
@@ -107,6 +112,7 @@ class XidListener:
         instance = int(event.gpuInstanceId)
         xid = GpuXid(uuid=uuid, code=int(event.eventData), gpu_instance_id=None if instance == _WHOLE_GPU else instance)
         self._events.append(xid)
+        self._counts[uuid, xid.code] += 1
         return True
 
 

@@ -7,7 +7,7 @@ events. Everybody else gets what was seen last, and an error once that is too ol
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +81,10 @@ class NvmlGpuProvider:
 
     def take_xids(self) -> Sequence[GpuXid]:
         return self._xids.take()
+
+    def xid_counts(self) -> Mapping[tuple[str, int], int]:
+        """The events since this process began, by UUID and code."""
+        return self._xids.counts()
 
     async def limit_memory(self, uuid: str, cgroup: str, limit_bytes: int) -> int:
         future = self._poller.order(lambda: self._limit_memory(uuid, cgroup, limit_bytes))

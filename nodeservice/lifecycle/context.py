@@ -113,10 +113,14 @@ class Context:
     on_pull_progress: Callable[[AttemptId], PullProgress | None]
     on_capacity_change: Callable[[], None] = lambda: None
     """Called when this node has more or less for tasks than it had."""
+    on_stored: Callable[[int], None] = lambda _bytes: None
+    """Called when the configured store has taken so many bytes of results."""
     gpu_nodes: Callable[[], Sequence[GpuNodes]] = tuple
     """The device nodes of all GPUs of this host, as they are now; of those not in it, the count alone is checked."""
     preparing: dict[AttemptId, asyncio.Task[str | None]] = field(default_factory=dict)
     """What was begun for those that have no container yet: see `steps.prepare`."""
+    creating: dict[AttemptId, asyncio.Task[str]] = field(default_factory=dict)
+    """Containers that are being made, also for those that were stopped meanwhile."""
     ended: dict[AttemptId, Ended] = field(default_factory=dict)
     """Those that are not collected yet: neither the engine nor the kernel need be asked again."""
     frozen: dict[AttemptId, ResultBundle] = field(default_factory=dict)

@@ -35,7 +35,10 @@ class _Known:
 
 
 class ImageKeeper:
-    """`engine_root` names the file system that counts; percents are of what tasks could use of it."""
+    """`engine_root` names the file system that counts; percents are of what tasks could use of it.
+
+    `on_removed` gets the size of each image that went, layers that it shared included.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class ImageKeeper:
         high_percent: float,
         low_percent: float,
         dry_run: bool = False,
+        on_removed: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         self._runtime = runtime
         self._journal = journal
@@ -57,6 +61,7 @@ class ImageKeeper:
         self._high_percent = high_percent
         self._low_percent = low_percent
         self._dry_run = dry_run
+        self._on_removed = on_removed
         self._known: dict[str, _Known] = {}
         self._claims: dict[AttemptId, str] = {}
         self._is_high = False
@@ -130,6 +135,7 @@ class ImageKeeper:
                 return False
         del self._known[image.image_id]
         log.info("image.removed", **story)
+        self._on_removed(image.size_bytes)
         return True
 
     async def _is_above(self, percent: float) -> bool:

@@ -17,7 +17,7 @@ from nodeservice.errors import TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.patience import back_off
-from nodeservice.lifecycle.steps import clean_up, collect, pull, report, run, upload
+from nodeservice.lifecycle.steps import clean_up, collect, create, pull, report, run, upload
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +70,7 @@ class Runner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._context.creating.values(), return_exceptions=True)
 
     def _spawn(self, id_: AttemptId, effect: fx.Effect, work: Coroutine[None, None, None]) -> None:
         key = (id_, type(effect))
@@ -128,7 +129,7 @@ class Runner:
         context = self._context
         steps: dict[type[fx.Effect], Callable[[TaskRecord], Awaitable[ev.Event]]] = {
             fx.PullImage: lambda record: pull.pull(context, record),
-            fx.CreateContainer: lambda record: run.create(context, self._driver, record),
+            fx.CreateContainer: lambda record: create.create(context, self._driver, record),
             fx.StartContainer: lambda record: run.start(context, record),
             fx.WatchContainer: lambda record: run.watch(context, self._driver, record),
             fx.CollectResults: lambda record: collect.collect(context, self._driver, record),

@@ -8,23 +8,22 @@ limits sit on the container alone, and that is logged once, with the reason.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec, Usage
 from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits.block_devices import disks_of
-from nodeservice.limits.hierarchy import TASKS_DIRECTORY, read_mounts
+from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.places import DirectoryPlaces, Places
 from nodeservice.limits.plan import CgroupLimits, plan_cgroup, plan_share, plan_top
-from nodeservice.limits.tree import CgroupTree, do_all, online_cpus
+from nodeservice.limits.tree import CgroupTree, do_all, online_cpus, unread_limits
 from nodeservice.limits.v1 import V1CgroupTree
 from nodeservice.limits.v2 import V2CgroupTree
 from nodeservice.ports import EngineFacts, OomFacts, Reading, TaskCgroups
@@ -33,7 +32,6 @@ from nodeservice.threads import Threads
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}\Z")
 _CREATE_ATTEMPTS = 3
 _REMOVE_ATTEMPTS = 20
 _REMOVE_PAUSE_SECONDS = 0.05
@@ -69,32 +67,6 @@ def _with_slices(node_id: str, facts: EngineFacts, disks: tuple[str, ...]) -> Ta
     return KernelTaskCgroups(places=SlicePlaces(node_id), tree=SliceTree(read_mounts(), disks=disks))
 
 
-class Places(Protocol):
-    """Where cgroups lie below the root, and what the engine is told."""
-
-    def of_node(self) -> str: ...
-
-    def of_task(self, id_: AttemptId) -> str: ...
-
-    def parent_for_engine(self, id_: AttemptId) -> str: ...
-
-
-class DirectoryPlaces:
-    """Plain directories. The suffix keeps a node's id clear of the names of kernel files."""
-
-    def __init__(self, node_id: str) -> None:
-        self._node = f"{TASKS_DIRECTORY}/{_safe(node_id)}.node"
-
-    def of_node(self) -> str:
-        return self._node
-
-    def of_task(self, id_: AttemptId) -> str:
-        return f"{self._node}/{_safe(str(id_))}"
-
-    def parent_for_engine(self, id_: AttemptId) -> str:
-        return f"/{self.of_task(id_)}"
-
-
 class KernelTaskCgroups:
     """TaskCgroups on a real hierarchy. All file access happens in one thread, in the order of the calls."""
 
@@ -109,6 +81,7 @@ class KernelTaskCgroups:
         """What an engine made in the node's place while we were away has no limits."""
         self._shared_cpu_ids: Sequence[int] = ()
         """For tasks without exclusive CPUs; empty means all."""
+        self._without: dict[AttemptId, str] = {}  # a cgroup of their own, and why
 
     async def share(
         self,
@@ -132,9 +105,8 @@ class KernelTaskCgroups:
         try:
             await self._run(apply)
         except OSError as error:
-            fault = f"tasks are not held to the node's share: {error}"
-            level = log.debug if fault == self._fault else log.warning
-            self._fault = fault
+            before, self._fault = self._fault, f"tasks are not held to the node's share: {error}"
+            level = log.debug if before == self._fault else log.warning
             level("cgroup.share_not_set", path=place, error=str(error))
             return False
         self._fault = None
@@ -156,20 +128,24 @@ class KernelTaskCgroups:
                     field=_asked_rate(spec) or "exclusive_cpus",
                     hint="leave that limit out, or repair the cgroups of this node",
                 ) from error
+            self._without[spec.id] = str(error)
             return None
+        self._without.pop(spec.id, None)
         return self._places.parent_for_engine(spec.id)
 
     def rate_devices(self) -> Sequence[Path]:
         return self._tree.rate_devices()
 
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
-        nothing: list[Reading] = []
-        return await self._look(
-            id_, lambda place: self._tree.readings(place) if self._tree.was_used(place) else nothing, nothing
-        )
+        nothing = unread_limits(self._without.get(id_, ""))
+        look = self._tree.readings
+        return await self._look(id_, lambda place: look(place) if self._tree.was_used(place) else nothing, nothing)
 
     async def was_used(self, id_: AttemptId) -> bool:
         return await self._look(id_, self._tree.was_used, False)
+
+    async def crowded(self, id_: AttemptId) -> str:
+        return await self._look(id_, self._tree.crowded, "")
 
     async def look_after(self, id_: AttemptId) -> None:
         if self._tree.needs_looks:
@@ -197,6 +173,7 @@ class KernelTaskCgroups:
 
     async def remove(self, id_: AttemptId) -> None:
         """As the port says. Raises TransientError (CGROUP_BUSY) while something still lives in it after about a second."""
+        self._without.pop(id_, None)
         place = self._places.of_task(id_)
         for attempt in range(_REMOVE_ATTEMPTS):
             if attempt:
@@ -315,10 +292,13 @@ class NoTaskCgroups:
         return ()
 
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
-        return ()
+        return unread_limits(self._why)
 
     async def was_used(self, id_: AttemptId) -> bool:
         return False
+
+    async def crowded(self, id_: AttemptId) -> str:
+        return ""
 
     async def look_after(self, id_: AttemptId) -> None:
         """The container's own cgroup is all there is."""
@@ -389,10 +369,3 @@ def _online(cpu_ids: Sequence[int]) -> tuple[int, ...]:
 
 def _name_of(place: str) -> str:
     return place.rpartition("/")[2]
-
-
-def _safe(name: str) -> str:
-    """The name itself where it is safe as a directory, else a digest, which no safe name can look like."""
-    if _SAFE_NAME.match(name) and ".." not in name:
-        return name
-    return "+" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:40]

@@ -20,6 +20,9 @@ _MONITORS = ("conmon", "libpod-conmon-")
 
 DirectoryCall = Callable[[Path | str], None]
 
+_PIDS_OF_A_START = 32
+"""Threads that a runtime, and with Podman its monitor, have while they start a container: up to 14 (tried)."""
+
 NO_LIMIT = 1 << 62
 """v1 shows "no limit" as the largest number of whole pages, just below 2**63."""
 
@@ -56,6 +59,10 @@ class CgroupTree(Protocol):
         """Whether anything runs or ever ran in it."""
         ...
 
+    def crowded(self, place: str) -> str:
+        """As the port TaskCgroups says."""
+        ...
+
     def look_after(self, place: str) -> None:
         """As the port TaskCgroups says."""
         ...
@@ -81,6 +88,25 @@ class CgroupTree(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def unread_limits(why: str) -> list[Reading]:
+    """Of what a task's own cgroup would hold where it has none, and why; empty where that is no matter."""
+    names = ("cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit") if why else ()
+    note = f"the task has no cgroup of its own: {why}"
+    return [Reading(limit=name, value=None, source="", readable=False, note=note) for name in names]
+
+
+def crowded_above(top: Path, place: str) -> str:
+    """`top` is that of the controller pids."""
+    for directory in (top / above for above in Path(place).parents):
+        with suppress(OSError, ValueError):  # the root has no limit, and where there is none the kernel says `max`
+            most, present = (
+                int((directory / f"pids.{name}").read_text(encoding="ascii")) for name in ("max", "current")
+            )
+            if most - present < _PIDS_OF_A_START:
+                return f"{directory} has {present} of {most} processes"
+    return ""
 
 
 def do_all(calls: Iterable[Callable[[], None]]) -> None:

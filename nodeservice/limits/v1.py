@@ -25,6 +25,7 @@ from nodeservice.limits.plan import CPU_PERIOD_US, CgroupLimits, cpu_milli_of, c
 from nodeservice.limits.tree import (
     NO_LIMIT,
     children_of,
+    crowded_above,
     do_all,
     only_child,
     processes_in,
@@ -107,6 +108,9 @@ class V1CgroupTree:
         if not os.path.isdir(task):
             return False
         return only_child(task) is not None or bool(self._node("memory", place).controller.max_usage_in_bytes)
+
+    def crowded(self, place: str) -> str:
+        return crowded_above(self._bases["pids"] / "pids", place)
 
     def look_after(self, place: str) -> None:
         """Note the bytes moved. Not at the first look, right after the start: nothing would pass for no bytes."""

@@ -21,6 +21,7 @@ from nodeservice.limits.plan import CPU_PERIOD_US, CgroupLimits, cpu_milli_of, c
 from nodeservice.limits.tree import (
     DirectoryCall,
     children_of,
+    crowded_above,
     online_cpus,
     only_child,
     processes_in,
@@ -175,6 +176,9 @@ class V2CgroupTree:
     def was_used(self, place: str) -> bool:
         task = self._top / place
         return only_child(task) is not None or _ran(UnifiedCgroup(task))
+
+    def crowded(self, place: str) -> str:
+        return crowded_above(self._top, place)
 
     def look_after(self, place: str) -> None:
         """Nobody takes the flag away that was set when it was made."""

@@ -79,12 +79,17 @@ class TaskCgroups(Protocol):
     async def readings(self, id_: AttemptId) -> Sequence[Reading]:
         """The limits as the kernel holds them now: of the task's cgroup and of the container's below it.
 
-        Empty where there is no such cgroup, or where nothing ever ran in it: then it limits nobody.
+        Empty where there is no such cgroup, or where nothing ever ran in it: then it limits nobody. Where none could be made
+        they are not readable, and their notes say why.
         """
         ...
 
     async def was_used(self, id_: AttemptId) -> bool:
         """Whether a process ever was in it, by the kernel's counts; false where there is no such cgroup."""
+        ...
+
+    async def crowded(self, id_: AttemptId) -> str:
+        """One above it that has no room for the processes that a start takes, in words; empty where there is none."""
         ...
 
     async def look_after(self, id_: AttemptId) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,7 +43,7 @@ class ResultStore(Protocol):
 
         When it returns, all can be read. Repeating is safe; what is already there and verified is not sent again.
         Raises TransientError (try again), NodeFaultError (the store refuses us: credentials, policy), RequestError
-        (RESULT_TOO_LARGE for this kind of store).
+        (RESULT_TOO_LARGE for this kind of store; NamesRefusedError where it takes all but some of the files, by name).
         """
         ...
 
@@ -99,6 +99,10 @@ class Bundles(Protocol):
 
     def reopen(self, spec: TaskSpec, work_dir: Path) -> ResultBundle:
         """The bundle of a frozen work directory."""
+        ...
+
+    def leave_out(self, spec: TaskSpec, work_dir: Path, refused: Mapping[str, str]) -> ResultBundle:
+        """Freeze it anew without these files, which its manifest then tells as skipped: stored paths, each with why."""
         ...
 
     def kept(self, spec: TaskSpec) -> ResultBundle:

@@ -19,10 +19,10 @@ import structlog
 
 from nodeservice.core.model import AttemptId
 from nodeservice.durable import sync_directory
-from nodeservice.errors import NodeFaultError, TransientError
+from nodeservice.errors import NamesRefusedError, NodeFaultError, TransientError
 from nodeservice.ports import ResultBundle
 from nodeservice.results.collect import PIECE_BYTES
-from nodeservice.results.layout import MANIFEST_NAME
+from nodeservice.results.layout import LOG_NAME, MANIFEST_NAME, printable
 from nodeservice.results.mount import ResultsMount
 from nodeservice.results.source import VerifiedReader
 from nodeservice.threads import Threads
@@ -33,11 +33,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL)
 
 
+_OF_THE_NAME = frozenset(
+    {errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+)
+"""What file systems say of a name that they can't hold, in a directory that is there. ENOENT: CIFS (smb2maperror.c)."""
+_TAKEN = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
+"""The name of another file is the same to them, as where upper and lower case are one."""
+
+
 class FileResultStore:
     """`put` answers `file://<root>/<task_id>/<attempt>`.
 
     Repeating with the same manifest is the same answer; with another one NodeFaultError (RESULT_CONFLICT). TransientError:
-    STORE_FULL, STORE_UNREACHABLE. NodeFaultError: STORE_REFUSED (permissions, read-only), RESULT_CHANGED.
+    STORE_FULL, STORE_UNREACHABLE. NodeFaultError: STORE_REFUSED (permissions, read-only), RESULT_CHANGED. NamesRefusedError
+    where the file system can't hold some of the names.
     """
 
     def __init__(self, root: Path, *, mount: ResultsMount | None = None) -> None:
@@ -123,15 +132,27 @@ class FileResultStore:
 
     def _build(self, partial: Path, bundle: ResultBundle, stop: threading.Event) -> None:
         directories = {partial}
+        refused: dict[str, str] = {}
         for file in bundle.files:
             destination = partial / file.entry.path
-            destination.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                made = destination.open("xb")
+            except OSError as error:
+                if error.errno not in _OF_THE_NAME or file.entry.path == LOG_NAME or not partial.is_dir():
+                    raise
+                refused[file.entry.path] = _why_refused(error)
+                continue
             directories.update(parent for parent in destination.parents if parent.is_relative_to(partial))
-            with VerifiedReader(file, stop=stop) as reader, destination.open("xb") as stream:
-                while piece := reader.read(PIECE_BYTES):
+            with made as stream, VerifiedReader(file, stop=stop) as reader:
+                while not refused and (piece := reader.read(PIECE_BYTES)):
                     stream.write(piece)
                 stream.flush()
                 os.fsync(stream.fileno())
+        if refused:
+            (partial / MANIFEST_NAME).touch()  # else it is not their names
+            path, why = next(iter(refused.items()))
+            raise NamesRefusedError(f"{len(refused)} results, such as {printable(path)}: {why}", names=refused)
         with (partial / MANIFEST_NAME).open("xb") as stream:
             stream.write(bundle.manifest_bytes)
             stream.flush()
@@ -167,3 +188,9 @@ class FileResultStore:
                     message, reason="STORE_REFUSED", hint="make the results directory writable for the node"
                 ) from error
             raise TransientError(message, reason="STORE_UNREACHABLE") from error
+
+
+def _why_refused(error: OSError) -> str:
+    if error.errno in _TAKEN:
+        return "the results directory takes the name for that of another file"
+    return f"the results directory can't hold the name: {os.strerror(error.errno or 0)}"

@@ -6,13 +6,15 @@ import contextlib
 import os
 import shutil
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from nodeservice.core.model import TaskSpec
 from nodeservice.errors import NodeFaultError
 from nodeservice.ports import ResultBundle
 from nodeservice.results import manifest
-from nodeservice.results.layout import LOG_NAME, MOVED_NAME, RESULTS_DIR
+from nodeservice.results.layout import LOG_NAME, MOVED_NAME, RESULTS_DIR, printable
 from nodeservice.results.mount import ResultsMount
 
 
@@ -50,6 +52,14 @@ class Bundles:
     def reopen(self, spec: TaskSpec, work_dir: Path) -> ResultBundle:
         """The bundle of a frozen work directory."""
         return manifest.bundle_from(work_dir, spec, self._worker_id)
+
+    def leave_out(self, spec: TaskSpec, work_dir: Path, refused: Mapping[str, str]) -> ResultBundle:
+        """Freeze it anew without these files."""
+        before = self.reopen(spec, work_dir).manifest
+        skipped = (*before.skipped, *(f"{printable(path)}: {why}" for path, why in refused.items()))
+        files = tuple(entry for entry in before.files if entry.path not in refused)
+        manifest.write_local(work_dir, replace(before, files=files, skipped=tuple(sorted(skipped))))
+        return self.reopen(spec, work_dir)
 
     def kept(self, spec: TaskSpec) -> ResultBundle:
         """The bundle of results that were kept in the results directory of this host."""

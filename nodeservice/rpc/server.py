@@ -66,6 +66,7 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         new_trace: Callable[[str | None], TraceIds],
         on_master: Callable[[str], None],
         report_again: Callable[[TaskRecord], None],
+        on_refusal: Callable[[str], None],
         mode: ModeKeeper,
     ) -> None:
         self._mode = mode
@@ -77,6 +78,7 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
         self._new_trace = new_trace
         self._on_master = on_master
         self._report_again = report_again
+        self._on_refusal = on_refusal
 
     async def MasterRegister(self, request: pb.MasterInfo, context: RpcContext) -> pb.RegisterAck:  # noqa: N802
         """Answers at once; the registration itself goes out from the link's own task."""
@@ -94,6 +96,7 @@ class NodeServicer(pb_grpc.MasterWorkerServicer):
             record = await self._driver.assign(spec, trace=trace, received_at=received_at)
         except NodeServiceError as error:
             log.info("task.refused", task_id=request.task_id[:128], reason=error.reason, message=str(error))
+            self._on_refusal(error.reason)
             return _refusal(error)
         if record.phase > Phase.REPORTING and _told(context, "nodeservice-report-again"):
             self._report_again(record)

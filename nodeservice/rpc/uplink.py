@@ -85,6 +85,11 @@ class MasterLink:
     def heard_at(self) -> datetime | None:
         return self._heard_at
 
+    @property
+    def is_registered(self) -> bool:
+        """The master took the registration, and has answered each heartbeat since."""
+        return self._registered.is_set()
+
     async def settled(self) -> None:
         await self._no_report.wait()
 

@@ -34,7 +34,7 @@ from nodeservice.runtime.errors import InitMissingError, command_error
 from nodeservice.runtime.exits import ExitWatcher
 from nodeservice.runtime.gpu_access import GpuAccess, choose_gpu_access
 from nodeservice.runtime.inside import run_inside
-from nodeservice.runtime.libpod import libpod_body
+from nodeservice.runtime.libpod import libpod_body, needs_native
 from nodeservice.runtime.local_images import list_images, remove_image
 from nodeservice.runtime.log_choice import choose_reading
 from nodeservice.runtime.profile import EngineProfile
@@ -286,14 +286,14 @@ class DockerRuntime:
     async def _create(self, spec: ContainerSpec, profile: EngineProfile) -> tuple[str, bool]:
         """The id, and whether it is new."""
         access = choose_gpu_access(profile.gpus, spec.gpu_uuids) if spec.gpu_uuids else None
-        is_native = access is not None and profile.gpus.is_podman
+        volumes = await self._pulls.volumes_of(spec.image)
+        is_native = needs_native(profile, access, volumes)
         make = libpod_body if is_native else create_body
         body = make(spec, profile, node_id=self._node_id, access=access)
         if access is not None:
             log.info("gpu.access", name=spec.name, how=access.words, passed_over=list(access.passed_over))
         if profile.makes_mount_sources:
             await asyncio.to_thread(check_mount_sources, spec)
-        volumes = self._pulls.volumes.get(spec.image, ())
         return await self._connection.call_to_end(
             lambda client: calls.create(client, spec, body, native=is_native, volumes=volumes),
             doing=f"create {spec.name}",

@@ -119,10 +119,11 @@ def create(
     """Create, or find one of the same request: the id, and whether it is new.
 
     Whatever goes wrong on the way, the name tells whether it is there. `native` is for the body of a Podman specification,
-    `volumes` are those that the image declares: see `refuse_hidden`.
+    `volumes` are those that the image declares: see `refuse_hidden`. A native container has none of them.
     """
     from docker.errors import APIError
 
+    volumes = () if native else volumes
     try:
         answer = create_natively(client, body) if native else client.create_container_from_config(body, name=spec.name)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Creates containers through Podman's own API, which its Docker-compatible one can't do with CDI names.
+"""Creates containers through Podman's own API, which its Docker-compatible one can't do with CDI names or without volumes.
 
 Source: Podman's API reference (POST /libpod/containers/create, SpecGenerator), tried with Podman 4.3.1. The container is one
 like any other afterwards: it is started, watched and removed through the compatible API.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nodeservice.limits.asked import DROPPED_CAPABILITIES, ids_text, shm_bytes
@@ -31,6 +32,15 @@ _API = "v4.0.0"
 """Podman serves every older minor version of its own API too."""
 
 
+_FIRST = (4,)
+
+
+def needs_native(profile: EngineProfile, access: GpuAccess | None, volumes: Sequence[str]) -> bool:
+    """Also an image that declares volumes: where they meet the results by way of a link, Podman does not tell."""
+    is_asked = access is not None or (bool(volumes) and profile.gpus.engine_version >= _FIRST)
+    return profile.is_podman and is_asked
+
+
 def libpod_body(
     spec: ContainerSpec, profile: EngineProfile, *, node_id: str, access: GpuAccess | None
 ) -> dict[str, Any]:
@@ -40,6 +50,7 @@ def libpod_body(
     body: dict[str, Any] = {
         "name": spec.name,
         "image": spec.image,
+        "image_volume_mode": "ignore",
         "env": dict(environment(spec, access)),
         "labels": {**spec.labels, labels.NODE: node_id},
         "stop_signal": int(signal.Signals[spec.stop_signal]),

@@ -39,8 +39,8 @@ class ImagePulls:
         self._inactivity_timeout_seconds = inactivity_timeout_seconds
         self._threads = Threads(_PULL_THREADS, name="image-pull")
         self._shared: dict[str, _SharedPull] = {}
-        self.volumes: dict[str, tuple[str, ...]] = {}
-        """By digest, of the images that declare any."""
+        self._volumes: dict[str, tuple[str, ...]] = {}
+        """That images declare, by the digest of their pull."""
 
     async def pull(self, image: str, *, policy: PullPolicy, on_progress: PullProgress | None) -> PulledImage:
         name = parse_image(image)
@@ -60,6 +60,13 @@ class ImagePulls:
             shared = self._shared[name.key] = _SharedPull()
             shared.task = asyncio.create_task(self._run(image, name, shared), name=f"pull {image}")
         return await self._wait(shared, on_progress)
+
+    async def volumes_of(self, image: str) -> tuple[str, ...]:
+        """Those that it declares; an image of whose pull another process knew is looked at."""
+        if image not in self._volumes:
+            found = await self._present(image, parse_image(image), announced=None)
+            return found.volumes if found is not None else ()
+        return self._volumes[image]
 
     async def close(self) -> None:
         for shared in list(self._shared.values()):
@@ -146,8 +153,7 @@ class ImagePulls:
         digest = choose_digest(
             name, image_id=image_id, repo_digests=found.get("RepoDigests") or (), announced=announced
         )
-        if volumes := tuple((found.get("Config") or {}).get("Volumes") or ()):
-            self.volumes[digest] = volumes
+        volumes = self._volumes[digest] = tuple((found.get("Config") or {}).get("Volumes") or ())
         size_bytes = int(found.get("Size") or 0)
         return PulledImage(
             digest=digest,

@@ -1,1 +1,1 @@
-"""What the node says about itself: logs and traces."""
+"""What the node says about itself: logs, traces and metrics."""

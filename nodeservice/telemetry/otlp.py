@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -23,13 +21,13 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 import nodeservice
 from nodeservice.core.model import Outcome, PhaseTiming, Reason, TaskRecord
+from nodeservice.telemetry.collector import CLOSE_SECONDS, Outage, is_plain, sender
 
 log = structlog.get_logger(__name__)
 
 Attributes = dict[str, str | int | float | bool | Sequence[str]]
 
 EXPORT_TIMEOUT_SECONDS = 3.0
-CLOSE_SECONDS = 2.0
 _QUEUE_LENGTH = 4096
 _BATCH_LENGTH = 512
 _DELAY_SECONDS = 1.0
@@ -46,9 +44,7 @@ class OtlpTraceSink:
     """
 
     def __init__(self, endpoint: str, *, insecure: bool, worker_id: str) -> None:
-        # Its own messages repeat with every batch; `_OutageExporter` says the same once.
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        plain = insecure or endpoint.startswith("http://")  # https:// wins, in the exporter itself
+        plain = is_plain(endpoint, insecure=insecure)
         self._exporter = _OutageExporter(
             OTLPSpanExporter(endpoint=endpoint, insecure=plain, timeout=EXPORT_TIMEOUT_SECONDS), endpoint
         )
@@ -58,13 +54,7 @@ class OtlpTraceSink:
             max_export_batch_size=_BATCH_LENGTH,
             schedule_delay_millis=_DELAY_SECONDS * 1000,
         )
-        self._resource = Resource.create(
-            {
-                "service.name": "nodeservice",
-                "service.version": nodeservice.__version__,
-                "service.instance.id": worker_id,
-            }
-        )
+        self._resource = sender(worker_id)
         self._scope = InstrumentationScope("nodeservice", nodeservice.__version__)
         self._worker_id = worker_id
 
@@ -162,25 +152,26 @@ class OtlpTraceSink:
 
 
 class _OutageExporter(SpanExporter):
-    """Says once that the collector is away, and once that it is back with how many spans were lost."""
+    """Tells of outages, once each."""
 
     def __init__(self, inner: SpanExporter, endpoint: str) -> None:
         self._inner = inner
         self._endpoint = endpoint
-        self._lost_count = 0
+        self._outage = Outage(
+            endpoint,
+            away="trace.collector_unreachable",
+            back="trace.collector_back",
+            what="span",
+            hint="spans are dropped until it is back",
+        )
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = self._inner.export(spans)
-        if result is SpanExportResult.SUCCESS:
-            if self._lost_count:
-                log.info("trace.collector_back", endpoint=self._endpoint, lost_span_count=self._lost_count)
-            self._lost_count = 0
-        else:
-            if not self._lost_count:
-                log.warning(
-                    "trace.collector_unreachable", endpoint=self._endpoint, hint="spans are dropped until it is back"
-                )
-            self._lost_count += len(spans)
+        try:
+            result = self._inner.export(spans)
+        except Exception as error:  # a channel closed in mid-call raises ValueError
+            log.debug("trace.export_failed", endpoint=self._endpoint, error=repr(error))
+            result = SpanExportResult.FAILURE
+        self._outage.note(len(spans), taken=result is SpanExportResult.SUCCESS)
         return result
 
     def shutdown(self) -> None:

@@ -23,8 +23,9 @@ from nodeservice.errors import RequestError, TransientError
 from nodeservice.limits import v1
 from nodeservice.limits.asked import ids_of
 from nodeservice.limits.block_devices import disks_of
-from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
+from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import Mount, read_mounts
+from nodeservice.limits.places import DirectoryPlaces
 from nodeservice.limits.plan import PIDS_OVERHEAD, CgroupLimits
 from nodeservice.limits.tree import CgroupTree, online_cpus
 from nodeservice.limits.v1 import V1CgroupTree
@@ -43,6 +44,7 @@ V2_DEFAULTS = {
     "memory.peak": "0",
     "memory.events": "low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\noom_group_kill 0",
     "pids.max": "max",
+    "pids.current": "0",
     "pids.peak": "0",
     "cpuset.cpus": Path("/sys/devices/system/cpu/online").read_text(),
 }
@@ -152,6 +154,17 @@ async def test_the_limits_read_back_are_those_asked(cgroups: KernelTaskCgroups) 
     assert effective["memory_swap_bytes"] == 64 * MIB
     assert effective["pids_limit"] == 32 + PIDS_OVERHEAD
     assert await cgroups.readings(AttemptId("task", 1)) == [], "nothing ran in it: it limits nobody"
+
+
+async def test_one_above_it_without_room_for_a_start_is_told(cgroups: KernelTaskCgroups) -> None:
+    parent = await cgroups.prepare(spec(pids_limit=1))
+    assert parent is not None
+    assert await cgroups.crowded(AttemptId("task")) == "", "its own limit is no matter"
+    tree = cgroups._tree
+    top = tree._bases["pids"] / "pids" if isinstance(tree, V1CgroupTree) else tree._top  # type: ignore[attr-defined]
+    node = (top / parent.lstrip("/")).parent
+    (node / "pids.max").write_text("9")
+    assert await cgroups.crowded(AttemptId("task")) == f"{node} has 0 of 9 processes"
 
 
 async def test_preparing_again_gives_the_same_place_and_the_limits_of_the_last_call(cgroups: KernelTaskCgroups) -> None:
@@ -537,6 +550,11 @@ async def test_a_kernel_that_refuses_costs_the_cgroup_and_one_warning(tmp_path: 
 
     assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["cgroup.not_prepared"]
     assert not (stand_in.top / "nodeservice").exists()
+    told = {
+        reading.limit: reading.note for reading in await cgroups.readings(AttemptId("task")) if not reading.readable
+    }
+    assert told.keys() >= {"cpu_milli", "memory_bytes", "memory_swap_bytes", "pids_limit"}
+    assert all("no cgroup of its own: " in note and "controllers" in note for note in told.values()), told
     await cgroups.close()
 
 
@@ -590,7 +608,7 @@ async def test_without_an_engine_or_with_a_driver_that_is_not_known_limits_sit_o
     for cgroups in (task_cgroups(node_id="node", facts=None), task_cgroups(node_id="node", facts=facts)):
         assert isinstance(cgroups, NoTaskCgroups)
         assert await cgroups.prepare(spec()) is None
-        assert await cgroups.readings(AttemptId("task", 1)) == ()
+        assert all(reading.note for reading in await cgroups.readings(AttemptId("task", 1)))
         assert cgroups.describe()
         assert await cgroups.usage(AttemptId("task", 1)) == Usage()
         await cgroups.remove(AttemptId("task", 1))

@@ -209,6 +209,18 @@ def test_recovery_is_the_same_look_up_as_entering(phase: Phase) -> None:
     assert not step.changed
 
 
+@pytest.mark.parametrize("phase", [Phase.PULLING, Phase.CREATING, Phase.STARTING])
+def test_what_may_have_run_is_not_told_as_never_started(phase: Phase) -> None:
+    stop = StopRequest(cause=StopCause.WAIT_TIMEOUT, requested_at=at(5), message="Had not started within 5 s.")
+    step = machine.advance(in_phase(phase), ev.StopRequested(at=at(5), stop=stop))
+    failed = ev.StepFailed(at=at(6), reason=Reason.NODE_FAULT, message="the engine stayed away")
+    verdict = machine.advance(step.record, failed).record.verdict
+    assert verdict is not None
+    assert verdict.reason is Reason.WAIT_TIMEOUT
+    assert verdict.message.startswith("Had not started within 5 s")
+    assert ("may have run" in verdict.message) == (phase is Phase.STARTING)
+
+
 def test_a_failed_upload_is_never_reported_as_success() -> None:
     kept = ev.ResultsRetained(at=at(6), location="file:///kept", message="store down")
     record = after(*HAPPY[:5], kept).record

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import fcntl
+import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import docker
@@ -15,6 +17,7 @@ from tests.integration.attack_bench import Bench
 from tests.integration.engine_proxy import EngineProxy
 from tests.integration.node_process import NodeProcess
 from tests.integration.old_peer import OldMaster
+from tests.integration.podman_service import CGROUPS
 
 
 @pytest_asyncio.fixture
@@ -57,3 +60,12 @@ async def proxy(engine: str, tmp_path: Path) -> AsyncIterator[EngineProxy]:
     await made.up()
     yield made
     await made.down()
+
+
+@pytest.fixture(scope="module")
+def podman_alone() -> Iterator[None]:
+    """One file's Podman at a time on this host: all put containers into the same cgroup, which the last one removes."""
+    held = os.open(CGROUPS, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    yield
+    os.close(held)

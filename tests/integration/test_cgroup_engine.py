@@ -17,8 +17,9 @@ import pytest
 
 from nodeservice.core.model import MIB, AttemptId, Lease, Resources, TaskSpec
 from nodeservice.limits.asked import ids_of
-from nodeservice.limits.cgroup import DirectoryPlaces, KernelTaskCgroups, NoTaskCgroups, task_cgroups
+from nodeservice.limits.cgroup import KernelTaskCgroups, NoTaskCgroups, task_cgroups
 from nodeservice.limits.hierarchy import read_mounts
+from nodeservice.limits.places import DirectoryPlaces
 from nodeservice.limits.plan import HOST_WORK_WEIGHT
 from nodeservice.limits.receipt import receipt
 from nodeservice.limits.tree import online_cpus

@@ -70,12 +70,18 @@ async def test_engine_calls_and_spans_of_a_task(
     master = await OldMaster().start()
     env = {
         "DOCKER_HOST": proxy.url, "NODESERVICE_OTLP_ENDPOINT": traces.endpoint, "NODESERVICE_RELIST_SECONDS": "3600",
+        "OTEL_METRIC_EXPORT_INTERVAL": "100",
     }  # fmt: skip
     node = NodeProcess(tmp_path / "node", node_id, ("--master", f"127.0.0.1:{master.port}"), env)
     await node.start()
     try:
         async with OldClient(node.address) as client:
-            await run(client, "first")  # the event stream is opened, and the engine described
+            first = asyncio.create_task(run(client, "first"))  # the event stream is opened, and the engine described
+            during = await asyncio.to_thread(
+                traces.wait_for_metrics, lambda told: told.value("nodeservice.task.unfinished", "run") == 1
+            )
+            await first
+            assert not (await client.assign(task_id="first", command="another")).success
             proxy.requests.clear()
             for number in range(TASK_COUNT):
                 await run(client, f"t{number}")
@@ -95,6 +101,21 @@ async def test_engine_calls_and_spans_of_a_task(
     }
     phases = ("admit", "pull", "create", "start", "run", "collect", "upload", "report", "clean_up")
     assert spans == dict.fromkeys(("task", *(f"task.{phase}" for phase in phases)), TASK_COUNT + 1)
+    # One series a phase, an outcome and a reason, however many tasks there were.
+    standing = {
+        name: during.value(f"nodeservice.{name}") for name in ("cpu.granted", "node.accepting", "master.registered")
+    }
+    assert standing == {"cpu.granted": 0.5, "node.accepting": 1, "master.registered": 1}
+    at_the_end = traces.exports[-1]
+    durations = at_the_end.of("nodeservice.task.phase.duration")
+    assert {point.attributes["nodeservice.phase"]: point.count for point in durations} == dict.fromkeys(
+        phases, TASK_COUNT + 1
+    )
+    assert at_the_end.value("nodeservice.task.finished", "COMPLETED") == TASK_COUNT + 1
+    assert at_the_end.value("nodeservice.task.refused", "TASK_CONFLICT") == 1
+    assert at_the_end.value("nodeservice.result.stored") == len("done\n") * (TASK_COUNT + 1)
+    assert not any(point.value for point in at_the_end.of("nodeservice.task.unfinished"))
+    assert len(at_the_end) < 200
 
 
 async def test_synced_journal_writes_of_a_task(tmp_path: Path) -> None:

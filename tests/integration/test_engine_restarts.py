@@ -145,10 +145,13 @@ def _remove_cgroups(node_id: str) -> None:
 @pytest.mark.parametrize("crash", [False, True], ids=["shut down", "killed"])
 async def test_with_live_restore_tasks_go_on_with_a_whole_log_and_their_own_exit(tmp_path: Path, crash: bool) -> None:
     async with bench(tmp_path, live_restore=True) as on:
-        await on.begin(counts=COUNTS, short="sleep 0.7; exit 4", killed="sleep 1; kill -9 $$")
+        # What is printed last before a task's end is lost by the engine itself if it is away then.
+        counts = f"i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo line $i; sleep 0.05; done; {WAITS}; echo end; exit 3"
+        await on.begin(counts=counts, short="sleep 0.7; exit 4", killed="sleep 1; kill -9 $$")
         await asyncio.to_thread(on.engine.crash if crash else on.engine.stop)
         await asyncio.sleep(1)
         await asyncio.to_thread(on.engine.start)
+        await on.let_go("counts")
         ended = await on.ended("counts", "short", "killed")
         log = (await on.master.report_of("counts")).logs
     assert ended == {
@@ -156,7 +159,7 @@ async def test_with_live_restore_tasks_go_on_with_a_whole_log_and_their_own_exit
         "short": ("failed", "EXIT_NONZERO", 4),
         "killed": ("failed", "EXIT_NONZERO", 137),
     }
-    assert log.split("\n")[:-1] == [f"line {number}" for number in range(1, 61)]
+    assert log.split("\n")[:-1] == [*(f"line {number}" for number in range(1, 61)), "end"]
 
 
 async def test_tasks_that_a_shut_down_engine_ended_are_its_fault_whatever_their_exit_code(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from nodeservice.testing.false_driver import FalseDriver
 from nodeservice.testing.false_driver.hook import PROGRAM, HookCall, calls, hook_script
+from nodeservice.testing.otlp import OtlpReceiver
 from tests.conftest import remove_cgroup
 from tests.integration.docker_daemon import DockerDaemon, docker_daemon, require_docker_daemon
 from tests.integration.listening_master import ListeningMaster, assign
@@ -252,20 +253,28 @@ async def test_what_a_node_holds_neither_inspect_nor_run_has_beside_it_and_a_dea
 async def test_a_gpu_that_falls_off_the_bus_ends_its_task_alone_and_comes_back_after_its_quarantine(
     bench: Benches,
 ) -> None:
-    async with bench() as b:
-        (ill,) = await b.run("ill", gpus=1)
-        await b.run("well", gpus=1)
-        b.driver.xid(ill, 79)
-        report = await b.master.reported("ill")
-        assert (report.outcome, report.reason, report.retryable) == ("FAILED", "GPU_FAULT", True)
-        assert ill in report.message
-        assert [list(usage.xids) for usage in report.usage.gpus] == [[79]]
-        assert b.master.report("well") is None
-        await b.master.out_of_service_and_back(ill)
-        assert (await b.run("again", gpus=7)).count(ill) == 1
-        b.tell("again")
-        b.tell("well")
-        assert [(await b.master.reported(name)).reason for name in ("again", "well")] == ["COMPLETED", "COMPLETED"]
+    with OtlpReceiver() as metrics:
+        settings = {"NODESERVICE_OTLP_METRICS_ENDPOINT": metrics.endpoint, "OTEL_METRIC_EXPORT_INTERVAL": "100"}
+        async with bench(**settings) as b:
+            (ill,) = await b.run("ill", gpus=1)
+            (well,) = await b.run("well", gpus=1)
+            b.driver.xid(ill, 79)
+            report = await b.master.reported("ill")
+            assert (report.outcome, report.reason, report.retryable) == ("FAILED", "GPU_FAULT", True)
+            assert ill in report.message
+            assert [list(usage.xids) for usage in report.usage.gpus] == [[79]]
+            assert b.master.report("well") is None
+            await b.master.out_of_service_and_back(ill)
+            assert (await b.run("again", gpus=7)).count(ill) == 1
+            b.tell("again")
+            b.tell("well")
+            assert [(await b.master.reported(name)).reason for name in ("again", "well")] == ["COMPLETED", "COMPLETED"]
+    ended = next(told for told in metrics.exports if told.value("nodeservice.task.finished", "GPU_FAULT"))
+    assert (ended.value("hw.status", ill, "failed"), ended.value("hw.status", well, "ok")) == (1, 1)
+    assert ended.value("hw.errors", ill, "xid_79") == 1
+    assert (ended.value("nodeservice.gpu.tasks", well), ended.value("nodeservice.gpu.granted")) == (1, 1)
+    assert ended.value("nodeservice.gpu.allocatable") == 7
+    assert metrics.exports[-1].value("hw.status", ill, "ok") == 1
 
 
 async def test_a_lost_gpu_takes_its_task_along_and_is_offered_to_nobody_until_it_is_back(bench: Benches) -> None:

@@ -43,7 +43,7 @@ from tests.integration.gpu_tasks import (
 )
 from tests.integration.podman_service import PodmanService, podman_service, require_podman
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180), pytest.mark.usefixtures("podman_alone")]
 
 TOLD_BY_PODMAN = {
     "Config": ("StopSignal", "StopTimeout", "Labels", "Entrypoint", "Cmd", "Tty", "OpenStdin", "User"),
@@ -65,7 +65,7 @@ CGROUP_FILES = {
 
 
 @pytest.fixture(scope="module")
-def podman() -> Iterator[PodmanService]:
+def podman(podman_alone: None) -> Iterator[PodmanService]:
     require_podman()
     found = [path for name in ("catatonit", "docker-init", "tini") if (path := shutil.which(name))]
     with podman_service(init=found[0] if found else "/nonexistent/init") as service:

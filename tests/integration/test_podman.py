@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ import docker
 import pytest
 
 from nodeservice.core.model import MIB
-from nodeservice.ports import ContainerSpec
+from nodeservice.ports import ContainerSpec, Mount
 from nodeservice.runtime.docker import DockerRuntime
 from tests.conftest import ROOT
 from tests.integration.podman_service import PodmanService, podman_service, require_podman
+from tests.integration.test_image_settings import packed
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180), pytest.mark.usefixtures("podman_alone")]
 NO_INIT = "/nonexistent/init"
 
 
 @pytest.fixture(scope="module")
-def podman() -> Iterator[PodmanService]:
+def podman(podman_alone: None) -> Iterator[PodmanService]:
     require_podman()
     found = [path for name in ("catatonit", "docker-init", "tini") if (path := shutil.which(name))]
     with podman_service(init=found[0] if found else NO_INIT) as service:
@@ -141,6 +143,33 @@ async def test_images_are_listed_and_removed_by_name_and_one_in_use_stays(podman
     finally:
         client.close()
         await runtime.close()
+
+
+async def test_a_volume_that_meets_the_results_by_way_of_a_link_hides_none(
+    podman: PodmanService, tmp_path: Path
+) -> None:
+    """Podman does not tell of a link that a mount lies over. The image was pulled by another process."""
+    runtime = DockerRuntime(node_id="links", base_url=podman.url)
+    client = docker.APIClient(podman.url, version="auto", timeout=60)
+    try:
+        made = client.create_container("nodeservice/demo", ["true"])
+        client.put_archive(made["Id"], "/", packed("results", b"", link_to="/data"))
+        client.commit(made["Id"], "localhost/nodeservice/links", tag="1", changes=["VOLUME /data/sub"])
+        client.remove_container(made["Id"])
+        task = replace(
+            spec(), name="nodeservice.links.1", image="localhost/nodeservice/links:1",
+            argv=("sh", "-c", "mkdir -p /results/sub; echo it ran > /results/sub/a.txt"),
+            mounts=(Mount(source=tmp_path, target="/results"),),
+        )  # fmt: skip
+        container_id = await runtime.create(task)
+        await runtime.start(container_id)
+        await runtime.wait_exited(container_id)
+        await runtime.remove(container_id)
+        client.remove_image(task.image)
+    finally:
+        client.close()
+        await runtime.close()
+    assert (tmp_path / "sub/a.txt").read_text() == "it ran\n"
 
 
 async def test_inspect_names_the_engine(podman: PodmanService, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import docker
 import psutil
 import pytest
 
@@ -163,7 +164,7 @@ async def test_a_full_state_directory_loses_nothing_and_takes_nothing(
 
 
 async def test_a_state_directory_that_turns_read_only_stops_reports_and_work_until_it_is_repaired(
-    node: NodeProcess, master: OldMaster, tmp_path: Path
+    node: NodeProcess, master: OldMaster, tmp_path: Path, docker_client: docker.APIClient
 ) -> None:
     """As the kernel does with a file system in which it has found an error."""
     task, early = unique("t", "early")
@@ -182,12 +183,19 @@ async def test_a_state_directory_that_turns_read_only_stops_reports_and_work_unt
             subprocess.run(["mount", "-o", "remount,abort", place], check=False, capture_output=True)
             with pytest.raises(OSError, match="Read-only"):
                 (place / "probe").write_text("x")
-            await asyncio.sleep(3)
+            async with asyncio.timeout(60):
+                while docker_client.inspect_container(f"nodeservice.{task}.1")["State"]["Running"]:
+                    await asyncio.sleep(0.1)
             assert not (await assign(client, early, "true")).success
             beats = len(master.heartbeats)
             await master.until(lambda: len(master.heartbeats) >= beats + 4, 20)
         assert master.count(task) == 0
         await node.kill()
+    async with asyncio.timeout(
+        60
+    ):  # a container's namespace may hold it still: mounted again, it would be the same one
+        while subprocess.run(["losetup", "-j", image], capture_output=True, check=True).stdout:
+            await asyncio.sleep(0.1)
     subprocess.run(["e2fsck", "-p", image], check=False, capture_output=True)
     with mounted(place, "-t", "ext4", "-o", "loop", image):
         await node.start()

@@ -29,6 +29,7 @@ from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.ports import Reading, TaskCgroups
 from nodeservice.results.folder import ResultsFolder
 from nodeservice.results.hand_over import Bundles
+from nodeservice.telemetry.tally import Tally
 from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids
 from nodeservice.testing.fake_disk import FakeFreeSpace, FakeTaskDisk
 from nodeservice.testing.fake_gpu import FakeGpuProvider, FakeOwners
@@ -172,12 +173,13 @@ class LiveNode:
     def __init__(self, world: World, writes: int | None = None, *, lost: bool = False) -> None:
         self.world = world
         self.clock = SystemClock()
+        self.tally = Tally(NoTraceSink())
         self.journal = StoppingJournal(world.journal, writes, lost=lost)
         self.driver = Driver(
             journal=self.journal,  # type: ignore[arg-type]
             ledger=Ledger(NODE, gpu_sharing_allowed=world.gpu_policy.allowed),
             clock=self.clock,
-            traces=NoTraceSink(),
+            traces=self.tally,
             finished_retention_count=world.finished_retention_count,
         )
         self.dirs = WorkDirs(world.path / "state")
@@ -240,8 +242,10 @@ class LiveNode:
                 high_percent=85,
                 low_percent=80,
                 dry_run=world.dry_run,
+                on_removed=self.tally.note_removed_image,
             ),
             on_pull_progress=lambda _id: None,
+            on_stored=self.tally.note_stored,
         )
         self.driver.on_change(lambda record: self.logs.wake(record.id))
         self.driver.on_forget(self.logs.forget)

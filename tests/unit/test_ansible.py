@@ -140,6 +140,7 @@ CASES: dict[str, dict[str, Any]] = {
             "otel_collector_tls_key": "k",
             "otel_collector_tls_ca": "a",
             "otel_collector_exporters": {"otlp": {"endpoint": "tempo:4317"}, "debug": {}},
+            "otel_collector_metrics_exporters": {"prometheus": {"endpoint": "0.0.0.0:9464"}, "debug": {}},
             "otel_collector_settings": {"processors": {"batch": {"timeout": "2s"}}},
         },
         "render": ["config.yaml", "otel-collector.service"],
@@ -316,9 +317,14 @@ def test_the_collector_sends_what_it_gets_to_every_exporter(rendered: Path) -> N
     config = yaml.safe_load((rendered / "collector" / "config.yaml").read_text())
     grpc = config["receivers"]["otlp"]["protocols"]["grpc"]
     assert grpc["tls"]["client_ca_file"] == "/etc/otel-collector/ca.pem"
-    assert config["service"]["pipelines"]["traces"]["exporters"] == ["debug", "otlp"]
+    pipelines = config["service"]["pipelines"]
+    assert pipelines["traces"]["exporters"] == ["debug", "otlp"]
+    assert pipelines["metrics"]["exporters"] == ["debug", "prometheus"]
+    assert config["exporters"].keys() == {"debug", "otlp", "prometheus"}
     assert config["processors"]["batch"] == {"timeout": "2s"}
-    assert set(config["service"]["pipelines"]["traces"]["processors"]) <= set(config["processors"])
+    for pipeline in pipelines.values():
+        assert pipeline["receivers"] == ["otlp"]
+        assert set(pipeline["processors"]) <= set(config["processors"])
     service = unit(rendered / "collector" / "otel-collector.service")["Service"]
     assert service["ExecStart"].endswith(" --config=/etc/otel-collector/config.yaml")
 

@@ -107,6 +107,27 @@ def test_the_collector_of_opentelemetry_s_own_variable_is_a_default(
     assert load_config(toml(tmp_path, file_text), PLAIN, env).otlp_endpoint == endpoint
 
 
+@pytest.mark.parametrize(
+    ("file_text", "env", "endpoint"),
+    [
+        ("", {}, None),
+        ("", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}, "http://c:4317"),
+        ('otlp_endpoint = "mine:4317"', {}, "mine:4317"),
+        ('otlp_endpoint = "mine:4317"', {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://m:4317"}, "http://m:4317"),
+        ("", {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://m:4317"}, "http://m:4317"),
+        ('otlp_endpoint = "mine:4317"\notlp_metrics_endpoint = "none"', {}, None),
+        ('otlp_endpoint = "mine:4317"', {"OTEL_METRICS_EXPORTER": "otlp, console"}, "mine:4317"),
+        ('otlp_endpoint = "mine:4317"', {"OTEL_METRICS_EXPORTER": "none"}, None),
+        ('otlp_metrics_endpoint = "mine:4317"', {"OTEL_METRICS_EXPORTER": "prometheus"}, None),
+        ('otlp_endpoint = "mine:4317"', {"OTEL_SDK_DISABLED": "True"}, None),
+    ],
+)
+def test_metrics_go_where_spans_go_unless_somebody_says_otherwise(
+    tmp_path: Path, file_text: str, env: dict[str, str], endpoint: str | None
+) -> None:
+    assert load_config(toml(tmp_path, file_text), PLAIN, env).otlp_metrics_endpoint == endpoint
+
+
 # ---- unknown and malformed --------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import AttemptId, Lease, Phase, Resources, TaskRecord, TaskSpec, TraceIds
-from nodeservice.lifecycle.steps import run
+from nodeservice.lifecycle.steps import create, run
 from nodeservice.limits.cgroup import NoTaskCgroups
 from nodeservice.limits.device_nodes import GpuNodes
 from nodeservice.ports import Reading
@@ -59,7 +59,7 @@ async def test_another_gpu_than_the_leases_is_a_limit_that_is_not_enforced(
 ) -> None:
     world = World(tmp_path, runtime=FakeRuntime(images={"demo": FakeImage(holds=True)}))
     context = replace(LiveNode(world).context, processes=Shows(devices), gpu_nodes=lambda: GPUS)
-    container_id = await world.runtime.create(run.container_spec(context, record("GPU-a"), None))
+    container_id = await world.runtime.create(create.container_spec(context, record("GPU-a"), None))
     started = await run.start(context, replace(record("GPU-a"), container_id=container_id))
     assert isinstance(started, ev.ContainerStarted)
     assert tuple(sentence.partition(" (/proc")[0] for sentence in started.not_enforced) == not_enforced
@@ -78,7 +78,7 @@ class Holds(NoTaskCgroups):
 async def test_the_limits_of_a_task_are_those_that_the_kernel_holds_whatever_the_engine_says(tmp_path: Path) -> None:
     world = World(tmp_path, runtime=FakeRuntime(images={"demo": FakeImage(holds=True)}), cgroups=Holds())
     context = LiveNode(world).context
-    container_id = await world.runtime.create(run.container_spec(context, record(), None))
+    container_id = await world.runtime.create(create.container_spec(context, record(), None))
     started = await run.start(context, replace(record(), container_id=container_id))
     assert isinstance(started, ev.ContainerStarted)
     assert started.not_enforced == ("memory_bytes: asked 8192, in force 4096 (/sys/fs/cgroup/memory.max)",)

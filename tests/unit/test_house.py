@@ -32,6 +32,8 @@ from nodeservice.core.model import (
     Usage,
     Verdict,
 )
+from nodeservice.daemon.instruments import INSTRUMENTS
+from nodeservice.telemetry.metrics import Instrument, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 WIRE = ROOT / "nodeservice" / "wire"
@@ -214,6 +216,28 @@ def test_the_manual_lists_every_setting_with_its_default() -> None:
     assert set(listed) == set(settings)
     fixed = {name: written(field.default) for name, field in settings.items() if field.default_factory is None}
     assert {name: listed[name] for name in fixed} == fixed
+
+
+def test_the_manual_lists_every_metric() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text().partition("## Metrics\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (\w+) \| `(.+?)` \| (.+?) \|", text, re.MULTILINE)
+    told = [(each.name, each.kind.value, each.unit, each.attributes) for each in INSTRUMENTS]
+    assert [(name, kind, unit, tuple(re.findall("`(.+?)`", names))) for name, kind, unit, names in rows] == told
+
+
+def in_prometheus(metric: Instrument) -> str:
+    """As its translator of OTLP names it (github.com/prometheus/otlptranslator)."""
+    unit = {"s": "_seconds", "By": "_bytes", "Cel": "_celsius", "W": "_watts", "J": "_joules"}.get(metric.unit, "")
+    ratio = "_ratio" if (metric.unit, metric.kind) == ("1", Kind.GAUGE) else ""
+    return f"{metric.name.replace('.', '_')}{unit}{ratio}{'_total' if metric.kind is Kind.COUNTER else ''}"
+
+
+def test_the_alerts_in_the_manual_ask_for_metrics_and_attributes_that_there_are() -> None:
+    alerts = re.findall(r"^ +expr: (.+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    asked = set(re.findall(r"\b(?:nodeservice|hw)_[a-z_]+", " ".join(alerts)))
+    labels = {name.replace(".", "_") for each in INSTRUMENTS for name in each.attributes}
+    assert len(alerts) > 3
+    assert not asked - labels - {in_prometheus(each) for each in INSTRUMENTS}
 
 
 def test_the_manual_explains_every_exit_code() -> None:

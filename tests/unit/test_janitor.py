@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from nodeservice.core.model import AttemptId, Outcome, Phase, PullPolicy, Reason
+from nodeservice.core.model import AttemptId, Outcome, Phase, PullPolicy, Reason, StopCause, StopRequest
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.janitor import Janitor
 from nodeservice.lifecycle.orphans import Orphans
 from nodeservice.lifecycle.retention import Retention
+from nodeservice.lifecycle.steps import create
 from nodeservice.ports import ContainerSpec, Room, labels
 from nodeservice.results.file import FileResultStore
 from nodeservice.results.folder import ResultsFolder
@@ -105,7 +106,9 @@ async def test_an_image_that_was_here_before_or_got_another_name_is_never_remove
             await look(node)
             await look(node)
         assert shelf.present == {"theirs", "named"}
-        assert [line["image"] for line in logs if line["event"] == "image.removed"] == [(full_name("ours"),)]
+        (removed,) = [line for line in logs if line["event"] == "image.removed"]
+        assert removed["image"] == (full_name("ours"),)
+        assert node.tally.removed_image_bytes == removed["size_bytes"] > 0
 
 
 async def test_an_image_of_a_running_task_stays_however_full_the_disk_is(world: World) -> None:
@@ -220,6 +223,20 @@ async def test_an_image_removed_between_pull_and_create_is_pulled_again(world: W
     assert record.verdict is not None
     assert record.verdict.outcome is Outcome.SUCCEEDED
     assert world.runtime.pull_counts["demo"] == 1 + thefts
+
+
+async def test_a_cancel_waits_for_no_second_pull(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(create, "_STOP_LOOK_SECONDS", 0.01)
+    world.runtime = Thief(images={"demo": FakeImage(pull_holds=True)})
+    world.runtime.thefts = 1
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: world.runtime.pull_counts["demo"] == 1)
+        await node.driver.request_stop(T, StopRequest(cause=StopCause.CANCELLED, requested_at=node.clock.now()))
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.outcome is Outcome.CANCELLED
+    assert world.runtime.specs == []
 
 
 async def test_an_image_that_vanishes_again_and_again_is_given_up(world: World) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest
 from nodeservice.core.retry import Backoff
-from nodeservice.errors import CapacityError, NodeFaultError, RequestError, TransientError
+from nodeservice.errors import CapacityError, NamesRefusedError, NodeFaultError, RequestError, TransientError
 from nodeservice.ports import LogMark
 from nodeservice.testing.failing_journal import FailingJournal
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
-from tests.unit.node_harness import NODE, World, living, spec
+from tests.unit.node_harness import NODE, World, living, running, spec
 
 T = AttemptId("t")
 DOWN = TransientError("store down", reason="STORE_UNREACHABLE")
@@ -127,6 +129,9 @@ async def test_a_store_that_fails_at_first_is_tried_again(world: World) -> None:
         assert record.verdict is not None
         assert record.verdict.outcome is Outcome.SUCCEEDED
         assert world.store.put_count == 6
+        assert record.collected is not None
+        assert node.tally.stored_bytes == record.collected.total_bytes > 0
+        assert +node.tally.finished == {(Outcome.SUCCEEDED, Reason.COMPLETED): 1}
 
 
 async def test_results_are_kept_here_when_the_store_stays_away(world: World) -> None:
@@ -140,6 +145,8 @@ async def test_results_are_kept_here_when_the_store_stays_away(world: World) -> 
         assert report.verdict.reason is Reason.RESULTS_NOT_STORED
         assert report.verdict.exit_code == 0
         assert "t/1" in world.kept.stored
+        assert node.tally.stored_bytes == 0
+        assert +node.tally.finished == {(Outcome.FAILED, Reason.RESULTS_NOT_STORED): 1}
 
 
 async def test_a_long_pause_between_tries_does_not_prolong_the_limit(world: World) -> None:
@@ -170,16 +177,45 @@ async def test_results_too_large_for_the_store_stay_here_for_good(world: World) 
         assert record.result_location == "memory://t/1"
 
 
+@pytest.mark.parametrize("then", [[], [DOWN]], ids=["at once", "after another trouble"])
+async def test_results_whose_names_the_store_cannot_hold_are_told_and_all_others_stored(
+    world: World, then: list[TransientError]
+) -> None:
+    world.runtime.images["demo"] = FakeImage(holds=True)
+    world.store.fail_next(1, NamesRefusedError("2 results", names={"a:b": "no such name", "_task/MOVED": "nor this"}))
+    for failure in then:
+        world.store.fail_next(1, failure)
+    async with living(world) as node:
+        container = await running(node, spec())
+        for name in ("a:b", "MOVED", "c"):
+            (node.dirs.results(T) / name).write_text(name)
+        world.runtime.finish(container)
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    assert record.verdict.reason is Reason.COMPLETED
+    [report] = world.uplink.reports
+    assert report.remarks[-1].startswith("2 results could not be stored")
+    assert report.remarks[-1].endswith("_task/MOVED: nor this")
+    stored = world.store.stored["t/1"]
+    assert stored.keys() == {"c", "stdout.log", "manifest.json"}
+    assert report.collected is not None
+    assert report.collected.manifest_sha256 == hashlib.sha256(stored["manifest.json"]).hexdigest()
+    assert (report.collected.file_count, report.collected.paths) == (2, ("c", "stdout.log"))
+    assert "a:b: no such name" in json.loads(stored["manifest.json"])["skipped"]
+
+
 async def test_an_unreachable_master_gets_the_report_later_and_holds_no_cpu(world: World) -> None:
     world.uplink.down = True
     async with living(world) as node:
         await node.assign(spec())
         await node.until(lambda: node.phase(T) is Phase.REPORTING)
         assert node.driver.ledger.leased.cpu_milli == 0
+        assert node.tally.finished.total() == 1
     world.uplink.down = False
     async with living(world) as node:
         await node.until_finished(T)
         assert len(world.uplink.reports) == 1
+        assert node.tally.finished.total() == 0  # it was counted by the process in which it ended
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nodeservice.errors import NodeFaultError, TransientError
 from nodeservice.ports import ResultFile
 from nodeservice.results.collect import collect
 from nodeservice.results.source import VerifiedReader
+from tests.unit.test_tree_walk import open_files
 
 
 @pytest.fixture
@@ -185,9 +186,9 @@ def test_no_descriptor_is_left_open(results: Path) -> None:
     for number in range(20):
         (results / f"d{number}").mkdir()
         (results / f"d{number}" / "f").write_text("x")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files(results)
     run(results)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(results) == before
 
 
 @pytest.mark.parametrize("change", ["shorter", "different", "gone", "link"])

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from nodeservice.core.model import AttemptId, Resources, TaskSpec
-from nodeservice.errors import TransientError
+from nodeservice.errors import NamesRefusedError, TransientError
 from nodeservice.results import file, manifest
 from nodeservice.results.access import S3Access
 from nodeservice.results.file import FileResultStore
@@ -94,6 +95,47 @@ async def test_results_that_are_there_already_are_made_durable_too(
     assert await store.put(bundle) == (root / "t" / "1").as_uri()
     await store.close()
     assert {root / "t", root} <= set(synced)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (None, "can't hold the name: File name too long"),  # the kernel's own
+        (errno.EINVAL, "can't hold the name: Invalid argument"),
+        (errno.EEXIST, "for that of another file"),
+    ],
+)
+async def test_a_name_that_the_file_system_cannot_hold_is_told_and_nothing_half_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, words: str
+) -> None:
+    """As with `:` on a share of Windows, or names that differ in case alone."""
+    work, root = tmp_path / "work", tmp_path
+    name = "/".join(["d" * 200] * 3)
+    (work / "results" / name).parent.mkdir(parents=True)
+    for path in ("results/a", f"results/{name}", "results/z", "stdout.log"):
+        (work / path).write_bytes(b"1")
+    collected, _ = manifest.collect(work / "results", work / "stdout.log", task_id="t", attempt=1)
+    manifest.write_local(work, collected)
+    while number is None and len(str(root)) < 3600:
+        root /= "r" * 200
+    open_ = Path.open
+
+    def refusing(place: Path, mode: str) -> BinaryIO:
+        if number is not None and str(place).endswith(name) and mode == "xb":
+            raise OSError(number, os.strerror(number))
+        return open_(place, mode)  # type: ignore[return-value]
+
+    monkeypatch.setattr(Path, "open", refusing)
+    store = FileResultStore(root / "stored")
+    with pytest.raises(NamesRefusedError, match="1 results, such as ddd") as refused:
+        await store.put(manifest.bundle_from(work, SPEC, "w"))
+    assert list(refused.value.names) == [name]
+    assert words in refused.value.names[name]
+    assert list((root / "stored" / "t").iterdir()) == []
+    rest = Bundles(worker_id="w", results_dir=root).leave_out(SPEC, work, refused.value.names)
+    await store.put(rest)
+    await store.close()
+    assert {path.name for path in (root / "stored/t/1").iterdir()} == {"a", "z", "stdout.log", "manifest.json"}
 
 
 async def test_a_mount_that_is_away_is_no_place_for_results_nor_without_those_that_are_kept_there(

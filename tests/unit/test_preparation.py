@@ -10,8 +10,9 @@ import pytest
 
 from nodeservice.core.model import AttemptId, Outcome, Phase, Reason, StopCause, StopRequest, TaskSpec
 from nodeservice.errors import NodeServiceError, RequestError, TransientError
+from nodeservice.lifecycle.steps import create
 from nodeservice.limits.cgroup import NoTaskCgroups
-from nodeservice.ports import ContainerState
+from nodeservice.ports import ContainerSpec, ContainerState, labels
 from nodeservice.testing.fake_disk import FakeTaskDisk
 from nodeservice.testing.fake_runtime import FakeImage, FakeRuntime
 from tests.unit.node_harness import LiveNode, World, living, spec
@@ -29,6 +30,10 @@ class Cgroups(NoTaskCgroups):
         self.asked_count = 0
         self.present: set[AttemptId] = set()
         self.used: set[AttemptId] = set()
+        self.crowd = ""
+
+    async def crowded(self, id_: AttemptId) -> str:
+        return self.crowd
 
     async def was_used(self, id_: AttemptId) -> bool:
         return id_ in self.used
@@ -108,6 +113,71 @@ async def test_of_a_task_cancelled_meanwhile_nothing_is_made_after_its_clean_up(
         assert not cgroups.present
         assert not node.dirs.root(T).exists()
         assert not node.context.preparing
+
+
+@pytest.mark.parametrize("crowd", ["", "/above has 9 of 10 processes"])
+@pytest.mark.parametrize("reason", [Reason.START_FAILED, Reason.COMMAND_NOT_FOUND])
+async def test_a_start_for_which_a_cgroup_above_has_no_room_is_no_fault_of_the_task(
+    world: World, crowd: str, reason: Reason
+) -> None:
+    world.cgroups = cgroups = Cgroups()
+    cgroups.allowed.set()
+    cgroups.crowd = crowd
+    world.runtime = FakeRuntime(images={"demo": FakeImage()})
+    world.runtime.fail_next("start", RequestError("can't get final child's PID from pipe: EOF", reason=reason.value))
+    async with living(world) as node:
+        await node.assign(spec())
+        record = await node.until_finished(T)
+    assert record.verdict is not None
+    is_crowded = bool(crowd) and reason is Reason.START_FAILED
+    assert record.verdict.reason is (Reason.NODE_FAULT if is_crowded else reason)
+    assert (("/above has 9 of 10" in record.verdict.message), "final child" in record.verdict.message) == (
+        is_crowded,
+        True,
+    )
+
+
+class CreatesLate(FakeRuntime):
+    """When it may. As the real one, a cancelled caller waits for that."""
+
+    def __init__(self) -> None:
+        super().__init__(images={"demo": FakeImage()})
+        self.may_create = asyncio.Event()
+
+    async def create(self, spec: ContainerSpec) -> str:
+        making = asyncio.create_task(self._create(spec))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await making
+            raise
+
+    async def _create(self, spec: ContainerSpec) -> str:
+        self.calls.append(("create", spec.name))
+        await self.may_create.wait()
+        return await super().create(spec)
+
+
+async def test_a_cancel_is_told_though_the_engine_is_silent_and_what_it_makes_then_is_removed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(create, "_STOP_LOOK_SECONDS", 0.01)
+    world.runtime = runtime = CreatesLate()
+    async with living(world) as node:
+        await node.assign(spec())
+        await node.until(lambda: ("create", labels.container_name(T)) in runtime.calls)
+        await cancel(node)
+        await node.until(lambda: node.phase(T) is Phase.CLEANING)
+        [told] = world.uplink.reports
+        assert told.verdict is not None
+        assert told.verdict.outcome is Outcome.CANCELLED
+        await asyncio.sleep(0.02)
+        assert node.phase(T) is Phase.CLEANING, "the engine's answer is waited for"
+        runtime.may_create.set()
+        await node.until_finished(T)
+        assert len(runtime.specs) == 1
+        assert await runtime.list_owned("node") == []
+        assert not node.context.creating
 
 
 async def test_what_failed_meanwhile_is_told_by_the_step_that_needs_it(world: World) -> None:

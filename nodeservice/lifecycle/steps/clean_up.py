@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.lifecycle.context import Context
@@ -10,6 +12,9 @@ from nodeservice.ports import labels
 
 
 async def clean_up(context: Context, record: TaskRecord) -> ev.Event:
+    if (making := context.creating.get(record.id)) is not None:
+        await asyncio.gather(asyncio.shield(making), return_exceptions=True)
+        del context.creating[record.id]
     container_id = record.container_id
     if container_id is None:  # one may be there that a crash or an error let nobody hear of
         found = await context.runtime.find(labels.container_name(record.id))

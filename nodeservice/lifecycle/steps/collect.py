@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -111,15 +112,22 @@ async def _freeze(context: Context, record: TaskRecord) -> ResultBundle:
 def _collected(context: Context, record: TaskRecord, bundle: ResultBundle) -> Collected:
     path = context.dirs.log(record.id)
     return Collected(
-        manifest_sha256=context.bundles.digest(bundle),
-        file_count=len(bundle.files),
-        total_bytes=bundle.manifest.total_bytes,
         log_bytes=path.stat().st_size if path.exists() else 0,
         log_tail=context.logs.tail(record.id, path),
-        paths=_bounded([file.entry.path for file in bundle.files], context.settings.path_list_max_bytes),
-        skipped=_bounded(list(bundle.manifest.skipped), context.settings.path_list_max_bytes // 8),
-        skipped_count=len(bundle.manifest.skipped),
+        **held(context, bundle),
     )
+
+
+def held(context: Context, bundle: ResultBundle) -> dict[str, Any]:
+    """The fields of `Collected` that tell of a bundle."""
+    return {
+        "manifest_sha256": context.bundles.digest(bundle),
+        "file_count": len(bundle.files),
+        "total_bytes": bundle.manifest.total_bytes,
+        "paths": _bounded([file.entry.path for file in bundle.files], context.settings.path_list_max_bytes),
+        "skipped": _bounded(list(bundle.manifest.skipped), context.settings.path_list_max_bytes // 8),
+        "skipped_count": len(bundle.manifest.skipped),
+    }
 
 
 def _bounded(texts: list[str], max_bytes: int) -> tuple[str, ...]:

@@ -1,124 +1,32 @@
-"""Creates, starts, watches and stops the container."""
+"""Starts, watches and stops the container."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 
 import structlog
 
 from nodeservice.core import events as ev
-from nodeservice.core.model import AttemptId, Phase, PullPolicy, Reason, StopCause, TaskRecord, Usage
+from nodeservice.core.model import AttemptId, Phase, Reason, StopCause, TaskRecord, Usage
 from nodeservice.core.verdict import has_no_grace
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context, Ended
 from nodeservice.lifecycle.driver import Driver
-from nodeservice.lifecycle.steps import gpus, prepare, pull
+from nodeservice.lifecycle.steps import gpus
+from nodeservice.lifecycle.steps.create import bound_disk
 from nodeservice.lifecycle.steps.failure import persist, reason_of, until_done
 from nodeservice.lifecycle.stretch import Stretch
 from nodeservice.limits.gpu_view import read_gpu_uuids
 from nodeservice.limits.receipt import receipt
-from nodeservice.ports import ContainerSpec, ContainerState, Mount, labels
+from nodeservice.ports import ContainerState, labels
 
 log = structlog.get_logger(__name__)
 _STUCK_LOOK_SECONDS = 1.0
-_IMAGE_ATTEMPTS = 3
 _ALONE_SECONDS = 0.05
 _INSIDE_SECONDS = 10.0
 """For a program of the driver's: its first call on an idle GPU takes seconds."""
-
-
-async def create(context: Context, driver: Driver, record: TaskRecord) -> ev.Event:
-    """Make work directory, bounds and container. A stop that came meanwhile is honoured first."""
-    if record.stop is not None:
-        return ev.StepFailed(at=context.clock.now(), reason=Reason.CANCELLED, message="stopped before it was created")
-    if record.lease.gpu_uuids and (why := await context.gpus.ready(record)):
-        message = f"A GPU of the task could not be made ready: {why}"
-        return ev.StepFailed(at=context.clock.now(), reason=Reason.GPU_FAULT, message=message)
-    try:
-        # What passes (TransientError) is no failure of the task: the whole step is tried again.
-        cgroup_parent = await prepare.finish(context, record)
-    except (RequestError, NodeFaultError) as error:
-        return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
-    await _bound_disk(context, record)
-    try:
-        wanted = gpus.with_part(context, record, container_spec(context, record, cgroup_parent))
-        container_id = await _create(context, driver, record, wanted)
-    except (RequestError, NodeFaultError, TransientError) as error:
-        return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.CREATE_FAILED), message=str(error))
-    return ev.ContainerCreated(at=context.clock.now(), container_id=container_id)
-
-
-async def _create(context: Context, driver: Driver, record: TaskRecord, wanted: ContainerSpec) -> str:
-    """The container's id. An image that somebody removed since its pull is fetched again, the very same content.
-
-    An image without a digest of a registry cannot be had again: what its name means now may be something else.
-    """
-    policy = record.spec.pull_policy
-    make = partial(persist, context, lambda: context.runtime.create(wanted), current=partial(driver.get, record.id))
-    for _ in range(_IMAGE_ATTEMPTS - 1):
-        try:
-            return await make()
-        except RequestError as error:
-            if error.reason != Reason.IMAGE_NOT_FOUND or policy is PullPolicy.NEVER or "@" not in wanted.image:
-                raise
-            log.warning("image.vanished", task_id=record.id.task_id, image=wanted.image)
-            await pull.fetch(context, record, wanted.image, policy=PullPolicy.IF_NOT_PRESENT)
-    return await make()
-
-
-async def _bound_disk(context: Context, record: TaskRecord) -> None:
-    # What this service adds beside the results (log, manifest) must not meet a quota that the task has used up.
-    id_ = record.id
-    await context.disk.prepare(
-        id_, record.spec.request.disk_bytes, work=context.dirs.results(id_), log=context.dirs.log(id_)
-    )
-
-
-def container_spec(context: Context, record: TaskRecord, cgroup_parent: str | None) -> ContainerSpec:
-    """All that the container is made from, its label story included."""
-    spec, id_ = record.spec, record.id
-    is_throttled = spec.read_bytes_per_second is not None or spec.write_bytes_per_second is not None
-    results = context.dirs.results(id_)
-    env = (
-        *spec.env,
-        # Last, so that they are what they say.
-        ("NODESERVICE_TASK_ID", id_.task_id),
-        ("NODESERVICE_ATTEMPT", str(id_.attempt)),
-        ("TRACEPARENT", record.trace.traceparent),
-    )
-    return ContainerSpec(
-        name=labels.container_name(id_),
-        image=record.image_digest or spec.image,
-        argv=spec.argv or None,
-        shell=spec.command,
-        env=env,
-        labels={
-            labels.NODE: context.settings.worker_id,
-            labels.TASK_ID: id_.task_id,
-            labels.ATTEMPT: str(id_.attempt),
-            labels.SPEC: spec.fingerprint,
-            labels.RECORD: context.encode_record(record),
-        },
-        cpu_milli=spec.request.cpu_milli,
-        memory_bytes=spec.request.memory_bytes,
-        pids_limit=spec.pids_limit,
-        mounts=tuple(Mount(source=results, target=place) for place in pull.RESULT_PLACES),
-        gpu_uuids=record.lease.gpu_uuids,
-        # What is kept of its log is within its disk limit: the engine needs no larger copy.
-        log_max_bytes=min(context.settings.log_max_bytes, spec.request.disk_bytes),
-        grace_seconds=spec.grace_seconds,
-        cgroup_parent=cgroup_parent,
-        stop_signal=spec.stop_signal,
-        open_files_limit=spec.open_files_limit,
-        open_files_asked=spec.open_files_asked,
-        cpu_ids=record.lease.cpu_ids,
-        read_bytes_per_second=spec.read_bytes_per_second,
-        write_bytes_per_second=spec.write_bytes_per_second,
-        rate_devices=tuple(context.cgroups.rate_devices()) if is_throttled else (),
-    )
 
 
 async def start(context: Context, record: TaskRecord) -> ev.Event:
@@ -129,12 +37,12 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
     stretch, is_new = Stretch(context.clock), context.runtime.is_untouched(container_id)
     try:
         if not is_new:
-            await _bound_disk(context, record)
+            await bound_disk(context, record)
         if context.disk.holds_layers():
             await persist(context, lambda: _bound_layer(context, record, container_id))
         state = await persist(context, lambda: _start_once(context, record, container_id))
     except (RequestError, NodeFaultError) as error:
-        return ev.StepFailed(at=context.clock.now(), reason=reason_of(error, Reason.START_FAILED), message=str(error))
+        return await _not_started(context, record, error)
     await context.disk.add_layer(record.id, state.layer, state.beside)
     await context.cgroups.look_after(record.id)
     gpu_part = await gpus.bound(context, record, state.pid)
@@ -159,6 +67,17 @@ async def start(context: Context, record: TaskRecord) -> ev.Event:
         limits=told.as_dict(),
         not_enforced=told.mismatches if state.is_running else (),
     )
+
+
+async def _not_started(context: Context, record: TaskRecord, error: RequestError | NodeFaultError) -> ev.StepFailed:
+    """Engines have many words for a process that the kernel refused to make for them, none of which speaks of that."""
+    reason, message = reason_of(error, Reason.START_FAILED), str(error)
+    if reason is Reason.START_FAILED and (crowded := await context.cgroups.crowded(record.id)):
+        reason = Reason.NODE_FAULT
+        message = (
+            f"{message}; no room is left for the processes of a start: {crowded} (raise TasksMax or pids.max there)"
+        )
+    return ev.StepFailed(at=context.clock.now(), reason=reason, message=message)
 
 
 async def _start_once(context: Context, record: TaskRecord, container_id: str) -> ContainerState:
@@ -304,7 +223,7 @@ async def _observe(context: Context, record: TaskRecord, observed: _Observed) ->
 async def _bound_again(context: Context, record: TaskRecord) -> bool:
     """After a restart, which forgot it. What can't be had of the one does not keep the other from being watched."""
     try:
-        await _bound_disk(context, record)
+        await bound_disk(context, record)
     finally:
         await _bound_layer(context, record, _container(record))
     context.unbound.discard(record.id)

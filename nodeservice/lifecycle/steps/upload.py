@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import structlog
 
 from nodeservice.core import events as ev
 from nodeservice.core.model import TaskRecord
 from nodeservice.core.retry import is_worth_telling
-from nodeservice.errors import NodeFaultError, NodeServiceError, RequestError, TransientError
+from nodeservice.errors import NamesRefusedError, NodeFaultError, NodeServiceError, RequestError, TransientError
 from nodeservice.lifecycle.context import Context
 from nodeservice.lifecycle.driver import Driver
 from nodeservice.lifecycle.patience import Patience, back_off
+from nodeservice.lifecycle.steps.collect import held
 from nodeservice.ports import ResultBundle
 
 log = structlog.get_logger(__name__)
 
 _REFUSALS_BEFORE_KEEPING = 3
-_FOR_EVER = ("MANIFEST_INVALID", "RESULT_CHANGED", "RESULT_CONFLICT")
+_FOR_EVER = ("MANIFEST_INVALID", "RESULT_CHANGED", "RESULT_CONFLICT", "RESULT_NAME_REFUSED")
 """Reasons that pass with no store and no time: other results lie in the place of these, or these are not whole any more."""
 
 
@@ -38,7 +40,12 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
         try:
             if bundle is None:
                 bundle = await asyncio.to_thread(context.bundles.reopen, record.spec, context.dirs.root(record.id))
-            return ev.ResultsStored(location=await context.store.put(bundle), at=context.clock.now())
+            return _stored(context, record, bundle, await _store(context, bundle))
+        except NamesRefusedError as error:
+            log.warning("results.names_refused", task_id=record.id.task_id, count=len(error.names), error=str(error))
+            root = context.dirs.root(record.id)
+            bundle = await asyncio.to_thread(context.bundles.leave_out, record.spec, root, error.names)
+            continue
         except (TransientError, NodeFaultError, RequestError) as error:
             context.store_in_doubt.set()
             failures += 1
@@ -59,6 +66,25 @@ async def upload(context: Context, driver: Driver, record: TaskRecord) -> ev.Eve
         pause, left = settings.store_backoff.delay(failures, random.random()), patience.left_seconds  # noqa: S311
         # The last try is at the limit, not one long pause after it.
         await context.clock.sleep(min(pause, left) if left > 0 else pause)
+
+
+async def _store(context: Context, bundle: ResultBundle) -> str:
+    location = await context.store.put(bundle)
+    context.on_stored(bundle.manifest.total_bytes)
+    return location
+
+
+def _stored(context: Context, record: TaskRecord, bundle: ResultBundle, location: str) -> ev.ResultsStored:
+    """Also where names were left out, be that before a restart."""
+    now, known = context.clock.now(), record.collected
+    if known is None or known.manifest_sha256 == context.bundles.digest(bundle):
+        return ev.ResultsStored(at=now, location=location)
+    less = replace(known, **held(context, bundle))
+    example = next((line for line in less.skipped if line not in known.skipped), "")
+    remark = (
+        f"{known.file_count - less.file_count} results could not be stored, as the manifest tells, such as {example}"
+    )
+    return ev.ResultsStored(at=now, location=location, collected=less, remarks=(remark,))
 
 
 async def _keep_here(
@@ -102,7 +128,7 @@ async def store_retained(context: Context, record: TaskRecord) -> ev.Event:
         try:
             location = await asyncio.to_thread(context.bundles.moved_to, record.spec)
             if location is None:
-                location = await context.store.put(await asyncio.to_thread(context.bundles.kept, record.spec))
+                location = await _store(context, await asyncio.to_thread(context.bundles.kept, record.spec))
         except NodeServiceError as error:
             failures += 1
             if is_worth_telling(failures):
