@@ -28,9 +28,9 @@ class CpuFacts:
 def read_cpu(
     root: Path = Path("/"), *, tasks_place: str | None = None, affinity: Collection[int] | None = None
 ) -> CpuFacts:
-    """For tasks below `tasks_place` (see `tasks_cgroup`). `affinity` None asks the kernel;
-    what cannot be read does not limit.
+    """For tasks below `tasks_place` (see `tasks_cgroup`). `affinity` None asks the kernel.
 
+    What cannot be read does not limit.
     Tasks have our affinity, as all processes do where the kernel keeps CPUs out of it, but not what our cpuset makes of it.
     """
     logical_count = _logical_count(root)
@@ -63,7 +63,7 @@ def _physical_count(root: Path) -> int:
 def _model(root: Path) -> str:
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "cpu model") and value.strip():
+        if key.strip() == "model name":
             return value.strip()
     return platform.machine()
 
@@ -78,7 +78,7 @@ def _above_tasks(tasks_place: str | None, root: Path) -> Cgroup | None:
 def _cpuset(cgroup: Cgroup | None) -> frozenset[int]:
     """The CPUs of its cpuset: the kernel keeps it inside those of its ancestors. An empty file inherits."""
     for directory in cgroup.directories if cgroup is not None else ():
-        for name in ("cpuset.effective_cpus", "cpuset.cpus.effective", "cpuset.cpus"):
+        for name in ("cpuset.effective_cpus", "cpuset.cpus.effective"):
             ids = _ids(directory / name)
             if ids:
                 return ids
@@ -86,13 +86,15 @@ def _cpuset(cgroup: Cgroup | None) -> frozenset[int]:
 
 
 def _quotas_milli(cgroup: Cgroup | None) -> Iterator[int]:
-    for directory in cgroup.directories if cgroup is not None else ():
-        if cgroup is not None and cgroup.version == 1:
+    if cgroup is None:
+        return
+    for directory in cgroup.directories:
+        if cgroup.version == 1:
             quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
         else:
             quota, _, period = _read(directory / "cpu.max").partition(" ")
-        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
-            yield max(1, int(quota) * 1000 // int(period))
+        if quota.isdecimal() and period.isdecimal():
+            yield int(quota) * 1000 // int(period)
 
 
 def _ids(path: Path) -> frozenset[int]:

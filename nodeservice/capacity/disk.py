@@ -20,13 +20,13 @@ def read_disk(path: Path, *, root: Path = Path("/")) -> DiskFacts:
     `root` says only where mountinfo is read from; the path is one of this host.
     """
     mount = mount_of(nearest_existing(path), read_mounts(root))
-    total_bytes, free_bytes = read_space(path)
+    total, free = read_space(path)
     return DiskFacts(
         path=path,
         filesystem=mount.filesystem if mount else "unknown",
         device=mount.device if mount else "unknown",
-        total_bytes=total_bytes,
-        free_bytes=free_bytes,
+        total_bytes=total,
+        free_bytes=free,
     )
 
 
@@ -39,6 +39,6 @@ def read_space(path: Path) -> tuple[int, int]:
 def nearest_existing(path: Path) -> Path:
     """The path with links resolved, cut back to what exists."""
     candidate = path.resolve()
-    while not candidate.exists() and candidate != candidate.parent:
+    while not candidate.exists():
         candidate = candidate.parent
     return candidate

@@ -31,9 +31,8 @@ def read_memory(root: Path = Path("/"), *, tasks_place: str | None = None) -> Me
     host = read_meminfo(root)
     limit_bytes, available_bytes = host.limit_bytes, host.available_bytes
     for limit, used in _limits(tasks_cgroup("memory", tasks_place, root)):
-        if limit < host.total_bytes:
-            limit_bytes = min(limit_bytes, limit)
-            available_bytes = min(available_bytes, max(0, limit - used))
+        limit_bytes = min(limit_bytes, limit)
+        available_bytes = min(available_bytes, max(0, limit - used))
     return MemoryFacts(total_bytes=host.total_bytes, limit_bytes=limit_bytes, available_bytes=available_bytes)
 
 
@@ -46,9 +45,8 @@ def read_meminfo(root: Path = Path("/")) -> MemoryFacts:
         if number and number[0].isdecimal():
             fields[name] = int(number[0]) * 1024
     total = fields["MemTotal"]
-    available = fields.get("MemAvailable", fields.get("MemFree", 0))
     limit = max(0, total - fields.get("Hugetlb", 0))
-    return MemoryFacts(total_bytes=total, limit_bytes=limit, available_bytes=min(available, total))
+    return MemoryFacts(total_bytes=total, limit_bytes=limit, available_bytes=fields["MemAvailable"])
 
 
 def _limits(cgroup: Cgroup | None) -> Iterator[tuple[int, int]]:

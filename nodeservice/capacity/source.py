@@ -52,8 +52,7 @@ class HostCapacity:
     """CapacitySource of this host. Files are read in one named thread, since a hung mount blocks whoever looks at it.
 
     `engine` raises an error of nodeservice.errors where no engine answers; that is a fact in the answer. `units` makes of
-    what the driver tells what tasks can lease. `root` stands
-    before /proc and /sys, so that a saved tree can be read.
+    what the driver tells what tasks can lease. `root` stands before /proc and /sys, so that a saved tree can be read.
     """
 
     def __init__(

@@ -18,12 +18,12 @@ def read_cpus(root: Path, ids: Iterable[int]) -> tuple[Cpu, ...]:
 
 def _cpu(directory: Path, id_: int) -> Cpu:
     """Where the kernel doesn't tell the topology, each CPU is a core of its own."""
+    numa_node = min((int(entry.name[4:]) for entry in directory.glob("node[0-9]*")), default=0)
     core = _number(directory / "topology/core_id")
-    package = _number(directory / "topology/physical_package_id")
-    nodes = [int(entry.name[4:]) for entry in directory.glob("node[0-9]*") if entry.name[4:].isdecimal()]
     if core is None:
-        return Cpu(id=id_, core=-1 - id_, numa_node=min(nodes, default=0))
-    return Cpu(id=id_, core=(max(0, package or 0) << 16) + core, numa_node=min(nodes, default=0))
+        return Cpu(id=id_, core=-1 - id_, numa_node=numa_node)
+    package = _number(directory / "topology/physical_package_id") or 0  # -1 where it is not known
+    return Cpu(id=id_, core=(max(0, package) << 16) + core, numa_node=numa_node)
 
 
 def _number(file: Path) -> int | None:

@@ -32,7 +32,7 @@ class CpuMeter:
         try:
             with self._stat.open(encoding="ascii") as file:
                 ticks = [int(number) for number in file.readline().split()[1:9]]
-        except (OSError, ValueError):
+        except OSError:
             return 0, 0
         idle = sum(ticks[3:5])
         return sum(ticks) - idle, sum(ticks)

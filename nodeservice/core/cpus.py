@@ -24,7 +24,7 @@ def pick_cpus(cpus: Sequence[Cpu], free_ids: Iterable[int], count: int) -> tuple
     """
     wanted = set(free_ids)
     free = sorted(cpu for cpu in cpus if cpu.id in wanted)
-    if count < 1 or len(free) < count:
+    if len(free) < count:
         return None
     nodes = [list(group) for _, group in groupby(free, key=lambda cpu: cpu.numa_node)]
     fitting = [node for node in nodes if len(node) >= count]

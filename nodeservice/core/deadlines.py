@@ -21,7 +21,7 @@ def deadlines(record: TaskRecord) -> list[Deadline]:
         return []
     spec = record.spec
     found: list[Deadline] = []
-    if record.phase is Phase.RUNNING and record.deadline_at is not None:
+    if record.deadline_at is not None:
         found.append(of_run(record.deadline_at, spec.timeout_seconds))
     if record.expires_at is not None:
         message = "Had not ended by its absolute deadline"

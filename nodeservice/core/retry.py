@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
-    """`delay(n, u)` for the n-th failure (from 0) and `u` uniform in [0, 1): between half and all of min(max, first·2ⁿ)."""
+    """`delay(n, u)` after n failures, `u` uniform in [0, 1): between half and all of min(max, first·2ⁿ⁻¹)."""
 
-    first_seconds: float = 0.5
-    max_seconds: float = 60.0
+    first_seconds: float
+    max_seconds: float
 
     def delay(self, failures: int, uniform: float) -> float:
-        whole = min(self.max_seconds, self.first_seconds * 2.0 ** min(failures, 32))
+        whole = min(self.max_seconds, self.first_seconds * 2.0 ** min(failures - 1, 32))
         return whole * (0.5 + 0.5 * uniform)
 
 

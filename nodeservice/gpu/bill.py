@@ -7,6 +7,7 @@ readings of the driver's own counter, so it loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -91,10 +92,8 @@ class GpuBill:
     def from_text(cls, text: str) -> GpuBill:
         """An empty bill for a text that is none: it was cut off by whatever ended the service."""
         bill = cls()
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             bill._meters = {uuid: _meter_of(told) for uuid, told in json.loads(text).items()}
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            bill._meters = {}
         return bill
 
 

@@ -163,7 +163,7 @@ class HealthBoard:
         is_quiet = now - chart.last_trouble_at >= self._quarantine_seconds
         # What the driver asked for just before a fault says nothing of it; what it asks for so long after does.
         is_reset = not chart.needs_reset or gpu.recovery_action == 0
-        if chart.state is GpuState.FAULTY and is_quiet and is_reset:
+        if is_quiet and is_reset:
             chart.state, chart.words, chart.needs_reset = GpuState.WELL, "", False
             chart.told.clear()
         return []
@@ -217,7 +217,7 @@ class HealthBoard:
             throttled = (
                 f"its clocks are held back ({', '.join(throttle_names(held_back))}); look after cooling and power"
             )
-        asked = "" if gpu.recovery_action in (None, 0, *_ENDS_TASKS) else _asks(gpu)
+        asked = _asks(gpu) if gpu.recovery_action else ""
         for by, why in (("remap", remap), ("throttle", throttled), ("recovery", asked)):
             self.suspect(gpu.uuid, by, why)
 

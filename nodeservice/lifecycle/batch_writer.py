@@ -62,8 +62,8 @@ class BatchWriter:
                     log.error("journal.unwritable", error=str(error))
                 self.trouble = str(error)
                 self._refuse_admitted(batch)
-                await back_off(self._clock, _BACKOFF, failures)
                 failures += 1
+                await back_off(self._clock, _BACKOFF, failures)
             else:
                 break
         if not self._deferred and self._write_deferred is not None:  # written, or forgotten before

@@ -52,4 +52,4 @@ class GpuResets:
 
         with contextlib.suppress(OSError):
             await asyncio.to_thread(write)
-            self._written, self._errors = dict(awaited), dict(errors)
+            self._written, self._errors = awaited, errors

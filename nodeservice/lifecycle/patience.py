@@ -44,5 +44,5 @@ class AgeClock:
 
 
 async def back_off(clock: Clock, backoff: Backoff, failures: int) -> None:
-    """Before another try."""
+    """Before another try, after so many failures."""
     await clock.sleep(backoff.delay(failures, random.random()))  # noqa: S311

@@ -42,8 +42,8 @@ async def recover(context: Context, driver: Driver, decode: Decode) -> None:
                 f"what runs here already is not known, since the engine does not list it: {error}"
             )
             driver.knows_all.set()  # so that who wants something accepted hears this
-            await back_off(context.clock, context.settings.step_backoff, failures)
             failures += 1
+            await back_off(context.clock, context.settings.step_backoff, failures)
     claimed = {id_ for container in containers if (id_ := await _take_up(context, driver, decode, container))}
     driver.conditions.pop(ENGINE_NOT_LISTED, None)
     driver.knows_all.set()

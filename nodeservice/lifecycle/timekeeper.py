@@ -39,25 +39,20 @@ class Timekeeper:
         self._cgroups = cgroups
         self._held: dict[AttemptId, _Held] = {}
         self._starting: dict[AttemptId, asyncio.Task[None]] = {}
-        self._open = False
         driver.on_change(self._note)
 
     def open(self) -> None:
         """Begin. A deadline that passed while nobody looked is kept at once."""
-        self._open = True
         for record in self._driver.live():
             self._note(record)
 
     async def close(self) -> None:
-        self._open = False
         sleepers = [*(held.sleeper for held in self._held.values()), *self._starting.values()]
         for task in sleepers:
             task.cancel()
         await asyncio.gather(*sleepers, return_exceptions=True)
 
     def _note(self, record: TaskRecord) -> None:
-        if not self._open:
-            return
         self._note_start(record)
         found = deadlines(record)
         held = self._held.get(record.id)

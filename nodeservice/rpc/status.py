@@ -90,5 +90,7 @@ def conditions_told(driver: Driver) -> list[str]:
 
 def warnings_told(driver: Driver, inventory: GpuInventory) -> list[str]:
     """At the first registration nobody may have looked at the GPUs but who made this inventory."""
-    told = {**({GPU_DRIVER: "; ".join(inventory.complaints)} if inventory.complaints else {}), **driver.warnings}
+    told = dict(driver.warnings)
+    if inventory.complaints:
+        told[GPU_DRIVER] = "; ".join(inventory.complaints)
     return [f"{name}: {words}" for name, words in told.items()]

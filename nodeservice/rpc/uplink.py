@@ -52,16 +52,16 @@ class MasterLink:
         *,
         clock: Clock,
         credentials: grpc.ChannelCredentials | None,
-        heartbeat_seconds: float = 5.0,
-        call_deadline_seconds: float = 35.0,
-        backoff: Backoff | None = None,
+        heartbeat_seconds: float,
+        call_deadline_seconds: float,
+        backoff: Backoff,
     ) -> None:
         self._status = status
         self._clock = clock
         self._credentials = credentials
         self._heartbeat_seconds = heartbeat_seconds
         self._deadline = call_deadline_seconds
-        self._backoff = backoff or Backoff(first_seconds=0.5, max_seconds=15.0)
+        self._backoff = backoff
         self._address: str | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: pb_grpc.MasterWorkerStub | None = None
@@ -74,9 +74,8 @@ class MasterLink:
         self._wake = asyncio.Event()
         """Something is not to wait for the next heartbeat's time: a new registration (`_wanted`), or a release."""
         self._wants_releases = False
-        self._untold: dict[AttemptId, float] = {}
-        """When (of the loop) attempts released what they computed with that no heartbeat has told yet, the oldest first."""
-        self._telling: asyncio.TimerHandle | None = None
+        self._untold: set[AttemptId] = set()
+        """Attempts that released what they computed with since the last heartbeat."""
         self._again: dict[AttemptId, asyncio.Task[None]] = {}
         self._reports_under_way = 0
         self._no_report = asyncio.Event()
@@ -117,22 +116,15 @@ class MasterLink:
     def note_release(self, record: TaskRecord) -> None:
         """For `Driver.on_change`: that a task's CPU, memory and GPUs are free is told soon, if no report comes first."""
         if record.phase > Phase.UPLOADING:
-            self._untold.pop(record.id, None)
+            self._untold.discard(record.id)
         elif record.compute_released and self._wants_releases:
-            self._untold.setdefault(record.id, asyncio.get_running_loop().time())
-            if self._telling is None:
-                self._tell_releases()
+            self._untold.add(record.id)
+            asyncio.get_running_loop().call_later(_MOST_IDLE_SECONDS, self._tell_release, record.id)
 
-    def _tell_releases(self) -> None:
-        """Beat once the oldest has waited long enough: a heartbeat tells all, so they are no more than four in a second."""
-        self._telling = None
-        if self._untold and self._wants_releases:
-            loop = asyncio.get_running_loop()
-            left_seconds = next(iter(self._untold.values())) + _MOST_IDLE_SECONDS - loop.time()
-            if left_seconds > 0:
-                self._telling = loop.call_later(left_seconds, self._tell_releases)
-            else:
-                self._wake.set()
+    def _tell_release(self, id_: AttemptId) -> None:
+        """Where it has not been told yet. A heartbeat tells all, so they are no more than four in a second."""
+        if id_ in self._untold:
+            self._wake.set()
 
     async def run(self) -> None:
         """Register and beat until cancelled."""
@@ -149,20 +141,18 @@ class MasterLink:
                     failures = 0
                     await self._beat()
                 except TransientError as error:
-                    if is_worth_telling(failures + 1):
+                    failures += 1
+                    if is_worth_telling(failures):
                         # Who does not take our certificate only hangs up.
                         hint = self._status.driver.warnings.get(EXPIRED)
                         told = {"failures": failures, "error": str(error)} | ({"hint": hint} if hint else {})
                         log.warning("master.unreachable", address=self._address, **told)
                     self._registered.clear()
                     pause = self._backoff.delay(failures, random.random())  # noqa: S311
-                    failures += 1
                     self._wants_releases = False  # until it says so again; its first heartbeat then tells all
-                    if not self._wanted:
-                        self._wake.clear()
+                    self._untold.clear()
                     await self._wait_until_woken(pause)
         finally:
-            self._registered.clear()
             for task in self._again.values():
                 task.cancel()
             await self._disconnect()
@@ -197,7 +187,10 @@ class MasterLink:
             log.warning("report.not_delivered", task_id=record.id.task_id, attempt=record.id.attempt, error=str(error))
 
     async def _register(self) -> None:
-        info = await self._status.registration()
+        try:
+            info = await self._status.registration()
+        except OSError as error:  # a file system that fails; who keeps the tasks to their limits goes on
+            raise TransientError(f"this host cannot be looked at: {error}", reason="HOST_NOT_SEEN") from error
         ack = await self._call("RegisterWorker", lambda stub: stub.RegisterWorker(info, timeout=self._deadline))
         if not ack.success:
             raise TransientError(
@@ -213,7 +206,7 @@ class MasterLink:
         """Beat until the master forgets us or goes away (TransientError), or a new registration is wanted (return)."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._wait_until_woken(max(0.0, self._beat_at - loop.time()))
+            await self._wait_until_woken(self._beat_at - loop.time())
             if self._wanted and (self._address != self._connected_to or loop.time() < self._beat_at):
                 return
             ack = await self._send_heartbeat()
@@ -232,8 +225,8 @@ class MasterLink:
         return await self._call("SendHeartbeat", lambda stub: stub.SendHeartbeat(beat, timeout=self._deadline))
 
     async def _call(self, name: str, call: Callable[[pb_grpc.MasterWorkerStub], Awaitable[T]]) -> T:
-        if self._stub is None:
-            raise TransientError("no master is known yet", reason="NO_MASTER")
+        if self._stub is None:  # the master's address changed between the registration and what waited for it
+            raise TransientError("not connected to a master just now", reason="NO_MASTER")
         try:
             answer = await answered(call(self._stub), name=name)
         except grpc.aio.AioRpcError as error:
@@ -255,7 +248,6 @@ class MasterLink:
         if address == self._connected_to:
             return
         await self._disconnect()
-        self._registered.clear()
         if self._credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         else:
@@ -264,6 +256,7 @@ class MasterLink:
         self._stub = pb_grpc.MasterWorkerStub(self._channel)
 
     async def _disconnect(self) -> None:
+        self._registered.clear()
         channel, self._channel, self._stub, self._connected_to = self._channel, None, None, None
         if channel is not None:
             await channel.close(None)

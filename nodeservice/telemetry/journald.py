@@ -20,14 +20,13 @@ import structlog
 from nodeservice.telemetry.plain import plain
 
 SOCKET = "/run/systemd/journal/socket"
-_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "exception": 3, "critical": 2}
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _NOTICE = 5
 _OF_JOURNALD = re.compile(
     r"(MESSAGE|MESSAGE_ID|PRIORITY|ERRNO|INVOCATION_ID|USER_INVOCATION_ID|UNIT|USER_UNIT|TID|DOCUMENTATION"
     r"|(CODE|SYSLOG|OBJECT|COREDUMP)_.*)\Z"
 )
 """Names with a meaning of their own; a field of ours that is called so gets a prefix."""
-_NAME_CHARS = 64
 
 
 def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
@@ -60,14 +59,13 @@ class JournalLogger:
     def __init__(self, fallback: Any, path: str = SOCKET) -> None:
         self._fallback = fallback
         self._path = path
-        self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def msg(self, datagram: bytes, line: str) -> None:
         try:
             self._sender.sendto(datagram, socket.MSG_DONTWAIT, self._path)
         except OSError:  # too large for a datagram, or journald is away or busy for the moment
             self._fallback.write(f"{line}\n")
-            self._fallback.flush()
 
     log = debug = info = warn = warning = error = exception = critical = fatal = msg
 
@@ -83,10 +81,8 @@ def _as_json(value: object) -> str:
 
 
 def _name(key: str) -> str:
-    name = re.sub(r"[^A-Z0-9_]", "_", key.upper()).lstrip("_")[:_NAME_CHARS] or "FIELD"
-    if _OF_JOURNALD.match(name) or name[0].isdigit():
-        return f"NODESERVICE_{name}"[:_NAME_CHARS]
-    return name
+    name = key.upper()
+    return f"NODESERVICE_{name}" if _OF_JOURNALD.match(name) else name
 
 
 def _assignment(name: str, value: str) -> bytes:

@@ -47,10 +47,7 @@ def configure_logging(
         renderer = structlog.dev.ConsoleRenderer(
             colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=28
         )
-    processors: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-    ]
+    processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level]
     if not into_journal:  # which notes the time itself
         processors.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
     if fmt == "console":  # JSON escapes by itself
@@ -113,10 +110,7 @@ class _UnfailingStream:
         return bool(poll.poll(0 if self._lost_count else _PATIENCE_MILLISECONDS))
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            return
+        """Called by structlog. Nothing is left: each piece is flushed when it is written."""
 
 
 class _LibraryHandler(logging.Handler):

@@ -66,7 +66,7 @@ class OtlpTraceSink:
             self._send(
                 record,
                 name=f"task.{timing.name}",
-                span_id=_phase_span_id(record, timing),
+                span_id=_phase_span_id(record, timing.name),
                 parent_span_id=record.trace.span_id,
                 started_at=timing.started_at,
                 ended_at=timing.ended_at or timing.started_at,
@@ -79,14 +79,13 @@ class OtlpTraceSink:
     def task_ended(self, record: TaskRecord) -> None:
         """The root span `task`, over everything from admission to clean-up."""
         try:
-            ends = [timing.ended_at or timing.started_at for timing in record.timings]
             self._send(
                 record,
                 name="task",
                 span_id=record.trace.span_id,
                 parent_span_id=record.trace.parent_span_id,
-                started_at=min([record.accepted_at, *(timing.started_at for timing in record.timings)]),
-                ended_at=max([record.accepted_at, *ends]),
+                started_at=min(timing.started_at for timing in record.timings),
+                ended_at=max(timing.ended_at or timing.started_at for timing in record.timings),
                 attributes=self._identity(record) | _story(record),
                 failed=_is_failure(record),
             )
@@ -165,11 +164,10 @@ class _OutageExporter(SpanExporter):
             what="span",
             hint="spans are dropped until it is back",
         )
-        self._closed = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
-            result = SpanExportResult.FAILURE if self._closed else self._inner.export(spans)
+            result = self._inner.export(spans)
         except Exception as error:  # a channel closed in mid-call raises ValueError
             log.debug("trace.export_failed", endpoint=self._endpoint, error=repr(error))
             result = SpanExportResult.FAILURE
@@ -177,9 +175,7 @@ class _OutageExporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inner.shutdown()
+        self._inner.shutdown()
 
 
 def _story(record: TaskRecord) -> Attributes:
@@ -220,15 +216,13 @@ def _failed_phase(record: TaskRecord) -> str | None:
     if phase := _PHASE_OF_REASON.get(record.verdict.reason):
         return phase
     names = [timing.name for timing in record.timings]
-    before = names[: names.index("collect")] if "collect" in names else names
-    return before[-1] if before else None
+    return names[names.index("collect") - 1]
 
 
-def _phase_span_id(record: TaskRecord, timing: PhaseTiming) -> str:
+def _phase_span_id(record: TaskRecord, name: str) -> str:
     # The root span is part of it, since two attempts can share the caller's trace.
-    story = f"{record.trace.trace_id}/{record.trace.span_id}/{timing.name}/{_nanoseconds(timing.started_at)}"
-    span_id = hashlib.sha256(story.encode()).hexdigest()[:16]
-    return span_id if span_id.strip("0") else "1".zfill(16)
+    story = f"{record.trace.trace_id}/{record.trace.span_id}/{name}"
+    return hashlib.sha256(story.encode()).hexdigest()[:16]
 
 
 def _nanoseconds(instant: datetime) -> int:

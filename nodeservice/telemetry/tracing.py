@@ -44,7 +44,7 @@ def new_trace_ids(traceparent: str | None) -> TraceIds:
     The header follows W3C Trace Context. A malformed one is ignored as that text demands; a version above 00 is read by
     the fields of 00. A caller that does not sample is respected.
     """
-    span_id = _random_hex(8)
+    span_id = secrets.token_hex(8)
     found = _TRACEPARENT.match(traceparent) if traceparent and len(traceparent) <= _LONGEST_TRACEPARENT else None
     if found is not None:
         version, trace_id, parent_span_id, flags, more = found.groups()
@@ -52,12 +52,4 @@ def new_trace_ids(traceparent: str | None) -> TraceIds:
             return TraceIds(
                 trace_id=trace_id, span_id=span_id, parent_span_id=parent_span_id, sampled=bool(int(flags, 16) & 1)
             )
-    return TraceIds(trace_id=_random_hex(16), span_id=span_id)
-
-
-def _random_hex(size_bytes: int) -> str:
-    """Never all zeros, which W3C Trace Context calls invalid."""
-    while True:
-        value = secrets.token_hex(size_bytes)
-        if value.strip("0"):
-            return value
+    return TraceIds(trace_id=secrets.token_hex(16), span_id=span_id)

@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, NumberDataPoint
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK, Span, Status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +32,9 @@ class ReceivedSpan:
     end_ns: int
     attributes: Mapping[str, object]
     resource: Mapping[str, object]
-    links: tuple[tuple[str, str], ...]
-    """(trace id, span id) of each."""
+    kind: str
+    """INTERNAL, CONSUMER, …"""
+    is_parent_remote: bool
     status: str
     """UNSET, OK or ERROR."""
     status_message: str
@@ -264,7 +265,8 @@ def _received(span: Span, resource: Mapping[str, object]) -> ReceivedSpan:
         end_ns=span.end_time_unix_nano,
         attributes=_plain(span.attributes),
         resource=resource,
-        links=tuple((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
+        kind=Span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
+        is_parent_remote=bool(span.flags & SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK),
         status=Status.StatusCode.Name(span.status.code).removeprefix("STATUS_CODE_"),
         status_message=span.status.message,
     )

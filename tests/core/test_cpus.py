@@ -39,6 +39,19 @@ def test_threads_of_one_core_are_taken_together() -> None:
     assert len({CORE_OF[cpu] for cpu in picked}) == 2
 
 
+def test_a_whole_core_is_not_made_up_of_parts_of_two() -> None:
+    assert pick_cpus(CPUS, ALL - {0}, 2) == (1, 9)
+
+
+def test_where_no_node_has_enough_the_largest_is_taken_first() -> None:
+    picked = pick_cpus(CPUS, ALL - {4, 5, 6, 12, 13, 14}, 9)
+    assert picked is not None
+    assert [NODE_OF[cpu] for cpu in picked].count(1) == 1
+    node_0_is_small = pick_cpus(CPUS, ALL - {0, 1, 2, 8, 9, 10}, 9)
+    assert node_0_is_small is not None
+    assert [NODE_OF[cpu] for cpu in node_0_is_small].count(0) == 1
+
+
 def test_a_single_cpu_comes_from_a_core_that_is_shared_already() -> None:
     assert pick_cpus(CPUS, ALL - {2}, 1) == (10,)
 

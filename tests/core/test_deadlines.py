@@ -38,7 +38,7 @@ def record(phase: Phase, **limits: float) -> TaskRecord:
         trace=TraceIds(trace_id="1" * 32, span_id="2" * 16),
         accepted_at=T0,
         phase=phase,
-        timings=(PhaseTiming(name="now", started_at=at(10)),),
+        timings=(PhaseTiming(name="admit", started_at=T0, ended_at=T0), PhaseTiming(name="now", started_at=at(10))),
         expires_at=None if total is None else at(total),
         deadline_at=at(100) if phase is Phase.RUNNING else None,
     )
@@ -75,7 +75,8 @@ def test_a_task_that_is_being_ended_has_no_deadline_any_more() -> None:
     assert deadlines(replace(record(Phase.RUNNING), stop=stop)) == []
 
 
-def test_the_message_names_the_limit() -> None:
-    deadline = first(record(Phase.PULLING, pull_timeout_seconds=2.5))
-    assert deadline is not None
-    assert "2.5 s" in deadline.message
+def test_each_message_names_its_limit() -> None:
+    limits = {"timeout_seconds": 1, "pull_timeout_seconds": 2.5, "wait_timeout_seconds": 3, "total_timeout_seconds": 4}
+    for phase, shown in ((Phase.PULLING, ["4 s.", "3 s.", "2.5 s."]), (Phase.RUNNING, ["1 s.", "4 s."])):
+        messages = [deadline.message for deadline in deadlines(record(phase, **limits))]
+        assert [message.rpartition(" of ")[2] for message in messages] == shown

@@ -12,12 +12,13 @@ import pytest
 
 from nodeservice.capacity import source
 from nodeservice.config import NodeConfig
-from nodeservice.core.model import MIB, AttemptId, Phase, Resources
+from nodeservice.core.model import GIB, MIB, AttemptId, Phase, Resources
 from nodeservice.daemon.look import look
 from nodeservice.daemon.node import Node, build
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.allocatable_disk import AllocatableDisk
 from nodeservice.ports import DiskFacts, GpuInventory, HostFacts, NodeCapacity, UsageSample
+from nodeservice.rpc.status import NodeStatus
 from nodeservice.telemetry.tracing import new_trace_ids
 from nodeservice.testing.fake_runtime import FakeImage
 from nodeservice.testing.manual_clock import ManualClock
@@ -122,7 +123,7 @@ class Capacity:
         return NodeCapacity(host=host, capacity=NODE, reserved=NODE.minus(allocatable), allocatable=allocatable)
 
     async def sample(self) -> UsageSample:
-        raise NotImplementedError
+        return UsageSample(cpu_percent=1.0, memory_percent=2.0, disk_percent=3.0, gpu_percent=4.0)
 
 
 @pytest.fixture
@@ -222,6 +223,36 @@ async def test_what_changes_while_the_node_runs_is_seen_and_told(world: World) -
         assert [one.disk_bytes for one in told[1:]] == [NODE.disk_bytes // 2]
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
+
+
+async def test_a_registration_and_heartbeats_tell_of_host_ledger_and_tasks(world: World) -> None:
+    world.uplink.down = True
+    async with living(world) as node:
+        container = await running(node, spec())
+        capacity = Capacity(NODE.disk_bytes // 2, cpu_milli=2500)
+        disk = AllocatableDisk(node.driver, capacity, world.journal)
+        status = NodeStatus(
+            worker_id="w", advertise="", listen="0.0.0.0:7", version="1", capacity=capacity, disk=disk,
+            driver=node.driver, gpus=node.context.gpus,
+        )  # fmt: skip
+        node.driver.warnings["W"] = "odd"
+        node.driver.conditions["C"] = "bad"
+        info, beat = await status.registration(), await status.heartbeat()
+        allocatable = node.driver.ledger.allocatable
+        assert (info.total_cpu, info.total_memory, info.total_gpu) == (2.5, NODE.memory_bytes / GIB, 0.0)
+        assert info.total_storage == allocatable.disk_bytes / GIB
+        assert (info.capacity.cpu_milli, info.allocatable.cpu_milli, info.free.cpu_milli) == (4000, 2500, 1500)
+        assert (info.listen_address, [*info.warnings]) == ("0.0.0.0:7", ["W: odd"])
+        assert (beat.cpu_usage, beat.memory_usage, beat.storage_usage, beat.gpu_usage) == (1.0, 2.0, 3.0, 4.0)
+        assert (beat.allocatable.cpu_milli, beat.free.cpu_milli) == (2500, 1500)
+        assert ([*beat.conditions], [*beat.warnings], beat.draining) == (["C: bad"], ["W: odd"], False)
+        world.runtime.finish(container)
+        await node.until(lambda: node.phase(T) is Phase.REPORTING)
+        node.driver.draining = True
+        beat = await status.heartbeat()
+        assert ([task.task_id for task in beat.running_tasks], beat.draining) == (["t"], True)
+        node.driver.draining, node.driver.cordoned = False, True
+        assert (await status.heartbeat()).draining
 
 
 class UnwritableJournal(MemoryJournal):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from nodeservice.capacity.cpu import read_cpu
 from nodeservice.capacity.disk import nearest_existing, read_disk, read_space
 from nodeservice.capacity.memory import read_memory
-from nodeservice.capacity.usage import CpuMeter, gpu_percent, memory_percent
+from nodeservice.capacity.topology import read_cpus
+from nodeservice.capacity.usage import CpuMeter, disk_percent, gpu_percent, memory_percent
+from nodeservice.core.cpus import Cpu
 from nodeservice.core.model import GIB, MIB
 from nodeservice.limits.free_space import _room
 from nodeservice.limits.hierarchy import host_cgroup_version
@@ -91,6 +94,27 @@ def test_the_board_is_told_from_its_topology(tree: Tree) -> None:
     cpu = read_cpu(tree.root, affinity=range(16))
 
     assert (cpu.model, cpu.logical_count, cpu.physical_count) == ("Test CPU @ 3 GHz", 16, 8)
+    for core in tree.root.glob("sys/devices/system/cpu/cpu*/topology/core_id"):
+        core.unlink()
+    assert read_cpu(tree.root, affinity=range(16)).physical_count == 16
+    (tree.root / "sys/devices/system/cpu/present").unlink()
+    (tree.root / "proc/cpuinfo").unlink()
+    cpu = read_cpu(tree.root, affinity=range(16))
+    assert (cpu.model, cpu.logical_count) == (platform.machine(), os.cpu_count())
+
+
+def test_cpus_are_told_with_their_core_and_memory_node(tree: Tree) -> None:
+    tree.write("sys/devices/system/cpu/cpu5/node1/cpulist", "5")
+    tree.write("sys/devices/system/cpu/cpu2/topology/physical_package_id", "-1\n")
+    (tree.root / "sys/devices/system/cpu/cpu3/topology/physical_package_id").unlink()
+    tree.write("sys/devices/system/cpu/cpu9/topology/core_id", "")
+
+    assert read_cpus(tree.root, {9, 5, 3, 2}) == (
+        Cpu(id=2, core=2, numa_node=0),
+        Cpu(id=3, core=3, numa_node=0),
+        Cpu(id=5, core=(1 << 16) + 1, numa_node=1),
+        Cpu(id=9, core=-10, numa_node=0),
+    )
 
 
 @pytest.mark.parametrize("text", ["", "\n", "nonsense"])
@@ -121,8 +145,10 @@ def test_a_v1_cpuset_limits(v1: Tree) -> None:
 
 def test_a_v2_cpuset_limits_from_the_nearest_cgroup_that_has_one(v2: Tree) -> None:
     v2.cgroup("outer", cpuset__cpus__effective="0-3,8")
+    v2.cgroup("nodeservice", cpuset__cpus__effective="4-5")
 
     assert usable_milli(v2) == 5_000
+    assert usable_milli(v2, affinity_count=9, tasks_place="nodeservice") == 2_000
 
 
 @pytest.mark.parametrize("place", ["a", "a/b"])
@@ -166,13 +192,17 @@ def test_a_v1_limit_of_an_ancestor_out_of_sight_is_found_in_the_statistics(v1: T
 
 @pytest.mark.parametrize("name", ["memory__max", "memory__high"])
 def test_of_nested_v2_memory_limits_the_tightest_counts(v2: Tree, name: str) -> None:
-    v2.cgroup("outer", **{name: str(2 * GIB), "memory__current": str(512 * MIB)})
+    used = {"memory__current": str(768 * MIB), "memory__stat": f"inactive_file {256 * MIB}"}
+    v2.cgroup("outer", **{name: str(2 * GIB), **used})
     v2.cgroup("outer/inner", memory__max=str(10 * GIB))
 
     memory = read_memory(v2.root)
 
     assert memory.limit_bytes == 2 * GIB
     assert memory.available_bytes == 2 * GIB - 512 * MIB
+    for count, left in ((3 * GIB, 0), (0, 2 * GIB)):
+        v2.cgroup("outer", memory__current=str(count))
+        assert read_memory(v2.root).available_bytes == left
 
 
 @pytest.mark.parametrize("place", ["", "nodeservice"])
@@ -219,10 +249,10 @@ def test_what_is_kept_out_of_our_affinity_is_kept_from_tasks_too(v2: Tree) -> No
     assert usable_milli(v2, affinity_count=6, tasks_place="nodeservice.slice") == 14_000
 
 
-def test_a_cpu_that_is_offline_is_not_there_for_tasks(tree: Tree) -> None:
-    tree.write("sys/devices/system/cpu/online", "0-10,12-14\n")
+def test_a_cpu_that_is_offline_is_not_there_for_tasks(v1: Tree) -> None:
+    v1.write("sys/devices/system/cpu/online", "0-10,12-14\n")
 
-    cpu = read_cpu(tree.root, affinity=range(16))
+    cpu = read_cpu(v1.root, affinity=range(16))
 
     assert (cpu.logical_count, cpu.usable_milli) == (16, 14_000)
     assert 11 not in cpu.usable_ids
@@ -299,12 +329,13 @@ def test_disk_of_a_path_that_does_not_exist_yet_is_that_of_its_nearest_parent(tm
 def test_where_hardly_a_file_can_be_made_no_disk_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, left: int, is_free: bool
 ) -> None:
-    told = os.statvfs_result((4096, 4096, 1000, 900, 800, files, left, left, 0, 255))
+    told = os.statvfs_result((2**20, 4096, 1000, 900, 800, files, left, left, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _path: told)
 
     room = _room(tmp_path)
 
     assert read_space(tmp_path) == (1000 * 4096, 800 * 4096 if is_free else 0)
+    assert disk_percent(tmp_path) == (20.0 if is_free else 100.0)
     assert room is not None
     assert room.free_bytes == (800 * 4096 if is_free else 0)
 
@@ -322,7 +353,8 @@ def test_the_longest_mount_point_names_the_filesystem_and_the_later_hides_the_ea
         f"4 1 8:4 / {point}-beside rw - zfs tank rw\n"
     )
 
-    disk = read_disk(state / "deeper", root=root)
+    (tmp_path / "link").symlink_to(state)
+    disk = read_disk(tmp_path / "link" / "deeper", root=root)
 
     assert (disk.filesystem, disk.device) == ("btrfs", "/dev/sdc1")
 
@@ -337,11 +369,11 @@ def test_a_link_is_followed_before_the_mount_is_sought(tmp_path: Path) -> None:
 def test_cpu_load_counts_since_the_last_sample(tree: Tree) -> None:
     tree.write("proc/stat", "cpu  100 0 100 800 0 0 0 0 50 0\n")
     meter = CpuMeter(tree.root)
-    tree.write("proc/stat", "cpu  120 0 110 860 10 0 0 0 60 0\n")
+    tree.write("proc/stat", "cpu  110 0 110 860 10 0 0 10 60 0\n")
     assert meter.percent() == 30.0
 
     assert meter.percent() == 30.0, "no tick has passed: the last value again"
-    tree.write("proc/stat", "cpu  120 0 110 960 10 0 0 0 60 0\n")
+    tree.write("proc/stat", "cpu  110 0 110 960 10 0 0 10 60 0\n")
     assert meter.percent() == 0.0
 
 
@@ -351,6 +383,8 @@ def test_cpu_load_stays_in_bounds_when_the_kernels_counts_go_back(tree: Tree) ->
     tree.write("proc/stat", "cpu  150 0 0 100 20 0 0 0\n")
 
     assert meter.percent() == 100.0
+    tree.write("proc/stat", "cpu  140 0 0 200 20 0 0 0\n")
+    assert meter.percent() == 0.0
 
 
 def test_memory_load_is_what_is_not_available(tree: Tree) -> None:
@@ -358,8 +392,8 @@ def test_memory_load_is_what_is_not_available(tree: Tree) -> None:
 
 
 def test_gpu_load_is_the_mean_over_those_that_tell() -> None:
-    gpus = tuple(fake_gpu(number, utilization_percent=load) for number, load in enumerate((100.0, 50.0, None)))
+    gpus = tuple(fake_gpu(number, utilization_percent=load) for number, load in enumerate((100.0, 0.0, None)))
 
-    assert gpu_percent(GpuInventory(gpus=gpus)) == 75.0
+    assert gpu_percent(GpuInventory(gpus=gpus)) == 50.0
     assert gpu_percent(GpuInventory()) == 0.0
     assert gpu_percent(GpuInventory(gpus=gpus, error="NVML has not answered for 5 s")) == 0.0

@@ -53,6 +53,18 @@ async def no_engine() -> EngineFacts:
     raise TransientError("no engine at /run/none.sock", reason="ENGINE_UNREACHABLE", hint="start it")
 
 
+def known_once(facts: EngineFacts, state_dir: Path, *, root: Path = Path("/")) -> HostCapacity:
+    """Beside an engine that answers once."""
+    answers = [facts]
+
+    async def ask() -> EngineFacts:
+        return answers.pop() if answers else await no_engine()
+
+    return HostCapacity(
+        state_dir=state_dir, engine=ask, gpus=FakeGpuProvider(), units=healthy, reserve=Reserve(), root=root
+    )
+
+
 async def read(
     state_dir: Path,
     *,
@@ -92,9 +104,9 @@ def test_the_default_reserve_of_a_small_host_leaves_it_room_to_live() -> None:
 def test_a_configured_reserve_is_taken_as_it_is_and_zero_is_a_value() -> None:
     capacity = Resources(cpu_milli=4_000, memory_bytes=8 * GIB, disk_bytes=100 * GIB)
 
-    kept = reserved_for_host(Reserve(cpu_milli=0, memory_bytes=3 * GIB, disk_bytes=0), capacity)
-
-    assert kept == Resources(cpu_milli=0, memory_bytes=3 * GIB)
+    for memory_bytes in (0, 3 * GIB):
+        kept = reserved_for_host(Reserve(cpu_milli=0, memory_bytes=memory_bytes, disk_bytes=0), capacity)
+        assert kept == Resources(memory_bytes=memory_bytes)
 
 
 def test_more_is_never_reserved_than_there_is() -> None:
@@ -145,19 +157,20 @@ async def test_an_engine_with_a_larger_view_changes_nothing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("driver", "version", "name", "limited"),
+    ("uid", "driver", "version", "name", "limited"),
     [
-        ("systemd", 2, "docker", "nodeservice.slice"),
-        ("cgroupfs", 2, "docker", "nodeservice"),
-        ("systemd", 1, "docker", "system.slice"),
-        ("systemd", 1, "podman", "machine.slice"),
-        ("none", 2, "docker", ""),
+        (0, "systemd", 2, "docker", "nodeservice.slice"),
+        (0, "cgroupfs", 2, "docker", "nodeservice"),
+        (0, "systemd", 1, "docker", "system.slice"),
+        (0, "systemd", 1, "podman", "machine.slice"),
+        (0, "none", 2, "docker", ""),
+        (1000, "cgroupfs", 2, "docker", "nodeserviced.slice/nodeservice.service"),
     ],
 )
 async def test_the_capacity_is_what_tasks_can_have_where_the_engine_puts_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, version: int, name: str, limited: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, driver: str, version: int, name: str, limited: str
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\n")
     (tmp_path / "proc/self/mountinfo").write_text("31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
@@ -171,27 +184,20 @@ async def test_the_capacity_is_what_tasks_can_have_where_the_engine_puts_them(
     ):
         (tmp_path / "sys/fs/cgroup" / place).mkdir(parents=True)
         (tmp_path / "sys/fs/cgroup" / place / "memory.max").write_text(f"{300 * MIB}\n")
+        (tmp_path / "sys/fs/cgroup" / place / "cpu.max").write_text("30000 100000\n")
     (tmp_path / "sys/fs/cgroup" / limited / "memory.max").write_text(f"{700 * MIB}\n")
+    (tmp_path / "sys/fs/cgroup" / limited / "cpu.max").write_text("70000 100000\n")
     where = replace(ENGINE, name=name, cgroup_driver=driver, cgroup_version=version)
+    source = known_once(where, tmp_path, root=tmp_path)
 
-    found = await read(tmp_path, ask_engine=engine(where), root=tmp_path)
-
-    assert found.capacity.memory_bytes == 700 * MIB
+    for _ in range(2):
+        capacity = (await source.read()).capacity
+        assert (capacity.cpu_milli, capacity.memory_bytes) == (700, 700 * MIB)
+    await source.close()
 
 
 async def test_an_engine_that_is_being_started_anew_is_where_it_was(tmp_path: Path) -> None:
-    answers = [replace(ENGINE, cpu_count=1, memory_bytes=300 * MIB)]
-
-    async def ask() -> EngineFacts:
-        return answers.pop() if answers else await no_engine()
-
-    source = HostCapacity(
-        state_dir=tmp_path,
-        engine=ask,
-        gpus=FakeGpuProvider(),
-        units=healthy,
-        reserve=Reserve(),
-    )
+    source = known_once(replace(ENGINE, cpu_count=1, memory_bytes=300 * MIB), tmp_path)
 
     before, after = await source.read(), await source.read()
 
@@ -202,9 +208,10 @@ async def test_an_engine_that_is_being_started_anew_is_where_it_was(tmp_path: Pa
 
 async def test_the_engines_disk_is_told_only_where_it_can_be_seen(tmp_path: Path) -> None:
     hidden = await read(tmp_path, ask_engine=engine())
+    untold = await read(tmp_path, ask_engine=engine(replace(ENGINE, root_dir=Path())))
     seen = await read(tmp_path, ask_engine=engine(replace(ENGINE, root_dir=tmp_path)))
 
-    assert hidden.host.engine_disk is None
+    assert hidden.host.engine_disk is untold.host.engine_disk is None
     assert seen.host.engine_disk is not None
     assert seen.host.engine_disk.path == tmp_path
 

@@ -438,6 +438,11 @@ def test_console_logs_are_plain_text_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     configure_logging("debug", "console", out)
     structlog.get_logger("test").debug("image.pulled", image="busybox")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        structlog.get_logger("test").exception("step.failed")
+    assert "\nTraceback (most recent call last):\n" in out.getvalue()
     assert "image.pulled" in out.getvalue()
     assert "image=busybox" in out.getvalue()
     assert "\x1b" not in out.getvalue()
@@ -459,10 +464,17 @@ def test_warnings_of_libraries_come_out_in_the_same_form_once() -> None:
     configure_logging("info", "json", io.StringIO())
     configure_logging("info", "json", out)
     logging.getLogger("urllib3").warning("retrying %s", "now")
-    logging.getLogger("urllib3").info("chatter")
-    (line,) = out.getvalue().splitlines()
-    assert json.loads(line)["event"] == "library.warning"
-    assert json.loads(line)["message"] == "retrying now"
+    talkative = logging.getLogger("talkative")
+    talkative.setLevel(logging.INFO)
+    talkative.info("chatter")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("urllib3").exception("gave up")
+    first, second = (json.loads(line) for line in out.getvalue().splitlines())
+    assert (first["event"], first["logger"], first["message"]) == ("library.warning", "urllib3", "retrying now")
+    assert (second["event"], second["message"]) == ("library.error", "gave up")
+    assert "ValueError: broken" in second["exception"]
 
 
 @pytest.mark.usefixtures("_restored_logging")
@@ -479,21 +491,21 @@ def test_a_stream_that_fails_never_ends_the_caller() -> None:
 
 
 @pytest.mark.usefixtures("_restored_logging")
-def test_a_pipe_that_nobody_empties_stops_nobody_and_what_it_lost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodeservice.telemetry.logs._PATIENCE_MILLISECONDS", 0)
+def test_a_pipe_that_nobody_empties_stops_nobody_and_what_it_lost_is_counted() -> None:
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as tap, open(writer, "w", encoding="utf-8") as out:
         configure_logging("info", "json", out)
         for number in range(1000):
             structlog.get_logger("test").info("to.nobody", number=number, words="ü" * 1500)
         heard = tap.read(1 << 20)
-        structlog.get_logger("test").info("heard.again")
+        for _ in range(2):
+            structlog.get_logger("test").info("heard.again")
         lines = [line for line in (heard + tap.read(1 << 20)).decode(errors="replace").splitlines() if line]
     events = [json.loads(line) for line in lines if line.endswith("}")]
     whole = [event["number"] for event in events if event["event"] == "to.nobody"]
     assert 0 < len(whole) < 1000
     assert whole == [*range(len(whole))]
-    assert [event.get("count") for event in events[len(whole) :]] == [1000 - len(whole), None]
+    assert [event.get("count") for event in events[len(whole) :]] == [1000 - len(whole), None, None]
     assert events[-1]["event"] == "heard.again"
 
 

@@ -35,9 +35,9 @@ def test_the_mean_is_weighed_by_time_and_the_peak_is_the_most_that_was_seen() ->
     used = billed(
         (0.0, sample(utilization_percent=50.0)),
         (1.0, sample(utilization_percent=100.0)),
-        (4.0, sample(utilization_percent=20.0)),
+        (6.0, sample(utilization_percent=20.0)),
     )
-    assert (used.seconds, used.utilization_mean_percent, used.utilization_peak_percent) == (4.0, 40.0, 100.0)
+    assert (used.seconds, used.utilization_mean_percent, used.utilization_peak_percent) == (6.0, 33.3, 100.0)
 
 
 def test_what_the_driver_does_not_tell_is_not_known_and_not_nothing() -> None:
@@ -59,7 +59,8 @@ def test_where_looks_are_seldom_the_time_between_two_is_observed_all_the_same() 
 
 
 def test_memory_is_the_most_that_was_seen() -> None:
-    assert billed((0.0, sample(memory_bytes=5)), (1.0, sample(memory_bytes=9)), (2.0, sample())).memory_peak_bytes == 9
+    looks = [(float(at), sample(memory_bytes=count)) for at, count in enumerate((5, 9, 7, None))]
+    assert billed(*looks).memory_peak_bytes == 9
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,7 @@ def meter(**facts: object) -> str:
         meter(seconds=-1),
         meter(seconds=float("nan")),
         meter(percent_seconds=float("inf")),
+        meter(throttled_seconds="1"),
         meter(peak_percent=[]),
         meter(memory_peak_bytes=1.5),
         meter(memory_peak_bytes=2**63),
@@ -170,6 +172,8 @@ def meter(**facts: object) -> str:
         meter(xids=None),
         meter(xids=""),
         meter(xids=["79"]),
+        meter(xids=[7.5]),
+        meter(xids=[-1]),
         '{"GPU-a": {"seconds": ' + "9" * 5_000 + "}}",
     ],
 )

@@ -20,7 +20,7 @@ import pytest
 from nodeservice.core.gpus import ShareMethod
 from nodeservice.core.model import GIB, MIB
 from nodeservice.errors import NodeFaultError
-from nodeservice.gpu import events
+from nodeservice.gpu import events, faults
 from nodeservice.gpu.nvml import NvmlGpuProvider
 from nodeservice.gpu.session import NvmlSession
 from nodeservice.gpu.units import SharingPolicy, units_of
@@ -90,6 +90,11 @@ async def until(check: Callable[[], Awaitable[object]], seconds: float = 20.0) -
 
 
 # ---- what there is ----------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_of_errors_are_those_of_nvidia_s_binding() -> None:
+    numbers = {name: number for name, number in vars(faults).items() if isinstance(number, int)}
+    assert numbers == {name: getattr(pynvml, f"NVML_ERROR_{name}") for name in numbers}
 
 
 async def test_eight_gpus_are_read_with_all_that_the_driver_tells_in_the_order_of_the_bus(machine: Build) -> None:

@@ -41,6 +41,10 @@ async def test_nothing_is_written_while_nothing_changes(tmp_path: Path, boot_id:
     path.unlink()
     await resets.write(AWAITED, ERRORS)
     assert not path.exists()
+    await resets.write(AWAITED, {"GPU-a": 4})
+    path.unlink()
+    await resets.write({}, {"GPU-a": 4})
+    path.unlink()
     await resets.write({}, {})
     assert GpuResets(path, boot_id=boot_id).read() == {}
 
@@ -50,6 +54,7 @@ async def test_nothing_is_written_while_nothing_changes(tmp_path: Path, boot_id:
     [
         "",
         "[]",
+        "[" * 100_000,
         '{"boot_id": "one\\n"}',
         '{"boot_id": "one\\n", "gpus": []}',
         '{"boot_id": "one\\n", "gpus": {"GPU-a": {"words": 1, "energy_millijoules": 2}}}',

@@ -16,6 +16,7 @@ from nodeservice.core.model import AttemptId, Outcome, Phase, PullPolicy, Reason
 from nodeservice.errors import NodeFaultError, RequestError, TransientError
 from nodeservice.lifecycle.janitor import Janitor
 from nodeservice.lifecycle.orphans import Orphans
+from nodeservice.lifecycle.retention import Retention
 from nodeservice.lifecycle.steps import create
 from nodeservice.ports import ContainerSpec, Room, labels
 from nodeservice.results.file import FileResultStore
@@ -26,6 +27,7 @@ from tests.unit.node_harness import ENGINE_ROOT, LiveNode, World, living, spec
 
 T = AttemptId("t")
 IMAGES = ("a", "b", "c")
+HOUR = timedelta(hours=1)
 
 
 @pytest.fixture
@@ -417,15 +419,27 @@ async def test_results_older_than_the_policy_go_and_all_else_stays(world: World,
     assert (elsewhere / "linked" / "1" / "deep" / "file").exists()
 
 
-async def test_without_a_policy_results_stay_for_ever(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_seconds", [None, 3600.0])
+async def test_age_is_what_passed_whoever_set_the_clock_and_nothing_goes_without_a_policy(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_seconds: float | None
+) -> None:
     world.keeps_in_the_store = True
-    world.sweep_seconds = 0.01
-    old = old_results(tmp_path / "results", "old")
+    world.results_retention_seconds = world.salvage_retention_seconds = keep_seconds
+    directories = [old_results(tmp_path / "results", "t"), tmp_path / "state" / "salvage" / "t.1"]
+    age(directories[0] / "manifest.json", 60)
+    directories[1].mkdir(parents=True)
     async with living(world) as node:
-        await node.assign(spec())
-        await node.until_finished(T)
-        await asyncio.sleep(0.05)
-    assert old.exists()
+        retention = Retention(node.context, node.driver)
+        now, elapsed = node.clock.now, node.clock.elapsed
+        monkeypatch.setattr(node.clock, "now", lambda: now() + 2 * HOUR)
+        await retention.sweep()
+        assert [directory.exists() for directory in directories] == [True, True]
+        monkeypatch.setattr(node.clock, "elapsed", lambda: elapsed() + 2 * HOUR.total_seconds())
+        for dry_run in (True, False):
+            object.__setattr__(node.context.settings, "janitor_dry_run", dry_run)
+            await retention.sweep()
+            assert [directory.exists() for directory in directories] == [dry_run or keep_seconds is None] * 2
+        monkeypatch.undo()
 
 
 async def test_results_of_an_attempt_that_is_not_finished_are_never_old(world: World, tmp_path: Path) -> None:
@@ -489,8 +503,12 @@ async def test_half_made_results_of_a_finished_attempt_go_and_those_of_others_st
     assert anothers.exists()
 
 
-async def test_a_store_is_told_once_of_results_that_will_never_reach_it(world: World) -> None:
-    world.sweep_seconds = 0.005
+async def test_a_store_is_told_once_of_results_that_will_never_reach_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> int:
+        raise TransientError("away", reason="STORE_UNREACHABLE")
+
     world.store.fail_next(1, RequestError("too large", reason="RESULT_TOO_LARGE"))
     kept = FileResultStore(world.path / "results")
     world.kept = kept  # type: ignore[assignment]
@@ -499,9 +517,14 @@ async def test_a_store_is_told_once_of_results_that_will_never_reach_it(world: W
         await node.until_finished(T)
         await node.assign(spec("stored"))
         await node.until_finished(AttemptId("stored"))
-        await node.until(lambda: bool(world.store.dropped))
-        await asyncio.sleep(0.05)
-    assert world.store.dropped == [T]
+        retention = Retention(node.context, node.driver)
+        with monkeypatch.context() as patch:
+            patch.setattr(world.store, "drop_leftovers", away)
+            await retention.sweep()
+        for dry_run, dropped in ((True, []), (False, [T]), (False, [T])):
+            object.__setattr__(node.context.settings, "janitor_dry_run", dry_run)
+            await retention.sweep()
+            assert world.store.dropped == dropped
     await kept.close()
 
 

@@ -64,10 +64,17 @@ def test_a_text_from_elsewhere_does_not_hide_its_entry(journal: Journal) -> None
 
 def test_each_field_of_an_event_is_a_field_of_the_entry(journal: Journal) -> None:
     entry = written(
-        journal, event="task.finished", level="info", task_id="t-1", attempt=2, usage={"cpu": 1.5}, why=None
+        journal,
+        event="task.finished",
+        level="info",
+        task_id="t-1",
+        attempt=2,
+        usage={"cpu": 1.5},
+        why=None,
+        at=Path("/x"),
     )
     assert entry == {
-        "MESSAGE": 'task.finished task_id=t-1 attempt=2 usage={"cpu": 1.5} why=null',
+        "MESSAGE": 'task.finished task_id=t-1 attempt=2 usage={"cpu": 1.5} why=null at="/x"',
         "PRIORITY": "6",
         "SYSLOG_IDENTIFIER": "nodeservice",
         "EVENT": "task.finished",
@@ -75,6 +82,7 @@ def test_each_field_of_an_event_is_a_field_of_the_entry(journal: Journal) -> Non
         "ATTEMPT": "2",
         "USAGE": '{"cpu": 1.5}',
         "WHY": "null",
+        "AT": '"/x"',
     }
 
 
@@ -87,35 +95,43 @@ def test_levels_become_the_priorities_of_syslog(journal: Journal, level: str, pr
 
 
 def test_a_field_can_forge_neither_another_field_nor_one_of_journald(journal: Journal) -> None:
-    names = {"message": "mine", "priority": 0, "code_file": "f", "_uid": 0, "é-1": "x"}
-    entry = written(journal, event="e", level="info", image="a\nPRIORITY=0\n", **names)
-    assert entry["IMAGE"] == "a\nPRIORITY=0\n"
+    names = {"message": "mine", "priority": "0", "code_file": "f", "syslog_pid": "7", "invocation_id": "i"}
+    entry = written(journal, event="e", level="info", image="ä\nPRIORITY=0\n", text='a"\ud800', **names)
+    assert entry["IMAGE"] == "ä\nPRIORITY=0\n"
+    assert entry["TEXT"] == 'a"?'
     assert entry["PRIORITY"] == "6"
-    assert entry["NODESERVICE_MESSAGE"] == "mine"
-    assert entry["NODESERVICE_PRIORITY"] == "0"
-    assert entry["NODESERVICE_CODE_FILE"] == "f"
-    assert (entry["UID"], entry["NODESERVICE_1"]) == ("0", "x")
-    assert entry["MESSAGE"].startswith('e image="a\\nPRIORITY=0\\n" message=mine')
+    assert {name: entry[f"NODESERVICE_{name.upper()}"] for name in names} == names
+    assert entry["MESSAGE"].startswith('e image="ä\\nPRIORITY=0\\n" text="a\\"\\ud800" message=mine')
 
 
 def test_a_traceback_follows_the_message(journal: Journal) -> None:
-    entry = written(journal, event="step.failed", level="error", exception="Traceback\n  ValueError: \ud800 broken")
-    assert entry["MESSAGE"] == "step.failed\nTraceback\n  ValueError: \\ud800 broken"
+    entry = written(journal, event="step.failed", level="error", exception="Traceback\n\tValueError: \ud800\rbroken")
+    assert entry["MESSAGE"] == "step.failed\nTraceback\n\tValueError: \\ud800\\rbroken"
     assert "EXCEPTION" not in entry
 
 
 @pytest.mark.parametrize("path", ["nobody", "socket"])
 def test_what_the_journal_does_not_take_goes_to_stderr_with_its_priority(journal: Journal, path: str) -> None:
     """Nobody there, or an entry that is larger than a datagram can be."""
-    size = 10 if path == "nobody" else 8 * 1024**2
     fallback = io.StringIO()
+    logger = JournalLogger(fallback, str(Path(journal.path).parent / path))
+    size = 10 if path == "nobody" else logger._sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     (datagram, line), _ = render(
         None, "", {"event": "e", "level": "error", "text": "x" * size, "exception": "one\ntwo"}
     )
-    JournalLogger(fallback, str(Path(journal.path).parent / path)).msg(datagram, line)
+    logger.msg(datagram, line)
     first, *rest = fallback.getvalue().splitlines()
     assert first == f"<3>e text={'x' * size}"
     assert rest == ["<3>one", "<3>two"]
+
+
+def test_a_journal_that_takes_no_more_holds_nobody_up(journal: Journal) -> None:
+    fallback = io.StringIO()
+    logger = JournalLogger(fallback, journal.path)
+    (datagram, line), _ = render(None, "", {"event": "e", "level": "info"})
+    while not fallback.getvalue():
+        logger.msg(datagram, line)
+    assert fallback.getvalue() == "<6>e\n"
 
 
 def test_only_the_stream_that_is_the_journal_is_taken_for_it(tmp_path: Path) -> None:
@@ -126,6 +142,7 @@ def test_only_the_stream_that_is_the_journal_is_taken_for_it(tmp_path: Path) -> 
         assert not is_journal(other, environment)
         assert not is_journal(stream, {})
         assert not is_journal(io.StringIO(), environment)
+    assert not is_journal(stream, environment), "it was closed"
 
 
 @pytest.mark.parametrize(("chosen", "in_journal"), [("auto", True), ("json", False)])

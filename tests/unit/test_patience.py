@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nodeservice.core.model import AttemptId, Outcome, Phase
-from nodeservice.core.retry import Backoff
+from nodeservice.core.retry import Backoff, is_worth_telling
 from nodeservice.errors import TransientError
 from nodeservice.lifecycle.patience import AgeClock, Patience
 from nodeservice.testing.manual_clock import ManualClock
@@ -51,6 +51,13 @@ async def test_a_clock_set_ahead_makes_nothing_older_and_one_set_back_makes_it_y
     assert ages.now() == began_at + timedelta(seconds=5)
     clock.ahead = -HOUR
     assert ages.now() == began_at + timedelta(seconds=5) - HOUR
+
+
+def test_pauses_double_up_to_the_longest_and_ever_fewer_failures_are_told() -> None:
+    backoff = Backoff(first_seconds=0.5, max_seconds=30.0)
+    assert [backoff.delay(failures, 0.0) for failures in (1, 2, 6, 7, 10_000)] == [0.25, 0.5, 8.0, 15.0, 15.0]
+    assert backoff.delay(1, 0.5) == 0.375
+    assert [failures for failures in range(1, 301) if is_worth_telling(failures)] == [1, 10, 100, 200, 300]
 
 
 async def test_results_are_not_given_up_early_because_the_clock_was_set(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ async def test_a_task_that_ended_leaves_no_sleeper() -> None:
         assert record is not None
         room.keeper._note(replace(record, phase=Phase.COLLECTING))
         await room.clock.settle()
-        assert room.clock.sleeper_count == 0
+        assert (room.clock.sleeper_count, room.keeper._held) == (0, {})
 
 
 class Processes(NoTaskCgroups):
@@ -123,12 +123,23 @@ async def test_what_is_seen_to_run_while_its_start_is_not_answered_has_its_time_
     async with opened(Room(clock, cgroups=cgroups)) as room:
         await starting(room, clock)
         await clock.advance(300.0)
-        cgroups.alive = True
-        await clock.advance(59.0)
-        assert room.cause is None
+        for alive in (True, False, True):  # the first start came to nothing
+            cgroups.alive = alive
+            await clock.advance(59.0)
+            assert room.cause is None
         await clock.advance(3.0)
         assert room.cause is StopCause.DEADLINE
         assert clock.sleeper_count == 0
+
+
+async def test_nobody_sleeps_once_it_is_closed() -> None:
+    clock = ManualClock()
+    async with opened(Room(clock)) as room:
+        await starting(room, clock)
+        await room.assign(spec("other", timeout_seconds=60.0, total_timeout_seconds=5.0))
+        await clock.settle()
+        assert clock.sleeper_count == 2
+    assert clock.sleeper_count == 0
 
 
 async def test_from_the_answer_to_its_start_its_time_counts_from_there() -> None:
@@ -139,7 +150,7 @@ async def test_from_the_answer_to_its_start_its_time_counts_from_there() -> None
         await clock.advance(30.0)
         room.driver.post(T, ev.ContainerStarted(at=clock.now(), started_at=clock.now()))
         await clock.advance(59.0)
-        assert room.cause is None
+        assert (room.cause, room.keeper._starting) == (None, {})
         await clock.advance(2.0)
         assert room.cause is StopCause.DEADLINE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from nodeservice.core.model import (
     Verdict,
 )
 from nodeservice.ports import TraceSink
+from nodeservice.telemetry.otlp import OtlpTraceSink
 from nodeservice.telemetry.tracing import NoTraceSink, new_trace_ids, open_trace_sink
 from nodeservice.testing.otlp import OtlpReceiver, ReceivedSpan
 
@@ -107,6 +109,7 @@ def test_a_task_is_one_trace_with_a_span_per_phase_below_its_root(receiver: Otlp
     run = spans["task.run"]
     assert (run.start_ns, run.end_ns) == (NOW_NS + 4 * 10**9, NOW_NS + 5 * 10**9)
     assert {span.status for span in (root, *spans.values())} == {"UNSET"}
+    assert (root.kind, {span.kind for span in spans.values()}) == ("CONSUMER", {"INTERNAL"})
 
 
 def test_the_root_tells_the_story_and_every_span_the_identity(receiver: OtlpReceiver) -> None:
@@ -131,7 +134,9 @@ def test_the_root_tells_the_story_and_every_span_the_identity(receiver: OtlpRece
 
 def test_the_caller_s_span_is_the_parent_of_the_root(receiver: OtlpReceiver) -> None:
     trace = TraceIds(trace_id="1" * 32, span_id="2" * 16, parent_span_id="3" * 16)
-    root = received(receiver, a_record(trace=trace))["task"]
+    spans = received(receiver, a_record(trace=trace))
+    assert {name for name, span in spans.items() if span.is_parent_remote} == {"task"}
+    root = spans["task"]
     assert (root.trace_id, root.span_id, root.parent_span_id) == ("1" * 32, "2" * 16, "3" * 16)
 
 
@@ -168,10 +173,11 @@ def test_two_attempts_in_one_caller_s_trace_share_no_span(receiver: OtlpReceiver
 def test_a_failure_marks_the_root_and_the_phase_that_failed(
     receiver: OtlpReceiver, phases: tuple[str, ...], reason: Reason, blamed: str
 ) -> None:
-    verdict = Verdict(outcome=Outcome.FAILED, reason=reason, message="It went wrong.", exit_code=None)
+    verdict = Verdict(outcome=Outcome.FAILED, reason=reason, message=2000 * "x", exit_code=None)
     spans = received(receiver, a_record(*phases, verdict=verdict))
     assert {name for name, span in spans.items() if span.status == "ERROR"} == {"task", f"task.{blamed}"}
-    assert spans["task"].status_message == f"{reason}: It went wrong."
+    assert spans["task"].status_message == f"{reason}: {verdict.message}"[:1000]
+    assert spans["task"].attributes["nodeservice.message"] == verdict.message[:1000]
     assert "nodeservice.exit_code" not in spans["task"].attributes
 
 
@@ -231,6 +237,8 @@ def test_a_dead_collector_costs_only_spans(dead_endpoint: str) -> None:
         closing = time.monotonic() - before
     assert slowest < 1.0, "telling never waits for the collector"
     assert closing < 4.0
+    assert not logging.getLogger("opentelemetry.exporter").isEnabledFor(logging.ERROR), "it would tell of each batch"
+    assert "nodeservice-trace-flush" not in {thread.name for thread in threading.enumerate()}
     assert [entry["event"] for entry in logs].count("trace.collector_unreachable") == 1
     assert {entry["event"] for entry in logs if entry["log_level"] != "debug"} == {"trace.collector_unreachable"}
     tell(sink, a_record())
@@ -250,10 +258,31 @@ def test_a_collector_that_comes_back_is_used_again_and_the_outage_is_told_once(r
         while not receiver.spans and time.monotonic() < deadline:
             tell(sink, a_record())
             time.sleep(0.2)
+        tell(sink, a_record())
         close(sink)
     assert receiver.spans
     assert [entry["event"] for entry in logs] == ["trace.collector_unreachable", "trace.collector_back"]
     assert logs[1]["lost_span_count"] >= 10
+
+
+@pytest.mark.parametrize(
+    ("scheme", "insecure", "first_byte"),
+    [("", False, b"\x16"), ("https://", True, b"\x16"), ("", True, b"P"), ("http://", False, b"P")],
+)
+def test_a_collector_hears_tls_unless_plain_text_is_asked_for(scheme: str, insecure: bool, first_byte: bytes) -> None:
+    """0x16 begins a handshake (RFC 8446, 5.1), P the preface of HTTP/2 (RFC 9113, 3.4)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
+        sink = OtlpTraceSink(endpoint, insecure=insecure, worker_id="node-1")
+        sink.task_ended(a_record())
+        flushing = threading.Thread(target=sink._processor.force_flush)
+        flushing.start()
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(1) == first_byte
+        sink._exporter.shutdown()
+        flushing.join()
+        close(sink)
 
 
 def test_a_record_that_cannot_be_told_never_raises(receiver: OtlpReceiver) -> None:
@@ -293,6 +322,7 @@ TRACE_ID, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
         (f"00-{TRACE_ID}-{PARENT}-01", True),
         (f"00-{TRACE_ID}-{PARENT}-00", False),
         (f"00-{TRACE_ID}-{PARENT}-03", True),
+        (f"00-{TRACE_ID}-{PARENT}-02", False),
         (f"cc-{TRACE_ID}-{PARENT}-01-what-the-future-holds", True),
     ],
 )

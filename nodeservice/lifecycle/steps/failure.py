@@ -44,9 +44,9 @@ async def persist(
                     reason="NODE_FAULT",
                     hint="check the engine on this node",
                 ) from error
+            failures += 1
             log.warning("engine.retry", failures=failures, error=str(error))
             await back_off(context.clock, context.settings.step_backoff, failures)
-            failures += 1
 
 
 async def until_done(context: Context, id_: AttemptId, doing: str, work: Callable[[], Awaitable[bool]]) -> None:
@@ -56,6 +56,7 @@ async def until_done(context: Context, id_: AttemptId, doing: str, work: Callabl
     """
     failures = 0
     while True:
+        failures += 1
         story = {"doing": doing, "task_id": id_.task_id, "attempt": id_.attempt, "failures": failures}
         try:
             if await work():
@@ -65,4 +66,3 @@ async def until_done(context: Context, id_: AttemptId, doing: str, work: Callabl
         except Exception:
             log.exception("task.bound_failed", **story)
         await back_off(context.clock, context.settings.step_backoff, failures)
-        failures += 1
