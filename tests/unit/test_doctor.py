@@ -187,6 +187,12 @@ def test_a_disk_is_hard_where_writing_fails_and_watched_where_the_task_is_ended(
     assert "btrfs" not in finding.remedy  # it has no project quotas
 
 
+def test_patience_lengthens_what_every_probe_may_take() -> None:
+    """The one of time too: an engine that takes longer to start a task than its time limit is not tried at all."""
+    patient = all_probes(cpu_count=2, has_swap=True, patience=3)
+    assert {p.name: p.timeout_seconds for p in patient} == {n: 3 * p.timeout_seconds for n, p in PROBES.items()}
+
+
 def test_what_outlives_the_deadline_is_a_failure() -> None:
     assert state("time", seen("time", Reason.DEADLINE, seconds=1.3)) is State.HARD
     assert state("time", seen("time", Reason.DEADLINE, seconds=1.3, left=(77,))) is State.FAILED
