@@ -55,8 +55,9 @@ test-fast: setup ## Tests without engine or servers, offline, in seconds
 test: setup engine image minio test-deps lint lint-ansible ## Installs what is missing, lints, runs all tests but those of test-vm
 	@$(WITH_ENGINE) $(BIN)/pytest -q -m "not vm" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-vm: setup ## Limits on cgroup v2 with systemd and on XFS with quotas, in a virtual machine (Debian x86_64, root; slow)
-	@$(BIN)/pytest -q -m vm tests/vm
+test-vm: setup ## Limits, package and playbooks on cgroup v2 with systemd, in virtual machines (Debian x86_64, root; hours; options: VM=tests/vm/FILE)
+	@echo "Boots Debian in QEMU, without KVM: minutes for each test. Consoles, journals and the nodes' logs stay in build/vm." >&2
+	@mkdir -p build && $(BIN)/pytest -v -m vm --durations=0 --durations-min=1 --basetemp=build/vm $(or $(VM),tests/vm)
 
 test-gpu: setup ## Checks this machine's NVIDIA GPUs, changes no setting of theirs, writes evidence (options: GPU="--gpu UUID")
 	@$(BIN)/python tools/test_gpu.py $(GPU)

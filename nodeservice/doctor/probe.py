@@ -53,6 +53,16 @@ class Seen:
         return next((timing.ended_at for timing in timings if timing.name == "run"), None)
 
     @property
+    def start_seconds(self) -> float:
+        """Its start by the engine, whose runtime begins in the container's cgroup; 0 where it is not known."""
+        start = next(
+            (timing for timing in (self.record.timings if self.record else ()) if timing.name == "start"), None
+        )
+        if start is None or start.ended_at is None:
+            return 0.0
+        return (start.ended_at - start.started_at).total_seconds()
+
+    @property
     def run_seconds(self) -> float | None:
         """From the container's start to its end as this service saw it."""
         if self.record is None or self.record.started_at is None or self.ended_at is None:

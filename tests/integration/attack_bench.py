@@ -21,6 +21,8 @@ from tests.integration.old_peer import OldMaster
 MIB = 1024**2
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "120"))
 """For one task to end; an emulated machine needs more."""
+SLOWNESS = PATIENCE_SECONDS / 120
+"""For time that a task itself needs, to do what it is tried with."""
 LOOK_AFTER_SECONDS = 10.0
 """For a look that is under way when its report comes."""
 

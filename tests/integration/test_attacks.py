@@ -14,7 +14,7 @@ import pytest
 from nodeservice.capacity.memory import read_memory
 from nodeservice.limits.hierarchy import host_cgroup_version
 from nodeservice.wire import master_worker_pb2 as pb
-from tests.integration.attack_bench import MIB, PATIENCE_SECONDS, Bench, nothing_left, receipt
+from tests.integration.attack_bench import MIB, PATIENCE_SECONDS, SLOWNESS, Bench, nothing_left, receipt
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(5 * PATIENCE_SECONDS)]
 DEAF = 'trap "" TERM INT HUP; while :; do sleep 1; done'
@@ -27,7 +27,8 @@ def host_memory_bytes() -> int:
 async def test_a_fork_bomb_meets_its_limit_and_nobody_else_notices(
     bench: Bench, docker_client: docker.APIClient
 ) -> None:
-    bomb = await bench.assign("b() { b | b & }; b & exec sleep 600", pids_limit=50, timeout_seconds=4.0)
+    script = "b() { b | b & }; b & exec sleep 600"
+    bomb = await bench.assign(script, pids_limit=50, cpu_milli=300, timeout_seconds=4.0 * SLOWNESS)
     neighbour = await bench.run("for i in 1 2 3; do sleep 0.5; echo $i; done")
     assert (neighbour.reason, neighbour.logs) == ("COMPLETED", "1\n2\n3\n")
     result = await bench.end_of(bomb)

@@ -63,6 +63,7 @@ def seen(
     log: str = "",
     usage: Usage | None = None,
     seconds: float = 2.0,
+    start_seconds: float = 0.0,
     mismatches: tuple[str, ...] = (),
     held: dict[str, Any] | None = None,
     started: bool = True,
@@ -79,7 +80,10 @@ def seen(
             trace=TraceIds(trace_id="a" * 32, span_id="b" * 16),
             accepted_at=START,
             phase=Phase.FINISHED,
-            timings=(PhaseTiming(name="run", started_at=START, ended_at=ended_at),),
+            timings=(
+                PhaseTiming(name="start", started_at=START - timedelta(seconds=start_seconds), ended_at=START),
+                PhaseTiming(name="run", started_at=START, ended_at=ended_at),
+            ),
             verdict=Verdict(outcome=Outcome.FAILED, reason=reason, message="so it was", exit_code=exit_code)
             if reason
             else None,
@@ -107,9 +111,21 @@ def state(probe: str, went: Seen) -> State:
     return only
 
 
-@pytest.mark.parametrize(("used", "expected"), [(0.40, State.HARD), (0.43, State.HARD), (0.50, State.FAILED)])
-def test_busy_loops_may_use_their_quota_and_little_more(used: float, expected: State) -> None:
-    assert state("cpu", seen("cpu", Reason.DEADLINE, usage=Usage(cpu_seconds=used))) is expected
+@pytest.mark.parametrize(
+    ("start_seconds", "used", "expected"),
+    [
+        (0, 0.40, State.HARD),
+        (0, 0.43, State.HARD),
+        (0, 0.50, State.FAILED),
+        (4, 1.2, State.HARD),
+        (4, 1.4, State.FAILED),
+    ],
+)
+def test_busy_loops_and_their_start_may_use_their_quota_and_little_more(
+    start_seconds: float, used: float, expected: State
+) -> None:
+    went = seen("cpu", Reason.DEADLINE, usage=Usage(cpu_seconds=used), start_seconds=start_seconds)
+    assert state("cpu", went) is expected
 
 
 def test_cpu_time_that_cannot_be_read_is_told_and_the_quota_in_force_counts() -> None:
@@ -169,6 +185,12 @@ def test_a_disk_is_hard_where_writing_fails_and_watched_where_the_task_is_ended(
     assert finding.state is expected
     assert bool(finding.remedy) is (expected is not State.HARD)
     assert "btrfs" not in finding.remedy  # it has no project quotas
+
+
+def test_patience_lengthens_what_every_probe_may_take() -> None:
+    """The one of time too: an engine that takes longer to start a task than its time limit is not tried at all."""
+    patient = all_probes(cpu_count=2, has_swap=True, patience=3)
+    assert {p.name: p.timeout_seconds for p in patient} == {n: 3 * p.timeout_seconds for n, p in PROBES.items()}
 
 
 def test_what_outlives_the_deadline_is_a_failure() -> None:

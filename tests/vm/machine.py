@@ -6,7 +6,9 @@ it, about ten times slower than this host.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -19,14 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
-BOOT_SECONDS = 300.0
-PATIENCE_SECONDS = 600
-"""For one task in it."""
+PATIENCE_SECONDS = int(os.environ.get("TEST_PATIENCE_SECONDS", "600"))
+"""For one task in it, or to boot; a host that is busy with other things needs more."""
 PROJECT = "/srv/project"
 _SITE = "/payload/site"
 _LEFT_OUT = (
-    "mypy", "mypyc", "ruff", "grpc_tools", "pip", "psycopg_binary", "__pycache__", "tests", "ansible*", "black", "yamllint",
+    "mypy", "mypyc", "ruff", "grpc_tools", "pip", "psycopg_binary", "tests", "ansible*", "black", "yamllint",
 )  # fmt: skip
+_DISKS = {"root.qcow2": "qcow2", "payload.img": "raw", "volume.img": "raw"}
 _COMMAND_LINE = (
     "root=/dev/vda rw rootflags=prjquota console=ttyS0 "
     "cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 mitigations=off quiet"
@@ -49,7 +51,7 @@ class TestRun:
 
 @dataclass
 class Machine:
-    """`path` holds its disks and console. Use as a context manager: its process ends with the block."""
+    """Use as a context manager: its process and its disks end with the block, its logs stay in `path`."""
 
     packages: ClassVar[str] = "packages.txt"
     """Which list in tools/vm makes its disk."""
@@ -73,11 +75,19 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
+            self._keep_logs()
             self._process.kill()
             self._process.wait(timeout=60)
+        for disk in _DISKS:
+            (self.path / disk).unlink(missing_ok=True)
 
     def run(
-        self, script: str, *, timeout_seconds: float = 600.0, check: bool = True, env: Mapping[str, str] | None = None
+        self,
+        script: str,
+        *,
+        timeout_seconds: float = 2 * PATIENCE_SECONDS,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """A shell script in it, as root, in the project's folder. With `check`, AssertionError tells what it said."""
         words = "".join(f"export {name}='{value}'\n" for name, value in (env or {}).items())
@@ -97,22 +107,22 @@ class Machine:
         with source.open("rb") as stream:
             subprocess.run([*self._ssh(), f"cat >{target}"], stdin=stream, check=True, timeout=600)
 
-    def pytest(self, *arguments: str, env: Mapping[str, str] | None = None, timeout_seconds: float = 1500.0) -> TestRun:
+    def pytest(self, *arguments: str, env: Mapping[str, str] | None = None) -> TestRun:
         """Tests of this checkout, there."""
         words = " ".join(f"'{word}'" for word in arguments)
         patient = {"TEST_PATIENCE_SECONDS": str(PATIENCE_SECONDS)} | dict(env or {})
         done = self.run(
             "rm -f /tmp/junit.xml\n"
-            "python3 -m pytest -p no:cacheprovider -p no:unraisableexception -q --tb=native -o timeout=1400 "
-            f"--junitxml=/tmp/junit.xml {words}",
+            "python3 -m pytest -p no:cacheprovider -p no:unraisableexception -q --tb=native "
+            f"-o timeout={5 * PATIENCE_SECONDS} --junitxml=/tmp/junit.xml {words}",
             check=False,
             env=patient,
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=6 * PATIENCE_SECONDS,
         )
         assert done.returncode in (0, 1), f"pytest did not run: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return _read_junit(self.run("cat /tmp/junit.xml").stdout, done.stdout)
 
-    def json(self, command: str, *, codes: Sequence[int] = (0,), timeout_seconds: float = 600.0) -> Any:
+    def json(self, command: str, *, codes: Sequence[int] = (0,), timeout_seconds: float = 2 * PATIENCE_SECONDS) -> Any:
         """What a command prints on stdout."""
         done = self.run(command, check=False, timeout_seconds=timeout_seconds)
         assert done.returncode in codes, f"exit {done.returncode} of {command}\n{done.stdout}\n{done.stderr}"
@@ -131,6 +141,15 @@ class Machine:
             "-o", f"UserKnownHostsFile={self.image / 'known_hosts'}", "-o", "HostKeyAlias=nodeservice-vm",
             "-o", "ConnectTimeout=10", "root@127.0.0.1",
         ]  # fmt: skip
+
+    def _keep_logs(self) -> None:
+        """The journal, and what the nodes of its tests logged. As much of it as can be had: it may have hung."""
+        nodes = "cd /tmp && find pytest-of-root -name 'serve-*.log' -size -64M | tar -cz -T -"
+        for command, name in (("journalctl --no-pager -o short-precise", "journal.log"), (nodes, "nodes.tar.gz")):
+            with (self.path / name).open("wb") as kept, contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [*self._ssh(), command], stdout=kept, stderr=subprocess.DEVNULL, check=False, timeout=120
+                )
 
     def _make_disks(self) -> None:
         for name, size_bytes in (("payload.img", 700 * 1024**2), ("volume.img", 3 * 1024**3)):
@@ -165,14 +184,13 @@ class Machine:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = int(found.getsockname()[1])
-        drives = [("root.qcow2", "qcow2"), ("payload.img", "raw"), ("volume.img", "raw")]
         with (self.path / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [
                     "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "qemu64",
                     "-smp", "2", "-m", "2048", "-kernel", self.image / "vmlinuz", "-initrd", self.image / "initrd.img",
                     "-append", _COMMAND_LINE,
-                    *(word for name, kind in drives
+                    *(word for name, kind in _DISKS.items()
                       for word in ("-drive", f"file={self.path / name},if=virtio,format={kind},cache=unsafe")),
                     "-netdev", f"user,id=n,{self.network}hostfwd=tcp:127.0.0.1:{self.port}-:22",
                     "-device", "virtio-net-pci,netdev=n", "-display", "none", "-monitor", "none",
@@ -190,13 +208,18 @@ class Machine:
 
     def _await_ssh(self, condition: str = "true") -> None:
         assert self._process is not None
-        deadline = time.monotonic() + BOOT_SECONDS
-        while self.run(condition, check=False, timeout_seconds=60).returncode != 0:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self._holds(condition):
             ended = self._process.poll() is not None
             if ended or time.monotonic() > deadline:
                 console = (self.path / "console").read_text(errors="replace")[-2000:]
                 raise NoMachineError(f"QEMU does not boot: {(self.path / 'qemu.log').read_text()}\n{console}")
             time.sleep(1)
+
+    def _holds(self, condition: str) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.run(condition, check=False, timeout_seconds=60).returncode == 0
+        return False
 
     def _set_up(self) -> None:
         self.run(f"mkdir -p /payload\nmount -o ro /dev/vdb /payload\ncp -r /payload/project {PROJECT}")

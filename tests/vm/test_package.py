@@ -18,7 +18,7 @@ import pytest
 from tests.vm.bare import BareMachine
 from tests.vm.machine import PATIENCE_SECONDS, ROOT, Machine, NoMachineError
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(4000)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(7 * PATIENCE_SECONDS)]
 
 TASKS = "/sys/fs/cgroup/nodeservice.slice"
 IMAGE = "nodeservice/demo"
@@ -286,7 +286,10 @@ def test_apt_makes_a_worker_of_a_bare_machine_and_takes_it_away_again(
             host = Host(machine)
             assert host.run("command -v dockerd nodeservice || true") == ""
             machine.put(package, f"/root/{package.name}")
-            machine.run(f"{apt} update >&2\napt-get -q install -y /root/{package.name} >&2", timeout_seconds=1800)
+            machine.run(
+                f"{apt} update >&2\napt-get -q install -y /root/{package.name} >&2",
+                timeout_seconds=3 * PATIENCE_SECONDS,
+            )
             host.until("it serves", lambda: host.shown("nodeservice", "StatusText").startswith("0 tasks running"))
             assert host.shown("nodeservice", "UnitFileState") == "enabled"
             assert json.loads(host.run("nodeservice inspect --json"))

@@ -15,9 +15,9 @@ import pytest
 
 from tests.certificates import openssl
 from tests.vm.bare import BareMachine
-from tests.vm.machine import ROOT, NoMachineError
+from tests.vm.machine import PATIENCE_SECONDS, ROOT, NoMachineError
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(20 * PATIENCE_SECONDS)]
 
 ANSIBLE = ROOT / "ansible"
 ADDRESS = "10.0.2.15"
@@ -50,7 +50,7 @@ class Site:
         done = subprocess.run(
             [Path(sys.executable).with_name("ansible-playbook"), "-i", self.folder / "hosts.ini", *options,
              "-e", f"nodeservice_package={self.folder}/nodeservice_{version}_amd64.deb", f"playbooks/{book}.yml"],
-            cwd=ANSIBLE, capture_output=True, text=True, check=False, timeout=5400,
+            cwd=ANSIBLE, capture_output=True, text=True, check=False, timeout=9 * PATIENCE_SECONDS,
             env=os.environ | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_HOME": str(self.folder / "home")},
         )  # fmt: skip
         recap = re.findall(r"^vm\s+: (.*)$", done.stdout, re.MULTILINE)

@@ -59,8 +59,8 @@ def judge_cpu(seen: Seen) -> Sequence[Finding]:
         evidence = f"{held}; the CPU time of 8 busy loops could not be read"
         return [Finding(limit="CPU", state=state, evidence=evidence, remedy=_without_cgroup(state))]
     quota = _QUOTA_MILLI / 1000
-    # A period's worth may be spent at once at the start, and the runtime's own start counts too.
-    most = quota * (seconds + _PERIOD_SECONDS) * _TOLERANCE
+    # A period's worth may be spent at once at the start. The runtime's start, long on a busy host, counts too.
+    most = quota * (seen.start_seconds + seconds + _PERIOD_SECONDS) * _TOLERANCE
     evidence = f"8 busy loops used {used:.2f} s of CPU in {seconds:.2f} s under a quota of {quota:g} cores ({held})"
     if used > most and state is State.HARD:
         state = State.FAILED

@@ -9,7 +9,7 @@ from nodeservice.core.model import Reason
 from nodeservice.doctor.finding import Finding, State
 from nodeservice.doctor.probe import Probe, Seen, not_tried
 
-_RUN_SECONDS = 1.0
+_RUN_SECONDS = 2.0
 _LATE_SECONDS = 5.0
 """Grace, SIGKILL and the engine's own work, on a busy machine."""
 _DEAF = 'trap "" TERM INT HUP; while :; do sleep 1; done'
@@ -18,7 +18,7 @@ _SCRIPT = f"( ({_DEAF}) & ); {_DEAF}"
 
 def probes(patience: float = 1.0) -> tuple[Probe, ...]:
     judge = partial(judge_time, late_seconds=_LATE_SECONDS * patience)
-    return (Probe(name="time", script=_SCRIPT, judge=judge, timeout_seconds=_RUN_SECONDS),)
+    return (Probe(name="time", script=_SCRIPT, judge=judge, cpu_milli=200, timeout_seconds=_RUN_SECONDS * patience),)
 
 
 def judge_time(seen: Seen, *, late_seconds: float) -> Sequence[Finding]:
@@ -26,7 +26,7 @@ def judge_time(seen: Seen, *, late_seconds: float) -> Sequence[Finding]:
         return missing
     record, ended_at = seen.record, seen.ended_at
     if seen.reason is not Reason.DEADLINE or record is None or record.deadline_at is None or ended_at is None:
-        evidence = f"a task with {_RUN_SECONDS:g} s ended with {seen.reason}: {seen.message}"
+        evidence = f"a task that was to be ended at its deadline ended with {seen.reason}: {seen.message}"
         return [Finding(limit="time", state=State.FAILED, evidence=evidence)]
     late = (ended_at - record.deadline_at).total_seconds()
     gone = "all its processes are gone"
