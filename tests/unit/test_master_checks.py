@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeservice.cli.client import TaskState
 from nodeservice.core import admission
 from nodeservice.core.model import Resources
 from nodeservice.errors import RequestError
@@ -17,6 +18,7 @@ from nodeservice.master.dialing import node_address
 from nodeservice.master.incoming import check_path, read_manifest
 from nodeservice.master.nodes import amounts_of
 from nodeservice.master.request import GpuWish
+from nodeservice.master.rows import State
 from nodeservice.rpc.convert import TaskDefaults, spec_from_task
 from nodeservice.wire import master_worker_pb2 as pb
 
@@ -176,6 +178,10 @@ def test_a_number_below_one_is_a_part_of_a_gpu_and_a_description_is_read() -> No
 def test_mig_profiles_that_nodes_know_are_known_here(profile: str) -> None:
     asked = task(req_gpu=1, gpu=pb.GpuRequest(mig_profile=profile))
     assert check_task(asked).gpus == GpuWish(count=1, mig_profile=profile)
+
+
+def test_the_client_knows_the_states_that_the_current_attempt_of_a_task_can_have() -> None:
+    assert [*TaskState] == [state for state in State if state not in (State.LOST, State.DROPPED)]
 
 
 def test_an_empty_description_asks_for_no_gpu() -> None:
