@@ -113,6 +113,13 @@ def test_a_filler_meets_an_error_where_a_quota_holds_and_is_not_killed(volume: M
     assert told["usage"]["disk_peak_bytes"] < 12 * 1024**2
 
 
+def test_what_is_written_to_the_engines_files_before_they_are_bound_is_noticed(volume: Machine) -> None:
+    """Where they are bound first, as the one above meets it."""
+    told = run_there(volume, "dd if=/dev/zero of=/etc/hosts bs=1M count=60; sleep 60; exit 4")
+    in_time = told["reason"] == "EXIT_NONZERO" and told["usage"]["disk_peak_bytes"] < 12 * 1024**2
+    assert in_time or told["reason"] == "DISK_LIMIT", told
+
+
 def test_tiny_files_without_end_meet_an_error_where_a_quota_holds(volume: Machine) -> None:
     told = run_there(volume, "i=0; while true >/results/$i; do i=$((i+1)); done; exit 4")
     assert (told["reason"], told["exit_code"]) == ("EXIT_NONZERO", 4), told
